@@ -1,0 +1,254 @@
+package control
+
+import (
+	"net/netip"
+	"time"
+
+	"sallyway/internal/identity"
+	"sallyway/internal/policy"
+)
+
+// The admin API, under /api/v1/orgs/{org}: Bearer with an API token, JSON, problem+json errors.
+//
+//	GET|POST            /api/v1/orgs                                    Organization; POST CreateOrganization
+//	GET|PATCH|DELETE    /api/v1/orgs/{org}
+//	GET|POST            /api/v1/orgs/{org}/{nodes}                      nodes: relays, gateways, clients; List[NodeRecord]; POST CreateNode → CreatedNode
+//	GET|PATCH|DELETE    /api/v1/orgs/{org}/{nodes}/{name}               NodeRecord; PATCH UpdateNode. {name} is a name or an id, everywhere
+//	POST                /api/v1/orgs/{org}/{nodes}/{name}/token         re-issue → CreatedNode
+//	POST                /api/v1/orgs/{org}/{nodes}/{name}/disable|enable|revoke|drain → NodeRecord
+//	POST                /api/v1/orgs/{org}/relays/{name}/credential     TURN credential for standard software: CreateTURNCredential → TURNCredential
+//	GET|POST            /api/v1/orgs/{org}/resources[/{name}]           ResourceRecord, CreateResource, UpdateResource; PATCH, DELETE
+//	GET|POST            /api/v1/orgs/{org}/policies[/{name}]            PolicyRecord, CreatePolicy; PATCH UpdatePolicy, DELETE
+//	POST                /api/v1/orgs/{org}/policies:explain             ExplainRequest → Explanation
+//	GET|POST            /api/v1/orgs/{org}/groups[/{name}]              GroupRecord, CreateGroup; PATCH, DELETE
+//	GET                 /api/v1/orgs/{org}/sessions                     List[SessionRecord]
+//	DELETE              /api/v1/orgs/{org}/sessions/{peer-id}           ends the sessions of a node (its key stays good)
+//	GET                 /api/v1/orgs/{org}/audit                        List[AuditEntry]
+//	GET                 /api/v1/orgs/{org}/audit:verify                 AuditVerification: recomputes the hash chain
+//	GET                 /api/v1/orgs/{org}/status                       OrgStatus
+//
+// Lists take ?limit= and ?cursor= and answer List.
+
+// List is one page.
+type List[T any] struct {
+	Items      []T    `json:"items"`
+	NextCursor string `json:"next_cursor,omitempty"`
+}
+
+// Organization is a tenant.
+type Organization struct {
+	Name    string         `json:"name"`
+	Range   []netip.Prefix `json:"range"` // virtual addresses: IPv4 and IPv6
+	Created time.Time      `json:"created"`
+}
+
+// CreateOrganization makes a tenant with its own PKI.
+type CreateOrganization struct {
+	Name  string         `json:"name"`
+	Range []netip.Prefix `json:"range,omitempty"`
+}
+
+// NodeState is what the platform knows of a node's life.
+type NodeState string
+
+// Node states as shown to people.
+const (
+	StatePending     NodeState = "pending"     // created, never enrolled
+	StateHealthy     NodeState = "healthy"     // heartbeats arrive
+	StateDegraded    NodeState = "degraded"    // heartbeats arrive and name problems
+	StateDraining    NodeState = "draining"    // a relay that takes no new allocations
+	StateUnreachable NodeState = "unreachable" // enrolled, no heartbeat for three intervals
+	StateDisabled    NodeState = "disabled"
+	StateRevoked     NodeState = "revoked"
+)
+
+// NodeRecord is a relay, gateway or client.
+type NodeRecord struct {
+	ID       string            `json:"id"`
+	Name     string            `json:"name"`
+	Kind     identity.Kind     `json:"kind"`
+	State    NodeState         `json:"state"`
+	Created  time.Time         `json:"created"`
+	Enrolled *time.Time        `json:"enrolled,omitempty"`
+	LastSeen *time.Time        `json:"last_seen,omitempty"`
+	Version  string            `json:"version,omitempty"`
+	Key      *identity.KeyHash `json:"key,omitempty"`
+	NotAfter *time.Time        `json:"not_after,omitempty"` // of its newest leaf
+	Virtual  []netip.Addr      `json:"virtual,omitempty"`
+	Problems []string          `json:"problems,omitempty"`
+	// For relays.
+	Host  string             `json:"host,omitempty"`
+	Port  uint16             `json:"port,omitempty"`
+	Peers []netip.AddrPort   `json:"peers,omitempty"` // configured peers of the organization at this relay
+	Load  map[string]float64 `json:"load,omitempty"`
+	// For gateways.
+	Relays []string `json:"relays,omitempty"` // names of the relays assigned, active first
+}
+
+// CreateNode makes a node and its first enrolment token. Host and Port are for relays.
+type CreateNode struct {
+	Name  string           `json:"name"`
+	Host  string           `json:"host,omitempty"`
+	Port  uint16           `json:"port,omitempty"`
+	Peers []netip.AddrPort `json:"peers,omitempty"`
+}
+
+// CreatedNode is shown once: the token is a secret that the platform keeps only as a hash.
+type CreatedNode struct {
+	NodeRecord
+	Token      string    `json:"token"`
+	Command    string    `json:"command"`    // one line for production
+	Foreground string    `json:"foreground"` // one line to try
+	Expires    time.Time `json:"expires"`
+}
+
+// UpdateNode changes what is not nil.
+type UpdateNode struct {
+	Name  *string           `json:"name,omitempty"`
+	Host  *string           `json:"host,omitempty"`
+	Port  *uint16           `json:"port,omitempty"`
+	Peers *[]netip.AddrPort `json:"peers,omitempty"`
+}
+
+// CreateTURNCredential asks for a credential that standard TURN software can use at a relay, as a client node of the organization.
+type CreateTURNCredential struct {
+	Client string `json:"client"` // a client's name or id
+	TTL    int    `json:"ttl"`    // seconds, at most 24 h; zero is one hour
+}
+
+// TURNCredential is a secret.
+type TURNCredential struct {
+	Username string    `json:"username"`
+	Password string    `json:"password"`
+	Realm    string    `json:"realm"`
+	URIs     []string  `json:"uris"` // RFC 7065
+	Expires  time.Time `json:"expires"`
+}
+
+// ResourceRecord is a resource as the platform keeps it.
+type ResourceRecord struct {
+	policy.Resource
+	FQDN     string           `json:"fqdn"`
+	Gateways []ServingGateway `json:"gateways"`
+	Names    []string         `json:"gateway_names"`
+	Disabled bool             `json:"disabled"`
+	Created  time.Time        `json:"created"`
+}
+
+// CreateResource makes a resource. Gateways are names or ids, most preferred first.
+type CreateResource struct {
+	Name     string             `json:"name"`
+	Gateways []string           `json:"gateways"`
+	Address  string             `json:"address"`
+	TCP      []policy.PortRange `json:"tcp,omitempty"`
+	UDP      []policy.PortRange `json:"udp,omitempty"`
+	ICMP     bool               `json:"icmp,omitempty"`
+	Domains  []string           `json:"domains,omitempty"`
+}
+
+// UpdateResource changes what is not nil.
+type UpdateResource struct {
+	Name     *string             `json:"name,omitempty"`
+	Gateways *[]string           `json:"gateways,omitempty"`
+	Address  *string             `json:"address,omitempty"`
+	TCP      *[]policy.PortRange `json:"tcp,omitempty"`
+	UDP      *[]policy.PortRange `json:"udp,omitempty"`
+	ICMP     *bool               `json:"icmp,omitempty"`
+	Domains  *[]string           `json:"domains,omitempty"`
+	Disabled *bool               `json:"disabled,omitempty"`
+}
+
+// PolicyRecord allows a subject a resource. Subject is client:NAME, gateway:NAME or group:NAME.
+type PolicyRecord struct {
+	ID       string    `json:"id"`
+	Name     string    `json:"name"`
+	Subject  string    `json:"subject"`
+	Resource string    `json:"resource"` // name
+	Disabled bool      `json:"disabled"`
+	Created  time.Time `json:"created"`
+}
+
+// CreatePolicy makes a policy; an empty name is made from subject and resource.
+type CreatePolicy struct {
+	Name     string `json:"name,omitempty"`
+	Subject  string `json:"subject"`
+	Resource string `json:"resource"`
+}
+
+// UpdatePolicy changes what is not nil.
+type UpdatePolicy struct {
+	Disabled *bool `json:"disabled,omitempty"`
+}
+
+// ExplainRequest asks whether a subject would reach a resource; an empty port asks for any.
+type ExplainRequest struct {
+	Subject  string       `json:"subject"`
+	Resource string       `json:"resource"`
+	Proto    policy.Proto `json:"proto,omitempty"`
+	Port     uint16       `json:"port,omitempty"`
+}
+
+// Explanation is yes or no with the reason and what to do.
+type Explanation struct {
+	Allowed  bool     `json:"allowed"`
+	Rule     string   `json:"rule"`
+	Reason   string   `json:"reason"`
+	Remedy   string   `json:"remedy,omitempty"`
+	Gateways []string `json:"gateways,omitempty"`
+}
+
+// GroupRecord is a named set of clients and gateways.
+type GroupRecord struct {
+	Name    string    `json:"name"`
+	Members []string  `json:"members"` // client:NAME, gateway:NAME
+	Created time.Time `json:"created"`
+}
+
+// CreateGroup makes a group.
+type CreateGroup struct {
+	Name    string   `json:"name"`
+	Members []string `json:"members,omitempty"`
+}
+
+// UpdateGroup replaces the members.
+type UpdateGroup struct {
+	Members *[]string `json:"members,omitempty"`
+}
+
+// SessionRecord is a live session as a gateway reported it.
+type SessionRecord struct {
+	Gateway string `json:"gateway"`
+	Peer    string `json:"peer"`
+	SessionReport
+}
+
+// AuditEntry is one line of an organization's audit chain: Hash covers the entry and the hash before it.
+type AuditEntry struct {
+	Seq    int64          `json:"seq"`
+	At     time.Time      `json:"at"`
+	Actor  string         `json:"actor"`
+	Action string         `json:"action"` // such as node.enrol
+	Object string         `json:"object"`
+	Result string         `json:"result"` // ok or refused
+	Detail map[string]any `json:"detail,omitempty"`
+	Hash   string         `json:"hash"`
+}
+
+// AuditVerification says whether the chain is whole.
+type AuditVerification struct {
+	OK      bool   `json:"ok"`
+	Entries int64  `json:"entries"`
+	Problem string `json:"problem,omitempty"`
+}
+
+// OrgStatus is an overview.
+type OrgStatus struct {
+	Organization string       `json:"organization"`
+	Version      string       `json:"version"`
+	Relays       []NodeRecord `json:"relays"`
+	Gateways     []NodeRecord `json:"gateways"`
+	Clients      []NodeRecord `json:"clients"`
+	Resources    int          `json:"resources"`
+	Policies     int          `json:"policies"`
+	Sessions     int          `json:"sessions"`
+}

@@ -1,0 +1,269 @@
+// Package control is what nodes and their platform say to each other: the enrolment token, the requests of a node, and the
+// configuration that the platform pushes over one outbound streaming request. The platform's server and the nodes' agent
+// (control/agent) both import it; neither imports the other.
+//
+//	POST /api/v1/enroll             EnrolRequest → EnrolResponse           authenticated by the token's secret
+//	POST /api/v1/node/token         RFC 7523 assertion → access token      grant_type=urn:ietf:params:oauth:grant-type:jwt-bearer&assertion=…
+//	GET  /api/v1/node/control       stream of Event, one JSON a line       Bearer; the platform sends an event at least every PingInterval
+//	POST /api/v1/node/heartbeat     Heartbeat → {}                         Bearer, every HeartbeatInterval
+//	POST /api/v1/node/renew         RenewRequest → RenewResponse           Bearer
+//
+// The assertion is a JWT signed with the node's key (ES256): iss and sub are the node (org/kind/id), aud is the platform's URL,
+// exp is at most AssertionLife ahead, jti is random and accepted once. Errors are problem+json (RFC 9457) with a code member.
+package control
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"net/url"
+	"strings"
+	"time"
+
+	"sallyway/internal/identity"
+	"sallyway/internal/policy"
+)
+
+// Intervals and lifetimes both sides rely on.
+const (
+	PingInterval      = 10 * time.Second // a silent control stream older than three of these is dead
+	HeartbeatInterval = 10 * time.Second
+	AssertionLife     = 2 * time.Minute
+	AccessTokenLife   = 15 * time.Minute
+	LeafLife          = 24 * time.Hour // leaves are renewed at half of it, with jitter
+	TokenLife         = time.Hour      // of an enrolment token
+)
+
+const tokenPrefix = "swe1."
+
+// Token is an enrolment token: one use, one hour, for one node. It is a secret as a whole.
+type Token struct {
+	URL string `json:"u"`
+	// Pin is the key hash of the CA of the platform's own certificate; zero means that the system's roots vouch for it.
+	Pin    string        `json:"p,omitempty"`
+	Node   identity.Node `json:"n"`
+	Name   string        `json:"m"`
+	Secret []byte        `json:"s"` // 32 random bytes
+}
+
+// String is what a user pastes. It is the secret itself: never log it.
+func (t Token) String() string {
+	b, _ := json.Marshal(t) // strings and bytes always encode
+	return tokenPrefix + base64.RawURLEncoding.EncodeToString(b)
+}
+
+// ParseToken reads a token. Errors do not repeat it.
+func ParseToken(s string) (Token, error) {
+	s = strings.TrimSpace(s)
+	body, ours := strings.CutPrefix(s, tokenPrefix)
+	if !ours {
+		return Token{}, fmt.Errorf("this is not an enrolment token (they start with %s): copy it whole from `sallyway gateway|relay|client create` or `… token NAME`", tokenPrefix)
+	}
+	b, err := base64.RawURLEncoding.DecodeString(body)
+	if err != nil || len(b) > 4096 {
+		return Token{}, fmt.Errorf("the enrolment token is damaged: copy it whole, or make a new one with `sallyway … token NAME`")
+	}
+	var t Token
+	d := json.NewDecoder(bytes.NewReader(b))
+	if err := d.Decode(&t); err != nil || len(t.Secret) != 32 {
+		return Token{}, fmt.Errorf("the enrolment token is damaged: copy it whole, or make a new one with `sallyway … token NAME`")
+	}
+	if err := t.Node.Validate(); err != nil {
+		return Token{}, fmt.Errorf("enrolment token: %w", err)
+	}
+	if u, err := url.Parse(t.URL); err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Host == "" {
+		return Token{}, fmt.Errorf("enrolment token: platform URL %.80q is not a URL", t.URL)
+	}
+	return t, nil
+}
+
+// AdminCredential is the content of the platform's DATA/admin.token and of what `sallyway login` keeps.
+type AdminCredential struct {
+	URL   string `json:"url"`
+	Pin   string `json:"pin,omitempty"`
+	Token string `json:"token"`
+}
+
+// EnrolRequest spends a token. Requests are CSRs in PEM; a gateway sends a second one of kind site for the same key.
+type EnrolRequest struct {
+	Secret  []byte        `json:"secret"`
+	Node    identity.Node `json:"node"`
+	CSR     string        `json:"csr"`
+	SiteCSR string        `json:"site_csr,omitempty"`
+	Version string        `json:"version"`
+}
+
+// Certificates are a node's own certificates: chains in PEM, leaf first.
+type Certificates struct {
+	Leaf string `json:"leaf"`
+	Site string `json:"site,omitempty"`
+}
+
+// EnrolResponse makes a node a member.
+type EnrolResponse struct {
+	Node         identity.Node `json:"node"`
+	Name         string        `json:"name"`
+	Certificates Certificates  `json:"certificates"`
+	Trust        Trust         `json:"trust"`
+}
+
+// RenewRequest asks for fresh leaves, for the same key or a new one.
+type RenewRequest struct {
+	CSR     string `json:"csr"`
+	SiteCSR string `json:"site_csr,omitempty"`
+}
+
+// RenewResponse is the answer to RenewRequest.
+type RenewResponse struct {
+	Certificates Certificates `json:"certificates"`
+}
+
+// Trust is what a node knows of its organization's PKI.
+type Trust struct {
+	Roots string `json:"roots"` // PEM
+	// Pins are the CA keys per kind of leaf: the current and, when there is one, the next.
+	Pins   map[identity.Kind][]identity.KeyHash `json:"pins"`
+	Denied []identity.KeyHash                   `json:"denied,omitempty"`
+}
+
+// For returns the trust in leaves of the given kinds.
+func (t *Trust) For(kinds ...identity.Kind) (*identity.Trust, error) {
+	roots, err := identity.DecodeCertificates([]byte(t.Roots))
+	if err != nil {
+		return nil, fmt.Errorf("roots of the organization: %w", err)
+	}
+	tr := &identity.Trust{Roots: roots, Denied: t.Denied}
+	for _, k := range kinds {
+		tr.Pins = append(tr.Pins, t.Pins[k]...)
+	}
+	return tr, nil
+}
+
+// EventType says what a line of the control stream is.
+type EventType string
+
+// The events. Every config replaces the one before as a whole.
+const (
+	EventPing   EventType = "ping"
+	EventConfig EventType = "config"
+)
+
+// Event is one line of the control stream.
+type Event struct {
+	Type   EventType `json:"type"`
+	Config *Config   `json:"config,omitempty"`
+}
+
+// Config is everything a node is told. Nodes cache the newest in their state folder and start from it when the platform is down.
+type Config struct {
+	Version uint64        `json:"version"` // grows; a node refuses a lower one than it has seen
+	Node    identity.Node `json:"node"`
+	Name    string        `json:"name"`
+	Trust   Trust         `json:"trust"`
+	// Relay is for relays, Dialling for clients and gateways, Gateway for gateways.
+	Relay    *Relay    `json:"relay,omitempty"`
+	Gateway  *Gateway  `json:"gateway,omitempty"`
+	Dialling *Dialling `json:"dialling,omitempty"`
+}
+
+// Relay is a relay's share of the configuration.
+type Relay struct {
+	Host     string          `json:"host"`
+	Keys     []RelayKey      `json:"keys"` // newest first; at most two are live
+	Orgs     []RelayOrg      `json:"orgs"`
+	Denied   []identity.Node `json:"denied,omitempty"`
+	Draining bool            `json:"draining,omitempty"`
+}
+
+// RelayKey is a key for TURN passwords: secret.
+type RelayKey struct {
+	ID     string `json:"id"`
+	Secret []byte `json:"secret"`
+}
+
+// RelayOrg is an organization that a relay serves.
+type RelayOrg struct {
+	Org string `json:"org"`
+	// Peers are configured peers, addr:port.
+	Peers []netip.AddrPort `json:"peers,omitempty"`
+	// MaxAllocations and BytesPerSecond are quotas of the whole organization here; zero means the relay's default.
+	MaxAllocations int   `json:"max_allocations,omitempty"`
+	BytesPerSecond int64 `json:"bytes_per_second,omitempty"`
+}
+
+// RelayRef is a relay as nodes dial it.
+type RelayRef struct {
+	Node identity.Node `json:"node"`
+	Name string        `json:"name"`
+	Host string        `json:"host"` // address or DNS name, without port
+	Port uint16        `json:"port"` // 5349 unless configured otherwise
+	// Roots and Pins prove the relay's certificate: the organization's, or the platform's relay CA for a shared relay.
+	Roots    string             `json:"roots"`
+	Pins     []identity.KeyHash `json:"pins"`
+	Username string             `json:"username"` // TURN credential of the node that reads this, renewed hourly
+	Password string             `json:"password"`
+}
+
+// Gateway is a gateway's share of the configuration.
+type Gateway struct {
+	Snapshot string     `json:"snapshot"` // signed, see policy.OpenSnapshot
+	Relays   []RelayRef `json:"relays"`   // where it holds legs: first is the active one
+}
+
+// Dialling is what a node needs to reach resources behind gateways: clients, and gateways as sites.
+type Dialling struct {
+	// Virtual are the node's own addresses in the virtual range: one IPv4, one IPv6.
+	Virtual []netip.Addr `json:"virtual"`
+	// Range are the organization's virtual prefixes: IPv4 and IPv6.
+	Range     []netip.Prefix      `json:"range"`
+	Gateways  []GatewayRef        `json:"gateways"`
+	Resources []ReachableResource `json:"resources"`
+}
+
+// GatewayRef is a gateway as nodes reach it.
+type GatewayRef struct {
+	Node    identity.Node `json:"node"`
+	Name    string        `json:"name"`
+	FQDN    string        `json:"fqdn"` // <name>.<org>.sallyway.internal
+	Virtual []netip.Addr  `json:"virtual"`
+	Relays  []RelayRef    `json:"relays"`
+	Grant   string        `json:"grant"` // signed, see policy.OpenGrant
+}
+
+// ReachableResource is a resource that some policy allows the node.
+type ReachableResource struct {
+	policy.Resource
+	FQDN     string           `json:"fqdn"` // <resource>.<org>.sallyway.internal
+	Gateways []ServingGateway `json:"gateways"`
+}
+
+// ServingGateway says by which gateway a resource is reached: lowest priority first, then by weight.
+type ServingGateway struct {
+	Node     identity.Node `json:"node"`
+	Priority int           `json:"priority"`
+	Weight   int           `json:"weight"`
+}
+
+// Heartbeat is what a node tells of itself.
+type Heartbeat struct {
+	Version  string             `json:"version"`
+	Started  time.Time          `json:"started"`
+	State    string             `json:"state"`              // ready, degraded, draining
+	Relays   []string           `json:"relays,omitempty"`   // ids of relays it holds legs on
+	Sessions []SessionReport    `json:"sessions,omitempty"` // a gateway's live sessions
+	Load     map[string]float64 `json:"load,omitempty"`     // a relay's allocations, bytes_per_second
+	Problems []string           `json:"problems,omitempty"`
+}
+
+// SessionReport is a live session at a gateway.
+type SessionReport struct {
+	Peer      identity.Node    `json:"peer"`
+	Key       identity.KeyHash `json:"key"`
+	Relay     string           `json:"relay"`
+	Since     time.Time        `json:"since"`
+	Flows     int              `json:"flows"`
+	SentBytes uint64           `json:"sent_bytes"`
+	RecvBytes uint64           `json:"recv_bytes"`
+}
