@@ -1,0 +1,5 @@
+//go:build keylog
+
+package daemon
+
+const keyLogAllowed = true

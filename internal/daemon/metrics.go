@@ -1,0 +1,110 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"sallyway/internal/version"
+)
+
+// Limits of the small HTTP servers: metrics and the control socket. A peer that sends or reads slower is cut off.
+const (
+	headerTimeout = 5 * time.Second
+	readTimeout   = 10 * time.Second
+	writeTimeout  = 30 * time.Second // a scrape of a busy daemon, a doctor that waits for the network
+	idleTimeout   = 60 * time.Second
+	maxHeader     = 16 << 10 // bytes
+	stopTimeout   = 2 * time.Second
+)
+
+// newRegistry returns a daemon's own registry with the Go runtime, the process and the build in it.
+func newRegistry(spec Spec) *prometheus.Registry {
+	v := version.Get()
+	build := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name:        "sallyway_build_info",
+		Help:        "Always 1; the labels say which build runs.",
+		ConstLabels: prometheus.Labels{"daemon": spec.Name, "version": v.Version, "commit": v.Commit},
+	})
+	build.Set(1)
+	r := prometheus.NewRegistry()
+	r.MustRegister(build, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return r
+}
+
+// metricsHandler serves /healthz (the process answers), /readyz and /metrics.
+func metricsHandler(h *Health, r *prometheus.Registry) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		_, _ = fmt.Fprintln(w, "ok") // the peer has gone: nobody is left to tell
+	})
+	mux.Handle("GET /readyz", h)
+	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: readTimeout}))
+	return mux
+}
+
+// CheckHost lets only requests pass whose Host is an IP address, localhost or one of names (without port). A web page
+// that rebinds its own name to this address is refused with 421, since the browser still sends that name.
+func CheckHost(next http.Handler, names ...string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host := r.Host
+		if h, _, err := net.SplitHostPort(host); err == nil {
+			host = h
+		}
+		host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+		ok := strings.EqualFold(host, "localhost")
+		if _, err := netip.ParseAddr(host); err == nil {
+			ok = true
+		}
+		for _, n := range names {
+			ok = ok || strings.EqualFold(host, n)
+		}
+		if !ok {
+			http.Error(w, fmt.Sprintf("this server is not %q; use its IP address", host), http.StatusMisdirectedRequest)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// httpServer returns a server with every limit set.
+func httpServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           http.MaxBytesHandler(h, 1<<20),
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+	}
+}
+
+// serve runs srv on l until ctx ends, then closes both; requests in flight get stopTimeout.
+func serve(ctx context.Context, srv *http.Server, l net.Listener) error {
+	failed := make(chan error, 1)
+	go func() { failed <- srv.Serve(l) }()
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	if err := srv.Shutdown(stop); err != nil {
+		_ = srv.Close() // a request that outlives the grace is cut; Serve's error says the rest
+	}
+	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
