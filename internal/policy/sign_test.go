@@ -1,0 +1,124 @@
+package policy
+
+import (
+	"crypto"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"math/big"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyway/internal/identity"
+)
+
+// authority is a root that issues one leaf.
+type authority struct {
+	root *x509.Certificate
+	key  crypto.Signer
+}
+
+func newAuthority(t *testing.T) *authority {
+	t.Helper()
+	key, err := identity.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &authority{root, key}
+}
+
+func (a *authority) signer(t *testing.T, n identity.Node) *Signer {
+	t.Helper()
+	key, err := identity.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(2), URIs: []*url.URL{n.URI()}, KeyUsage: x509.KeyUsageDigitalSignature,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.root, key.Public(), a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &Signer{Key: key, Chain: []*x509.Certificate{leaf}}
+}
+
+func (a *authority) trust() *identity.Trust {
+	return &identity.Trust{Roots: []*x509.Certificate{a.root}, Pins: []identity.KeyHash{identity.CertificateKeyHash(a.root)}}
+}
+
+func TestDocumentsAreBoundToSignerTypeAndAudience(t *testing.T) {
+	ca, foreign := newAuthority(t), newAuthority(t)
+	policyKey := identity.Node{Org: "acme", Kind: identity.Policy, ID: "p-1"}
+	gw := identity.Node{Org: "acme", Kind: identity.Gateway, ID: "g-one"}
+	s := &Snapshot{Org: "acme", Audience: gw, Version: 7}
+	good, err := ca.signer(t, policyKey).SignSnapshot(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := OpenSnapshot(good, ca.trust(), gw)
+	if err != nil || got.Version != 7 {
+		t.Fatalf("OpenSnapshot = %+v, %v", got, err)
+	}
+	sign := func(a *authority, n identity.Node, s *Snapshot) string {
+		t.Helper()
+		jws, err := a.signer(t, n).SignSnapshot(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return jws
+	}
+	grant, err := ca.signer(t, policyKey).SignGrant(&Grant{Org: "acme", Node: gw})
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts := strings.Split(good, ".")
+	otherParts := strings.Split(sign(ca, policyKey, &Snapshot{Org: "acme", Audience: gw, Version: 8}), ".")
+	other := identity.Node{Org: "acme", Kind: identity.Gateway, ID: "g-other"}
+	for name, c := range map[string]struct {
+		jws      string
+		audience identity.Node
+		says     string
+	}{
+		"foreign root":        {sign(foreign, policyKey, s), gw, "signer"},
+		"signed by a gateway": {sign(ca, gw, s), gw, "want the policy key"},
+		"policy of other org": {sign(ca, identity.Node{Org: "evil", Kind: identity.Policy, ID: "p-1"}, s), gw, "want the policy key"},
+		"another audience":    {good, other, "snapshot is for"},
+		"a grant":             {grant, gw, "document of type"},
+		"payload swapped":     {parts[0] + "." + otherParts[1] + "." + parts[2], gw, "signature"},
+		"garbage":             {"a.b.c", gw, "parse"},
+	} {
+		if _, err := OpenSnapshot(c.jws, ca.trust(), c.audience); err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v, want an error that says %q", name, err, c.says)
+		}
+	}
+}
+
+func FuzzOpenSnapshot(f *testing.F) {
+	f.Add("eyJhbGciOiJFUzI1NiJ9.e30.AA")
+	f.Add("")
+	f.Fuzz(func(t *testing.T, s string) {
+		if _, err := OpenSnapshot(s, &identity.Trust{}, identity.Node{Org: "acme", Kind: identity.Gateway, ID: "g"}); err == nil {
+			t.Fatal("opened a snapshot without trusting anybody")
+		}
+	})
+}
