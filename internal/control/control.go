@@ -228,8 +228,10 @@ type GatewayRef struct {
 	Name    string        `json:"name"`
 	FQDN    string        `json:"fqdn"` // <name>.<org>.sallyway.internal
 	Virtual []netip.Addr  `json:"virtual"`
-	Relays  []RelayRef    `json:"relays"`
-	Grant   string        `json:"grant"` // signed, see policy.OpenGrant
+	// Relays are where the gateway holds legs. In a gateway's own Dialling the user names are of kind site: what it dials with
+	// is another allocation than the one it serves on.
+	Relays []RelayRef `json:"relays"`
+	Grant  string     `json:"grant"` // signed, see policy.OpenGrant
 }
 
 // ReachableResource is a resource that some policy allows the node.

@@ -136,7 +136,7 @@ var (
 )
 
 // MayConnect reports whether the pair may talk through a relay: client to gateway, site to gateway, platform to gateway, in one
-// organization, whichever of the two asks. A gateway's own allocation serves it as site, too: gateway to gateway is allowed.
+// organization, whichever of the two asks. A gateway that dials another has a second allocation for that, of kind site.
 func MayConnect(a, b identity.Node) bool {
 	if a.Org != b.Org || a == b {
 		return false
@@ -148,7 +148,7 @@ func MayConnect(a, b identity.Node) bool {
 		return false
 	}
 	switch b.Kind {
-	case identity.Client, identity.Site, identity.Platform, identity.Gateway:
+	case identity.Client, identity.Site, identity.Platform:
 		return true
 	}
 	return false
