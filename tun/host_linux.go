@@ -1,0 +1,189 @@
+package tun
+
+import (
+	"bufio"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	sshPort = 22
+
+	// tcpEstablished is TCP_ESTABLISHED in the state column of /proc/net/tcp.
+	tcpEstablished = "01"
+)
+
+// resolvConfs are where the host's resolvers are named; the others are what stands behind a stub in the first.
+var resolvConfs = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf", "/run/NetworkManager/no-stub-resolv.conf"}
+
+// Hazards returns what the host must not lose by a route into the device. Protected is empty.
+func (d *Device) Hazards() (Hazards, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.hazardsLocked()
+}
+
+func (d *Device) hazardsLocked() (Hazards, error) {
+	h := Hazards{Resolvers: d.resolvers(), Logins: logins(os.Getenv("SSH_CONNECTION"))}
+	links, err := d.nl.LinkList()
+	if err != nil {
+		return h, fmt.Errorf("list interfaces: %w", err)
+	}
+	names := map[int]string{}
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	addrs, err := d.nl.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return h, fmt.Errorf("list addresses: %w", err)
+	}
+	for _, a := range addrs {
+		n := a.IPNet
+		if a.Peer != nil {
+			n = a.Peer
+		}
+		if p, ok := prefixFromIPNet(n); ok && a.LinkIndex != d.Index() {
+			h.Connected = append(h.Connected, Subnet{p.Masked(), names[a.LinkIndex]})
+		}
+	}
+	routes, err := d.nl.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return h, fmt.Errorf("list routes: %w", err)
+	}
+	for _, r := range routes {
+		if r.LinkIndex == d.Index() || r.Type != unix.RTN_UNICAST && r.Type != 0 {
+			continue
+		}
+		p, ok := prefixFromIPNet(r.Dst)
+		switch {
+		case r.Dst == nil || ok && p.Bits() == 0:
+			h.Gateways = appendIP(h.Gateways, r.Gw)
+			if v, ok := r.Via.(*netlink.Via); ok {
+				h.Gateways = appendIP(h.Gateways, v.Addr)
+			}
+			for _, n := range r.MultiPath {
+				h.Gateways = appendIP(h.Gateways, n.Gw)
+			}
+		case ok && r.Gw == nil && len(r.MultiPath) == 0 && r.Protocol == unix.RTPROT_KERNEL && r.Table == unix.RT_TABLE_MAIN:
+			// A subnet that an address stands for without being in it, as DHCP clients with noprefixroute set up.
+			s := Subnet{p.Masked(), names[r.LinkIndex]}
+			if !slices.Contains(h.Connected, s) {
+				h.Connected = append(h.Connected, s)
+			}
+		}
+	}
+	return h, nil
+}
+
+func appendIP(as []netip.Addr, ip []byte) []netip.Addr {
+	if a, ok := netip.AddrFromSlice(ip); ok && !a.IsUnspecified() {
+		as = append(as, a.Unmap())
+	}
+	return as
+}
+
+// resolvers are the DNS servers of the host, without those on the device itself and on loopback.
+func (d *Device) resolvers() []netip.Addr {
+	var as []netip.Addr
+	for _, path := range resolvConfs {
+		f, err := os.Open(path)
+		if err != nil {
+			continue // a host without resolvers has none to lose
+		}
+		for _, a := range nameservers(f) {
+			own := a.IsLoopback() || slices.ContainsFunc(d.addr, func(p netip.Prefix) bool { return p.Addr() == a })
+			if !own && !slices.Contains(as, a) {
+				as = append(as, a)
+			}
+		}
+		f.Close()
+	}
+	return as
+}
+
+// nameservers returns the addresses of the nameserver lines of a resolv.conf(5).
+func nameservers(r io.Reader) []netip.Addr {
+	var as []netip.Addr
+	sc := bufio.NewScanner(r)
+	for sc.Scan() {
+		f := strings.Fields(sc.Text())
+		if len(f) < 2 || f[0] != "nameserver" {
+			continue
+		}
+		if a, err := netip.ParseAddr(f[1]); err == nil {
+			as = append(as, a.Unmap().WithZone(""))
+		}
+	}
+	return as
+}
+
+// logins are the peers of ssh logins to this host: of the shell that we were started from, and of every established
+// connection to its port 22.
+func logins(sshConnection string) []netip.Addr {
+	var as []netip.Addr
+	if f := strings.Fields(sshConnection); len(f) == 4 {
+		if a, err := netip.ParseAddr(f[0]); err == nil {
+			as = append(as, a.Unmap().WithZone(""))
+		}
+	}
+	for _, path := range []string{"/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"} {
+		f, err := os.Open(path)
+		if err != nil {
+			continue
+		}
+		for _, a := range sshPeers(f) {
+			if !slices.Contains(as, a) {
+				as = append(as, a)
+			}
+		}
+		f.Close()
+	}
+	return slices.DeleteFunc(as, netip.Addr.IsLoopback)
+}
+
+// sshPeers returns the remote addresses of the established connections to local port 22 in a /proc/net/tcp or tcp6.
+func sshPeers(r io.Reader) []netip.Addr {
+	var as []netip.Addr
+	sc := bufio.NewScanner(r)
+	for sc.Scan() {
+		// "  0: 0100007F:0016 0200007F:C350 01 …": slot, local, remote, state.
+		f := strings.Fields(sc.Text())
+		if len(f) < 4 || f[3] != tcpEstablished {
+			continue
+		}
+		local, ok1 := procAddrPort(f[1])
+		remote, ok2 := procAddrPort(f[2])
+		if ok1 && ok2 && local.Port() == sshPort {
+			as = append(as, remote.Addr().Unmap())
+		}
+	}
+	return as
+}
+
+// procAddrPort reads an address of /proc/net/tcp: 32-bit words in host byte order as hex, a colon, the port as hex.
+func procAddrPort(s string) (netip.AddrPort, bool) {
+	host, port, ok := strings.Cut(s, ":")
+	b, err := hex.DecodeString(host)
+	if !ok || err != nil || len(b) != 4 && len(b) != 16 {
+		return netip.AddrPort{}, false
+	}
+	if littleEndian {
+		for i := 0; i < len(b); i += 4 {
+			slices.Reverse(b[i : i+4])
+		}
+	}
+	p, err := hex.DecodeString(port)
+	if err != nil || len(p) != 2 {
+		return netip.AddrPort{}, false
+	}
+	a, ok := netip.AddrFromSlice(b)
+	return netip.AddrPortFrom(a, uint16(p[0])<<8|uint16(p[1])), ok
+}
