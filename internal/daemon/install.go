@@ -20,7 +20,8 @@ import (
 // installer writes and removes a daemon's unit and what belongs to it.
 type installer struct {
 	spec   Spec
-	root   string // everything is written below this folder; "" is the system itself, with systemctl
+	root   string // everything is written below this folder; "" is the system itself
+	live   bool   // the folder is the system's: use systemctl
 	out    io.Writer
 	exe    string                                          // the running program
 	system func(ctx context.Context, args ...string) error // systemctl
@@ -31,7 +32,7 @@ func newInstaller(spec Spec, root string, out io.Writer) (*installer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the running program: %w", err)
 	}
-	return &installer{spec: spec, root: root, out: out, exe: exe, system: systemctl}, nil
+	return &installer{spec: spec, root: root, live: root == "", out: out, exe: exe, system: systemctl}, nil
 }
 
 func systemctl(ctx context.Context, args ...string) error {
@@ -111,17 +112,17 @@ func (in *installer) install(ctx context.Context, token Secret, args []string, s
 			return err
 		}
 	}
-	if in.root != "" {
+	if !in.live {
 		return nil
 	}
 	if err := in.system(ctx, "daemon-reload"); err != nil {
 		return err
 	}
-	if !start {
-		return in.system(ctx, "enable", in.spec.unitName())
-	}
 	if err := in.system(ctx, "enable", in.spec.unitName()); err != nil {
 		return err
+	}
+	if !start {
+		return nil
 	}
 	// restart, since a repeated install may bring a new binary or token to a unit that runs
 	if err := in.system(ctx, "restart", in.spec.unitName()); err != nil {
@@ -134,7 +135,7 @@ func (in *installer) install(ctx context.Context, token Secret, args []string, s
 // place returns a path of the program that nobody but root can change, since a unit that runs a file in a user's
 // folder hands that user the daemon. A program that lies elsewhere is copied to /usr/local/bin.
 func (in *installer) place() (string, error) {
-	if in.root == "" && rootOwned(in.exe) {
+	if in.live && rootOwned(in.exe) {
 		return in.exe, nil
 	}
 	target := in.at(in.exePath())
@@ -174,7 +175,7 @@ func rootOwned(path string) bool {
 // uninstall stops the unit and removes what install wrote. The state and the configuration stay, unless purge is set.
 func (in *installer) uninstall(ctx context.Context, purge bool) error {
 	_, err := os.Stat(in.at(in.unitPath()))
-	if in.root == "" && err == nil {
+	if in.live && err == nil {
 		if err := in.system(ctx, "disable", "--now", in.spec.unitName()); err != nil {
 			return err
 		}
@@ -194,7 +195,7 @@ func (in *installer) uninstall(ctx context.Context, purge bool) error {
 		}
 		fmt.Fprintln(in.out, "removed", in.at(p))
 	}
-	if in.root == "" {
+	if in.live {
 		if err := in.system(ctx, "daemon-reload"); err != nil {
 			return err
 		}
