@@ -1,0 +1,32 @@
+package udpio
+
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+
+	"sallyway/internal/datagram"
+)
+
+func (s *Sender) write(b []byte, segment int, ecn datagram.ECN) error {
+	s.b, s.oob, s.err = b, s.c.control(s.space[:0], segment, ecn, Peer{}), nil
+	err := s.c.raw.Write(s.do)
+	s.b = nil
+	if err != nil {
+		return err
+	}
+	return s.err
+}
+
+// try makes the system call. It always says that it is done, so that the runtime never waits for the socket to become writable.
+func (s *Sender) try(fd uintptr) bool {
+	for {
+		_, s.err = unix.SendmsgN(int(fd), s.b, s.oob, nil, unix.MSG_DONTWAIT)
+		if s.err != unix.EINTR {
+			return true
+		}
+	}
+}
+
+// Full reports whether err says that the socket's buffer or the device's queue has no room.
+func Full(err error) bool { return errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.ENOBUFS) }
