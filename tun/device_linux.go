@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"github.com/vishvananda/netlink"
@@ -191,6 +192,9 @@ func (d *Device) Read(p []byte) (int, error) {
 	}
 	return n, nil
 }
+
+// SetReadDeadline ends a waiting Read at t with os.ErrDeadlineExceeded; the zero time takes that back.
+func (d *Device) SetReadDeadline(t time.Time) error { return d.file.SetReadDeadline(t) }
 
 // WriteParts hands the host one packet, after its header, in parts whose bytes follow each other; it keeps none of them.
 // A packet that the kernel has no room for is lost, with ENOBUFS or EAGAIN. After Close the error is net.ErrClosed.
