@@ -1,0 +1,460 @@
+// Package legs keeps a node's legs up: one on every relay that is wanted, dialled again when lost, over UDP where that works and
+// over TLS where it does not.
+//
+//	k := legs.New(legs.Config{Logger: log, OnRendezvous: serve})
+//	k.Want("serving", config.Gateway.Relays)
+//	go k.Run(ctx)
+//	l, err := k.Leg(ctx, relay)        // waits until it is up
+//
+// A lost leg is dialled again at once and then every RetryInterval, give or take a tenth, for as long as it is wanted. A leg that had to
+// fall back to TLS is tried over UDP again every UpgradeInterval and replaced when that works, the new one first.
+package legs
+
+import (
+	"cmp"
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"sallyway/internal/control"
+	"sallyway/internal/identity"
+	"sallyway/relay/leg"
+)
+
+// Timing of attempts.
+const (
+	// RetryInterval is from the start of one attempt at a relay to the start of the next, before jitter.
+	RetryInterval = 5 * time.Second
+	// AttemptTimeout bounds one attempt, so that it is over when the next is due.
+	AttemptTimeout = 4 * time.Second
+	// TLSStagger is how long UDP has the field to itself before TLS is tried beside it.
+	TLSStagger = 1500 * time.Millisecond
+	// UpgradeInterval is how often a leg over TLS looks whether UDP works by now.
+	UpgradeInterval = 30 * time.Second
+)
+
+// Config of a Keeper.
+type Config struct {
+	Logger *slog.Logger
+	// OnRendezvous takes the channels of peers that ask for this node; nil for nodes that only ask.
+	OnRendezvous func(relay identity.Node, peer identity.Node, ch *leg.Channel)
+	// OnUp and OnDown are told of every leg, from the goroutine of its relay; they must not block. Either may be nil.
+	OnUp   func(relay identity.Node, l *leg.Leg)
+	OnDown func(relay identity.Node, err error)
+	// Control is called on every socket (see net.Dialer.Control).
+	Control func(network, address string, c syscall.RawConn) error
+	// Transports are those to try, in order of preference; nil is UDP, then TLS.
+	Transports []leg.Transport
+	// Resolver finds relays' addresses; nil is the system's.
+	Resolver *net.Resolver
+	Metrics  *leg.Metrics
+}
+
+// Keeper holds the legs. Its methods may be called concurrently.
+type Keeper struct {
+	cfg  Config
+	wake chan struct{} // 1 place: the set of wanted relays changed
+
+	mu     sync.Mutex
+	wanted map[string][]control.RelayRef // by who wants them
+	relays map[identity.Node]*relay
+}
+
+// relay is the state of one wanted relay; the fields below mu belong to it.
+type relay struct {
+	k      *Keeper
+	cancel context.CancelFunc
+
+	mu      sync.Mutex
+	ref     control.RelayRef
+	current *leg.Leg
+	changed chan struct{} // closed and replaced when current changes
+	lastErr error
+	since   time.Time
+	tries   int
+}
+
+// Status is what is known of one relay's leg.
+type Status struct {
+	Relay     identity.Node  `json:"relay"`
+	Name      string         `json:"name"`
+	Host      string         `json:"host"`
+	Up        bool           `json:"up"`
+	Transport leg.Transport  `json:"transport,omitempty"`
+	Since     time.Time      `json:"since,omitzero"`
+	Reflexive netip.AddrPort `json:"reflexive,omitzero"`
+	Relayed   netip.AddrPort `json:"relayed,omitzero"`
+	Stats     *leg.Stats     `json:"stats,omitempty"`
+	Tries     int            `json:"tries,omitempty"`
+	Error     string         `json:"error,omitempty"`
+}
+
+// New returns a keeper of no legs.
+func New(cfg Config) *Keeper {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if len(cfg.Transports) == 0 {
+		cfg.Transports = []leg.Transport{leg.UDP, leg.TLS}
+	}
+	if cfg.Resolver == nil {
+		cfg.Resolver = net.DefaultResolver
+	}
+	return &Keeper{cfg: cfg, wake: make(chan struct{}, 1), wanted: map[string][]control.RelayRef{}, relays: map[identity.Node]*relay{}}
+}
+
+// Want says which relays who wants legs on, in place of what who wanted before; an empty list is none. Legs that nobody wants any more
+// are closed. A reference replaces an older one to the same relay, so fresh credentials take effect at the next refresh.
+func (k *Keeper) Want(who string, refs []control.RelayRef) {
+	k.mu.Lock()
+	if len(refs) == 0 {
+		delete(k.wanted, who)
+	} else {
+		k.wanted[who] = slices.Clone(refs)
+	}
+	k.mu.Unlock()
+	select {
+	case k.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run keeps the legs until ctx ends, then closes them and returns.
+func (k *Keeper) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for {
+		k.reconcile(ctx, g)
+		select {
+		case <-k.wake:
+		case <-ctx.Done():
+			return g.Wait()
+		}
+	}
+}
+
+// reconcile starts what is newly wanted and stops what is not wanted any more.
+func (k *Keeper) reconcile(ctx context.Context, g *errgroup.Group) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	want := map[identity.Node]control.RelayRef{}
+	for _, refs := range k.wanted {
+		for _, ref := range refs {
+			want[ref.Node] = ref
+		}
+	}
+	for n, r := range k.relays {
+		if _, ok := want[n]; !ok {
+			r.cancel()
+			delete(k.relays, n)
+		}
+	}
+	for n, ref := range want {
+		if r := k.relays[n]; r != nil {
+			r.mu.Lock()
+			r.ref = ref
+			r.mu.Unlock()
+			continue
+		}
+		rctx, cancel := context.WithCancel(ctx)
+		r := &relay{k: k, cancel: cancel, ref: ref, changed: make(chan struct{})}
+		k.relays[n] = r
+		g.Go(func() error {
+			r.keep(rctx)
+			return nil
+		})
+	}
+}
+
+// ErrUnwanted says that no leg on the relay is being kept.
+var ErrUnwanted = errors.New("no leg is kept on this relay")
+
+// Leg returns the live leg on a wanted relay, waiting for it until ctx ends. The error then names why the relay is not reached.
+func (k *Keeper) Leg(ctx context.Context, n identity.Node) (*leg.Leg, error) {
+	for {
+		k.mu.Lock()
+		r := k.relays[n]
+		pending := r == nil && k.isWantedLocked(n)
+		k.mu.Unlock()
+		if r == nil && !pending {
+			return nil, ErrUnwanted
+		}
+		changed := time.After(10 * time.Millisecond) // only until Run takes up what was just wanted
+		var wait <-chan struct{}
+		if r != nil {
+			r.mu.Lock()
+			l, err := r.current, r.lastErr
+			wait = r.changed
+			r.mu.Unlock()
+			if l != nil {
+				return l, nil
+			}
+			select {
+			case <-wait:
+			case <-ctx.Done():
+				return nil, errors.Join(err, context.Cause(ctx))
+			}
+			continue
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+func (k *Keeper) isWantedLocked(n identity.Node) bool {
+	for _, refs := range k.wanted {
+		for _, ref := range refs {
+			if ref.Node == n {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// Status lists the wanted relays, by name.
+func (k *Keeper) Status() []Status {
+	k.mu.Lock()
+	rs := make([]*relay, 0, len(k.relays))
+	for _, r := range k.relays {
+		rs = append(rs, r)
+	}
+	k.mu.Unlock()
+	out := make([]Status, 0, len(rs))
+	for _, r := range rs {
+		out = append(out, r.status())
+	}
+	slices.SortFunc(out, func(a, b Status) int { return cmp.Compare(a.Name, b.Name) })
+	return out
+}
+
+func (r *relay) status() Status {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := Status{Relay: r.ref.Node, Name: r.ref.Name, Host: r.ref.Host, Up: r.current != nil, Since: r.since, Tries: r.tries}
+	if r.lastErr != nil {
+		s.Error = r.lastErr.Error()
+	}
+	if l := r.current; l != nil {
+		st := l.Stats()
+		s.Transport, s.Reflexive, s.Relayed, s.Stats = l.Transport(), l.ReflexiveAddr(), l.RelayedAddr(), &st
+	}
+	return s
+}
+
+// keep holds one leg up until ctx ends.
+func (r *relay) keep(ctx context.Context) {
+	log := r.k.cfg.Logger.With("relay", r.ref.Name)
+	for ctx.Err() == nil {
+		started := time.Now()
+		r.mu.Lock()
+		r.tries++
+		try := r.tries
+		r.mu.Unlock()
+		log.Info("dialling relay", "try", try)
+		l, err := r.dial(ctx, r.k.cfg.Transports)
+		if err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			r.set(nil, err)
+			log.Warn("relay not reached", "err", err, "retry_every", RetryInterval)
+			if !sleep(ctx, time.Until(started.Add(jitter(RetryInterval)))) {
+				return
+			}
+			continue
+		}
+		log.Info("leg up", "transport", l.Transport(), "reflexive", l.ReflexiveAddr(), "relayed", l.RelayedAddr())
+		err = r.hold(ctx, l, log)
+		if ctx.Err() != nil {
+			return
+		}
+		log.Warn("leg lost", "err", err)
+		if r.k.cfg.OnDown != nil {
+			r.k.cfg.OnDown(r.ref.Node, err)
+		}
+		// A relay that takes a leg and loses it at once must not be dialled in a tight loop.
+		if time.Since(started) < time.Second && !sleep(ctx, jitter(RetryInterval)) {
+			return
+		}
+	}
+}
+
+// hold serves a leg until it is lost, replaced by none, or ctx ends. It closes what it held.
+func (r *relay) hold(ctx context.Context, l *leg.Leg, log *slog.Logger) error {
+	r.set(l, nil)
+	if r.k.cfg.OnUp != nil {
+		r.k.cfg.OnUp(r.ref.Node, l)
+	}
+	upgrade := time.NewTicker(UpgradeInterval)
+	defer upgrade.Stop()
+	draining := l.Draining()
+	for {
+		select {
+		case <-ctx.Done():
+			r.set(nil, nil)
+			_ = l.Close() // only ever reports what Done told
+			return ctx.Err()
+		case <-l.Done():
+			err := l.Err()
+			r.set(nil, err)
+			_ = l.Close()
+			return err
+		case <-draining:
+			draining = nil
+			log.Info("relay is draining")
+			if r.k.cfg.OnDown != nil {
+				r.k.cfg.OnDown(r.ref.Node, errors.New("the relay is draining"))
+			}
+		case <-upgrade.C:
+			if l.Transport() == r.k.cfg.Transports[0] {
+				continue
+			}
+			better, err := r.dial(ctx, r.k.cfg.Transports[:1])
+			if err != nil {
+				continue
+			}
+			log.Info("leg moved up", "from", l.Transport(), "to", better.Transport())
+			old := l
+			l = better
+			draining = l.Draining()
+			r.set(l, nil)
+			if r.k.cfg.OnUp != nil {
+				r.k.cfg.OnUp(r.ref.Node, l)
+			}
+			_ = old.Close()
+		}
+	}
+}
+
+func (r *relay) set(l *leg.Leg, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.current, r.lastErr, r.since = l, err, time.Now()
+	if l != nil {
+		r.tries = 0
+	}
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
+// dial makes one attempt: the transports race, each with a stagger behind the one before. The first leg wins.
+func (r *relay) dial(ctx context.Context, transports []leg.Transport) (*leg.Leg, error) {
+	ctx, cancel := context.WithTimeout(ctx, AttemptTimeout)
+	defer cancel()
+	r.mu.Lock()
+	ref := r.ref
+	r.mu.Unlock()
+	addrs, err := r.resolve(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	roots, err := identity.DecodeCertificates([]byte(ref.Roots))
+	if err != nil {
+		return nil, fmt.Errorf("roots of relay %s: %w", ref.Name, err)
+	}
+	trust := &identity.Trust{Roots: roots, Pins: ref.Pins}
+	type result struct {
+		l   *leg.Leg
+		err error
+	}
+	results := make(chan result, len(transports))
+	for i, t := range transports {
+		go func() {
+			if i > 0 && !sleep(ctx, time.Duration(i)*TLSStagger) {
+				results <- result{nil, nil}
+				return
+			}
+			l, err := leg.Dial(ctx, leg.Config{
+				Relay: ref.Node, Addrs: addrs, Transport: t, Control: r.k.cfg.Control, Logger: r.k.cfg.Logger, Metrics: r.k.cfg.Metrics,
+				Verify: func(chain []*x509.Certificate) error {
+					_, err := trust.Verify(chain, x509.ExtKeyUsageServerAuth)
+					return err
+				},
+				Credentials: func() (string, string) {
+					r.mu.Lock()
+					defer r.mu.Unlock()
+					return r.ref.Username, r.ref.Password
+				},
+				OnRendezvous: r.onRendezvous(),
+			})
+			if err != nil {
+				err = fmt.Errorf("%s over %s: %w", ref.Name, t, err)
+			}
+			results <- result{l, err}
+		}()
+	}
+	var won *leg.Leg
+	var errs []error
+	for range transports {
+		res := <-results
+		switch {
+		case res.l != nil && won == nil:
+			won = res.l
+			cancel() // the others give up
+		case res.l != nil:
+			_ = res.l.Close()
+		case res.err != nil:
+			errs = append(errs, res.err)
+		}
+	}
+	if won != nil {
+		return won, nil
+	}
+	return nil, errors.Join(errs...)
+}
+
+func (r *relay) onRendezvous() func(identity.Node, netip.AddrPort, *leg.Channel) {
+	if r.k.cfg.OnRendezvous == nil {
+		return nil
+	}
+	n := r.ref.Node
+	return func(peer identity.Node, _ netip.AddrPort, ch *leg.Channel) { r.k.cfg.OnRendezvous(n, peer, ch) }
+}
+
+// resolve finds the relay's addresses, IPv4 first.
+func (r *relay) resolve(ctx context.Context, ref control.RelayRef) ([]netip.AddrPort, error) {
+	if a, err := netip.ParseAddr(ref.Host); err == nil {
+		return []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), ref.Port)}, nil
+	}
+	addrs, err := r.k.cfg.Resolver.LookupNetIP(ctx, "ip", ref.Host)
+	if err != nil {
+		return nil, fmt.Errorf("address of relay %s: %w", ref.Name, err)
+	}
+	slices.SortStableFunc(addrs, func(a, b netip.Addr) int { return a.Unmap().BitLen() - b.Unmap().BitLen() })
+	out := make([]netip.AddrPort, len(addrs))
+	for i, a := range addrs {
+		out[i] = netip.AddrPortFrom(a.Unmap(), ref.Port)
+	}
+	return out, nil
+}
+
+// jitter is d give or take a tenth.
+func jitter(d time.Duration) time.Duration {
+	return d - d/10 + rand.N(d/5)
+}
+
+// sleep waits and reports whether ctx is still alive.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
