@@ -1,0 +1,112 @@
+# Sallyway. `make help` lists the targets.
+#
+# Everything is built as the user who calls make, under "sudo make" too. Root is taken only for what needs it, through
+# sudo where make does not run as root already.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS   += --no-print-directory
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+
+# The tools of `make check`. Their modules are not ours: `go run` builds them apart from go.mod.
+GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOLANGCI    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+
+# Looked up when a recipe needs it, so that `make help` and `make clean` work without Go.
+find_go    = go=$$(build/find-go.sh)
+AS_CALLER := build/as-caller.sh
+AS_ROOT   := build/as-root.sh
+
+DAEMONS := gatewayd relayd platformd sallyway
+# Commands that are built besides: the lab behind `make demo` and what is below bench/.
+MAINS = $(addprefix ./,$(sort $(dir $(wildcard cmd/*/*.go bench/cmd/*/*.go internal/lab/cmd/*/*.go))))
+
+# Tests that may be skipped in CI, as a regular expression of package.Test: none.
+ALLOW_SKIP :=
+# Unit packages, without the end-to-end suite.
+UNIT = $$($(AS_CALLER) "$$go" list ./... | grep -v '^sallyway/e2e\(/\|$$\)')
+# As root the tests run as they are; else they are compiled as the caller, and each test binary runs through sudo.
+TEST_EXEC = $(if $(filter 0,$(shell id -u)),,-exec "$(CURDIR)/$(AS_ROOT)")
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test unit e2e check layering lint bench bench-quick install dist clean help prerequisites
+
+build: ## build the programs into bin/ (the default)
+	@$(find_go)
+	commit=$$($(AS_CALLER) git rev-parse --short=12 HEAD 2>/dev/null || true)
+	if [ -n "$$commit" ] && ! $(AS_CALLER) git diff --quiet HEAD 2>/dev/null; then commit=$$commit-dirty; fi
+	version=$$($(AS_CALLER) git describe --tags --match 'v[0-9]*' 2>/dev/null || true)
+	$(AS_CALLER) mkdir -p bin
+	CGO_ENABLED=0 $(AS_CALLER) "$$go" build -trimpath -buildvcs=false \
+		-ldflags "-s -w -X sallyway/internal/version.Version=$$version -X sallyway/internal/version.Commit=$$commit" \
+		-o bin/ $(MAINS)
+	ls bin
+
+demo: build ## lay out client, relays, gateway and a private host on this machine and show them work (root by sudo)
+	@$(AS_ROOT) bin/labctl demo
+
+test: prerequisites build ## run every test: unit tests with -race, then the end-to-end suite on the built programs
+	@$(MAKE) unit
+	$(MAKE) e2e
+
+unit: ## run the unit tests alone
+	@$(find_go)
+	$(AS_CALLER) "$$go" build -o bin/testreport ./build/testreport
+	packages=$(UNIT)
+	CGO_ENABLED=1 "$$go" test -json -race -shuffle=on -vet=off -timeout 15m $(TEST_EXEC) $$packages | bin/testreport -allow-skip '$(ALLOW_SKIP)'
+
+e2e: build ## run the end-to-end suite alone (root by sudo)
+	@$(find_go)
+	$(AS_CALLER) "$$go" build -o bin/testreport ./build/testreport
+	SALLYWAY_BIN="$(CURDIR)/bin" "$$go" test -json -count=1 -vet=off -timeout 30m $(TEST_EXEC) ./e2e/... | bin/testreport -allow-skip '$(ALLOW_SKIP)'
+
+prerequisites: ## install the Debian packages that the tests use (root by sudo)
+	@build/prerequisites.sh
+
+check: layering ## format, vet, linters, go.mod, layering: what CI runs before the tests
+	@$(find_go)
+	bad=$$($(AS_CALLER) "$$go" run $(GOFUMPT) -l .)
+	if [ -n "$$bad" ]; then echo "not formatted (gofumpt -w):"; echo "$$bad"; exit 1; fi
+	$(AS_CALLER) "$$go" vet ./...
+	$(AS_CALLER) "$$go" run $(STATICCHECK) ./...
+	$(AS_CALLER) "$$go" run $(GOLANGCI) run
+	$(AS_CALLER) "$$go" mod tidy -diff
+	echo "check: ok"
+
+layering: ## hold the imports against the table in layering_test.go
+	@$(find_go)
+	$(AS_CALLER) "$$go" test -count=1 -vet=off .
+
+bench: build ## run the benchmarks; results go to bench/results (root by sudo)
+	@$(AS_ROOT) bin/bench
+
+bench-quick: build ## one short throughput run through the whole path, next to raw TCP (root by sudo)
+	@$(AS_ROOT) bin/bench -quick
+
+install: build ## install the programs into PREFIX/bin (DESTDIR is put before it)
+	@for p in $(DAEMONS); do
+		install -D -m 0755 "bin/$$p" "$(DESTDIR)$(PREFIX)/bin/$$p"
+		echo "$(DESTDIR)$(PREFIX)/bin/$$p"
+	done
+
+dist: build ## pack the programs, README, LICENSE and docs into dist/
+	@$(find_go)
+	version=$$($(AS_CALLER) git describe --tags --always --match 'v[0-9]*' 2>/dev/null || echo devel)
+	name=sallyway-$$version-$$("$$go" env GOOS)-$$("$$go" env GOARCH)
+	epoch=$$($(AS_CALLER) git log -1 --format=%ct 2>/dev/null || echo 0)
+	$(AS_CALLER) mkdir -p dist
+	$(AS_CALLER) tar --create --gzip --file "dist/$$name.tar.gz" --sort=name --owner=0 --group=0 --numeric-owner \
+		--mtime="@$$epoch" --transform "s,^bin/,," --transform "s,^,$$name/," \
+		$(addprefix bin/,$(DAEMONS)) README.md LICENSE docs
+	echo "dist/$$name.tar.gz"
+
+clean: ## remove bin/ and dist/
+	@rm -rf bin dist
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
+
+.ONESHELL:

@@ -1,0 +1,216 @@
+package sallyway_test
+
+import (
+	"fmt"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// module is the path that the imports of this repository begin with.
+const module = "sallyway"
+
+// layer says what the packages below a folder may not import from this repository. Changing this table is a design
+// change: say why in the commit. Tests are free: they put real servers of every role into one process.
+var layers = []struct {
+	folder string
+	never  []string // folders, with everything below them
+	except []string // folders below those that are allowed all the same
+}{
+	// Mechanisms know no role and no session.
+	{folder: "stun", never: roles},
+	{folder: "tun", never: roles},
+	{folder: "netstack", never: roles},
+	// The session joins legs and knows neither end's daemon nor any server.
+	{folder: "tunnel", never: []string{"gateway", "client", "platform", "relay", "bench", "cmd"}, except: relayContracts},
+	// Roles meet on the wire.
+	{folder: "gateway", never: []string{"client", "platform", "relay", "bench", "cmd"}, except: relayContracts},
+	{folder: "client", never: []string{"gateway", "platform", "relay", "bench", "cmd"}, except: relayContracts},
+	{folder: "relay", never: []string{"gateway", "client", "platform", "tunnel", "tun", "netstack", "bench", "cmd"}},
+	{folder: "platform", never: []string{"gateway", "client", "relay", "tun", "netstack", "bench", "cmd"}, except: relayContracts},
+	// The leg runs in gateways and clients: nothing of the relay's server comes with it.
+	{folder: "relay/leg", never: []string{"relay"}, except: relayContracts},
+	{folder: "relay/wire", never: []string{"relay"}, except: []string{"relay/wire"}},
+	{folder: "relay/udpio", never: []string{"relay"}, except: []string{"relay/udpio"}},
+	// The contracts and the daemons' shell stand below everything.
+	{folder: "internal/identity", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/policy", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/control", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/datagram", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/daemon", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/version", never: []string{""}},
+}
+
+var (
+	// roles are the packages above the mechanisms.
+	roles = []string{"gateway", "client", "relay", "platform", "tunnel", "bench", "cmd"}
+	// relayContracts are what the relay shares with those who talk to it: the leg, the wire format, batched UDP.
+	relayContracts = []string{"relay/leg", "relay/wire", "relay/udpio"}
+)
+
+// heavy are large dependencies and the folders whose packages may import them. One has one, two where the second is a
+// lab; more is a design change. Tests and bench (peers and baselines) are free.
+var heavy = map[string][]string{
+	"gvisor.dev/gvisor":                   {"netstack"},
+	"golang.zx2c4.com/wireguard":          {"tun"},
+	"github.com/vishvananda":              {"tun", "internal/lab"},
+	"github.com/quic-go/quic-go":          {"tunnel"},
+	"github.com/quic-go/connect-ip-go":    {"tunnel"},
+	"github.com/dunglas/httpsfv":          {"tunnel"},
+	"github.com/yosida95/uritemplate":     {"tunnel"},
+	"github.com/pion/turn":                {}, // tests and bench only: the standard peer and the baseline
+	"github.com/pion/dtls":                {"relay"},
+	"github.com/pion/stun":                {"stun", "relay"},
+	"modernc.org/sqlite":                  {"platform/store"},
+	"github.com/pressly/goose":            {"platform/store"},
+	"github.com/danielgtaylor/huma":       {"platform/api"},
+	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "platform"},
+	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway", "internal/lab"},
+	"github.com/coreos/go-systemd":        {"internal/daemon"},
+	"github.com/spf13":                    {"internal/daemon", "internal/admin", "internal/lab", "cmd", "gateway", "client", "relay", "platform"},
+	"go.yaml.in/yaml":                     {"internal/daemon", "gateway"},
+	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control"},
+}
+
+// file is one Go file and what it imports.
+type file struct {
+	path    string // slash-separated, from the root of the repository
+	imports []string
+}
+
+// below says whether a slash-separated path is folder or lies in it. The empty folder holds everything.
+func below(path, folder string) bool {
+	return folder == "" || path == folder || strings.HasPrefix(path, folder+"/")
+}
+
+// breaches returns what is wrong with a file, one line each.
+func breaches(f file) []string {
+	folder := filepath.ToSlash(filepath.Dir(f.path))
+	test := strings.HasSuffix(f.path, "_test.go")
+	if test {
+		return nil
+	}
+	free := below(folder, "bench") || below(folder, "e2e")
+	var found []string
+	for _, imp := range f.imports {
+		if inside, ok := strings.CutPrefix(imp, module+"/"); ok {
+			for _, l := range layers {
+				if below(folder, l.folder) && contains(l.never, inside) && !contains(l.except, inside) && !below(inside, l.folder) {
+					found = append(found, fmt.Sprintf("%s: %s never imports %s", f.path, l.folder, imp))
+				}
+			}
+			if below(inside, "cmd") {
+				found = append(found, fmt.Sprintf("%s: nothing imports a command (%s)", f.path, imp))
+			}
+			continue
+		}
+		for dependency, importers := range heavy {
+			if below(imp, dependency) && !contains(importers, folder) && !free {
+				found = append(found, fmt.Sprintf("%s: %s is imported by %q alone", f.path, dependency, importers))
+			}
+		}
+	}
+	return found
+}
+
+// contains says whether path lies in one of folders.
+func contains(folders []string, path string) bool {
+	return slices.ContainsFunc(folders, func(f string) bool { return below(path, f) })
+}
+
+// sources parses the import clauses of every Go file of the repository.
+func sources(t *testing.T) []file {
+	t.Helper()
+	var files []file
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name := d.Name()
+		if d.IsDir() {
+			if path != "." && (strings.HasPrefix(name, ".") || strings.HasPrefix(name, "_") || name == "testdata" || name == "node_modules") {
+				return filepath.SkipDir
+			}
+			return nil
+		}
+		if filepath.Ext(name) != ".go" {
+			return nil
+		}
+		parsed, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)
+		if err != nil {
+			return err
+		}
+		f := file{path: filepath.ToSlash(path)}
+		for _, spec := range parsed.Imports {
+			imp, err := strconv.Unquote(spec.Path.Value)
+			if err != nil {
+				return fmt.Errorf("%s: %w", path, err)
+			}
+			f.imports = append(f.imports, imp)
+		}
+		files = append(files, f)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+func TestLayering(t *testing.T) {
+	files := sources(t)
+	if len(files) < 10 {
+		t.Fatalf("only %d files found: the test looks in the wrong place", len(files))
+	}
+	for _, f := range files {
+		for _, b := range breaches(f) {
+			t.Error(b)
+		}
+	}
+}
+
+// TestLayeringTable shows that the table says no, and to what.
+func TestLayeringTable(t *testing.T) {
+	for _, tc := range []struct {
+		path, imp string
+		bad       bool
+	}{
+		{"stun/stun.go", "sallyway/relay/leg", true},
+		{"stun/stun.go", "sallyway/internal/identity", false},
+		{"netstack/a.go", "sallyway/gateway", true},
+		{"gateway/a.go", "sallyway/relay", true},
+		{"gateway/sub/a.go", "sallyway/relay/admission", true},
+		{"gateway/a.go", "sallyway/relay/leg", false},
+		{"gateway/a.go", "sallyway/relay/legacy", true},
+		{"gateway/a.go", "sallyway/gateway/dns", false},
+		{"gateway/a.go", "sallyway/platform/api", true},
+		{"client/a.go", "sallyway/relay", true},
+		{"client/a_test.go", "sallyway/relay", false},
+		{"platform/a.go", "sallyway/client", true},
+		{"platform/a.go", "sallyway/tunnel", false},
+		{"relay/a.go", "sallyway/relay/wire", false},
+		{"relay/leg/a.go", "sallyway/relay", true},
+		{"relay/leg/a.go", "sallyway/relay/wire", false},
+		{"internal/version/a.go", "sallyway/internal/daemon", true},
+		{"internal/lab/a.go", "sallyway/cmd/gatewayd", true},
+		{"cmd/gatewayd/main.go", "sallyway/gateway", false},
+		{"netstack/a.go", "gvisor.dev/gvisor/pkg/tcpip", false},
+		{"tun/a.go", "gvisor.dev/gvisor/pkg/tcpip", true},
+		{"relay/a.go", "github.com/pion/turn/v5", true},
+		{"relay/a_test.go", "github.com/pion/turn/v5", false},
+		{"bench/a.go", "github.com/pion/turn/v5", false},
+		{"platform/api/a.go", "modernc.org/sqlite", true},
+		{"platform/store/a.go", "modernc.org/sqlite", false},
+		{"gateway/a.go", "github.com/quic-go/quic-go", true},
+		{"tunnel/a.go", "github.com/quic-go/quic-go/http3", false},
+	} {
+		if got := breaches(file{path: tc.path, imports: []string{tc.imp}}); (len(got) > 0) != tc.bad {
+			t.Errorf("%s importing %s: %q, want bad=%v", tc.path, tc.imp, got, tc.bad)
+		}
+	}
+}
