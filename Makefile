@@ -26,6 +26,8 @@ MAINS = $(addprefix ./,$(sort $(dir $(wildcard cmd/*/*.go bench/cmd/*/*.go inter
 
 # Tests that may be skipped in CI, as a regular expression of package.Test: none.
 ALLOW_SKIP :=
+# Makes one line per package of what the tests say, and an error of a skip in CI.
+REPORT = "$$go" run ./build/testreport -allow-skip '$(ALLOW_SKIP)'
 # Unit packages, without the end-to-end suite.
 UNIT = $$($(AS_CALLER) "$$go" list ./... | grep -v '^sallyway/e2e\(/\|$$\)')
 # As root the tests run as they are; else they are compiled as the caller, and each test binary runs through sudo.
@@ -54,14 +56,12 @@ test: prerequisites build ## run every test: unit tests with -race, then the end
 
 unit: ## run the unit tests alone
 	@$(find_go)
-	$(AS_CALLER) "$$go" build -o bin/testreport ./build/testreport
 	packages=$(UNIT)
-	CGO_ENABLED=1 "$$go" test -json -race -shuffle=on -vet=off -timeout 15m $(TEST_EXEC) $$packages | bin/testreport -allow-skip '$(ALLOW_SKIP)'
+	CGO_ENABLED=1 "$$go" test -json -race -shuffle=on -vet=off -timeout 15m $(TEST_EXEC) $$packages | $(REPORT)
 
 e2e: build ## run the end-to-end suite alone (root by sudo)
 	@$(find_go)
-	$(AS_CALLER) "$$go" build -o bin/testreport ./build/testreport
-	SALLYWAY_BIN="$(CURDIR)/bin" "$$go" test -json -count=1 -vet=off -timeout 30m $(TEST_EXEC) ./e2e/... | bin/testreport -allow-skip '$(ALLOW_SKIP)'
+	SALLYWAY_BIN="$(CURDIR)/bin" "$$go" test -json -count=1 -vet=off -timeout 30m $(TEST_EXEC) ./e2e/... | $(REPORT)
 
 prerequisites: ## install the Debian packages that the tests use (root by sudo)
 	@build/prerequisites.sh

@@ -68,6 +68,8 @@ func report(r io.Reader, w io.Writer, ci bool, allowed *regexp.Regexp) (bool, er
 		switch {
 		case e.Action == "output" && e.Test != "":
 			output[name] = append(output[name], e.Output)
+		case e.Action == "output" && strings.HasPrefix(e.Output, "-test.shuffle "):
+			output[name] = append(output[name], e.Output) // the seed, which only a failure needs
 		case e.Action == "output" && e.Output != "PASS\n" && !strings.HasPrefix(e.Output, "=== "):
 			fmt.Fprint(w, e.Output)
 		case e.Action == "build-output":

@@ -20,7 +20,8 @@ const (
 {"Action":"output","Package":"p","Test":"TestS","Output":"--- SKIP: TestS (0.00s)\n"}
 {"Action":"skip","Package":"p","Test":"TestS"}
 `
-	failing = `{"Action":"output","Package":"q","Test":"TestF","Output":"    f_test.go:1: wrong\n"}
+	failing = `{"Action":"output","Package":"q","Output":"-test.shuffle 34\n"}
+{"Action":"output","Package":"q","Test":"TestF","Output":"    f_test.go:1: wrong\n"}
 {"Action":"fail","Package":"q","Test":"TestF"}
 {"Action":"output","Package":"q","Output":"FAIL\tq\t0.1s\n"}
 {"Action":"fail","Package":"q"}
@@ -41,7 +42,9 @@ func TestReport(t *testing.T) {
 		want, not string
 	}{
 		{name: "passes", in: passing, ok: true, want: "ok  \tp\t0.1s\n", not: "chatter"},
+		{name: "passes without its seed", in: passing, ok: true, want: "ok", not: "shuffle"},
 		{name: "fails", in: passing + failing, want: "f_test.go:1: wrong"},
+		{name: "fails with its seed", in: passing + failing, want: "-test.shuffle 34", not: "-test.shuffle 12"},
 		{name: "does not build", in: passing + unbuilt, want: "q.go:1: syntax error\n"},
 		{name: "skip at home", in: passing + skipping, ok: true, want: "skipped: p.TestS: a_test.go:1: needs a moon"},
 		{name: "skip in CI", in: passing + skipping, ci: true, want: "SKIPPED"},

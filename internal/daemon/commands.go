@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -116,8 +118,8 @@ func HealthcheckCommand(spec Spec) *cobra.Command {
 				var r Readiness
 				if json.Unmarshal([]byte(answer.Text), &r) == nil {
 					text := "not ready"
-					for c, why := range r.Reasons {
-						text += "\n" + c + ": " + why
+					for _, c := range slices.Sorted(maps.Keys(r.Reasons)) {
+						text += "\n" + c + ": " + r.Reasons[c]
 					}
 					if l.json {
 						return errors.Join(printJSON(cmd.OutOrStdout(), r), Silent(ExitDegraded))

@@ -85,7 +85,9 @@ func report(name string, err error) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s: %s\n", name, lines[0])
 	for _, l := range lines[1:] {
-		fmt.Fprintf(&b, "  %s\n", strings.TrimSpace(l))
+		if l = strings.TrimSpace(l); l != "" {
+			fmt.Fprintf(&b, "  %s\n", l)
+		}
 	}
 	return b.String()
 }

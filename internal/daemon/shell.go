@@ -104,7 +104,8 @@ func Open(spec Spec, opts *Options, w io.Writer) (*Shell, error) {
 	return s, nil
 }
 
-// Handle adds a handler to the control socket, as http.ServeMux does. It is called before Run.
+// Handle adds a handler to the control socket, as http.ServeMux does. It is called before Run. A handler that answers
+// for longer than writeTimeout moves its deadline with http.ResponseController.
 func (s *Shell) Handle(pattern string, h http.Handler) { s.mux.Handle(pattern, h) }
 
 // MetricsAddr returns where metrics are served, nil when off.
