@@ -210,6 +210,14 @@ type RelayRef struct {
 type Gateway struct {
 	Snapshot string     `json:"snapshot"` // signed, see policy.OpenSnapshot
 	Relays   []RelayRef `json:"relays"`   // where it holds legs: first is the active one
+	// EndSessions are sessions to end at once: those of a node that began before a time. The node's key stays good.
+	EndSessions []EndSession `json:"end_sessions,omitempty"`
+}
+
+// EndSession says which sessions a gateway ends.
+type EndSession struct {
+	Node   identity.Node `json:"node"`
+	Before time.Time     `json:"before"`
 }
 
 // Dialling is what a node needs to reach resources behind gateways: clients, and gateways as sites.

@@ -1,0 +1,88 @@
+// Package presence knows which nodes are there: the newest heartbeat of each, kept in memory.
+package presence
+
+import (
+	"sync"
+	"time"
+
+	"sallyway/internal/control"
+	"sallyway/platform/store"
+)
+
+// Timeout is the age of the newest heartbeat at which a node counts as unreachable: three intervals.
+const Timeout = 3 * control.HeartbeatInterval
+
+// States that a node tells of itself (control.Heartbeat.State).
+const (
+	SaysDegraded = "degraded"
+	SaysDraining = "draining"
+)
+
+// Beat is a node's newest heartbeat and when it came.
+type Beat struct {
+	At time.Time
+	control.Heartbeat
+}
+
+// Board holds the beats. The zero value is empty and usable; methods may be called concurrently.
+type Board struct {
+	mu    sync.Mutex
+	beats map[string]Beat // by node id; guarded by mu
+}
+
+// Put records a heartbeat.
+func (b *Board) Put(id string, beat Beat) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.beats == nil {
+		b.beats = make(map[string]Beat)
+	}
+	b.beats[id] = beat
+}
+
+// Get returns a node's newest heartbeat.
+func (b *Board) Get(id string) (Beat, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	beat, ok := b.beats[id]
+	return beat, ok
+}
+
+// Drop forgets a node.
+func (b *Board) Drop(id string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.beats, id)
+}
+
+// LastSeen is when the node was last heard: its newest heartbeat or what the database remembers.
+func (b *Board) LastSeen(n *store.Node) time.Time {
+	if beat, ok := b.Get(n.ID); ok && beat.At.After(n.LastSeen) {
+		return beat.At
+	}
+	return n.LastSeen
+}
+
+// State is what the platform knows of a node's life.
+func (b *Board) State(n *store.Node, now time.Time) control.NodeState {
+	switch {
+	case n.Status == store.Disabled:
+		return control.StateDisabled
+	case n.Status == store.Revoked:
+		return control.StateRevoked
+	case n.Enrolled.IsZero():
+		return control.StatePending
+	}
+	beat, ok := b.Get(n.ID)
+	switch {
+	case !ok && now.Sub(n.LastSeen) < Timeout && !n.Draining:
+		return control.StateHealthy // the platform has just started
+	case !ok || now.Sub(beat.At) >= Timeout:
+		return control.StateUnreachable
+	case n.Draining || beat.State == SaysDraining:
+		return control.StateDraining
+	case beat.State == SaysDegraded || len(beat.Problems) > 0:
+		return control.StateDegraded
+	}
+	return control.StateHealthy
+}

@@ -1,0 +1,217 @@
+package view
+
+import (
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"sallyway/internal/control"
+	"sallyway/internal/identity"
+	"sallyway/internal/policy"
+	"sallyway/platform/store"
+	"sallyway/relay/wire"
+)
+
+// Plan is what a node is to be told, before signatures and times: two plans with the same Hash need no second push.
+type Plan struct {
+	Config   control.Config
+	Snapshot *policy.Snapshot // for gateways; Issued and NotAfter are zero
+	Grants   []policy.Grant   // as Config.Dialling.Gateways, in their order
+}
+
+// Hash is over the content; the version, which changes for everybody, is not content.
+func (p *Plan) Hash() ([sha256.Size]byte, error) {
+	q := *p
+	q.Config.Version = 0
+	if q.Snapshot != nil {
+		s := *q.Snapshot
+		s.Version = 0
+		q.Snapshot = &s
+	}
+	b, err := json.Marshal(q)
+	if err != nil {
+		return [sha256.Size]byte{}, fmt.Errorf("encode plan of %v: %w", p.Config.Node, err)
+	}
+	return sha256.Sum256(b), nil
+}
+
+// Sign fills in the signed documents, valid from now for life, and returns the configuration to send.
+func (p *Plan) Sign(signer *policy.Signer, now time.Time, life time.Duration) (*control.Config, error) {
+	c := p.Config
+	now = now.UTC().Truncate(time.Second)
+	if p.Snapshot != nil {
+		s := *p.Snapshot
+		s.Issued, s.NotAfter = now, now.Add(life)
+		signed, err := signer.SignSnapshot(&s)
+		if err != nil {
+			return nil, err
+		}
+		g := *c.Gateway
+		g.Snapshot = signed
+		c.Gateway = &g
+	}
+	if c.Dialling != nil && len(p.Grants) > 0 {
+		d := *c.Dialling
+		d.Gateways = slices.Clone(d.Gateways)
+		for i, gr := range p.Grants {
+			gr.Issued, gr.NotAfter = now, now.Add(life)
+			signed, err := signer.SignGrant(&gr)
+			if err != nil {
+				return nil, err
+			}
+			d.Gateways[i].Grant = signed
+		}
+		c.Dialling = &d
+	}
+	return &c, nil
+}
+
+// Plan makes the plan of a live node; nil when the view has no such node.
+func (v *View) Plan(id string) *Plan {
+	n := v.nodes[id]
+	if n == nil {
+		return nil
+	}
+	p := &Plan{Config: control.Config{Version: v.Org.Version, Node: n.Identity(), Name: n.Name, Trust: v.Trust}}
+	switch n.Kind {
+	case identity.Relay:
+		p.Config.Relay = v.relayConfig(n)
+	case identity.Gateway:
+		p.Snapshot = v.Snapshot(n)
+		p.Config.Gateway = &control.Gateway{Relays: v.relayRefs(n, n.ID), EndSessions: v.endSessions()}
+		v.dialling(p, n)
+	case identity.Client:
+		v.dialling(p, n)
+	}
+	return p
+}
+
+func (v *View) relayConfig(n *store.Node) *control.Relay {
+	c := &control.Relay{Host: n.Host, Keys: v.relayKeys[n.ID], Denied: v.denied, Draining: n.Draining}
+	if v.Org.Name == identity.SharedOrg {
+		c.Orgs = v.orgs
+	} else {
+		c.Orgs = []control.RelayOrg{{Org: v.Org.Name, Peers: n.Peers}}
+	}
+	return c
+}
+
+func (v *View) endSessions() []control.EndSession {
+	var out []control.EndSession
+	for _, e := range v.ends {
+		if n := v.nodes[e.Node]; n != nil {
+			out = append(out, control.EndSession{Node: n.Identity(), Before: e.Before})
+		}
+	}
+	return out
+}
+
+// Snapshot is what a gateway enforces: its resources, who may use them, and every other gateway of the organization as a peer, so that
+// gateways reach each other.
+func (v *View) Snapshot(g *store.Node) *policy.Snapshot {
+	s := &policy.Snapshot{
+		Org: v.Org.Name, Audience: g.Identity(), Version: v.Org.Version, Denied: v.Trust.Denied,
+		Peers: []policy.Peer{}, Resource: []policy.Resource{}, Rules: []policy.Rule{},
+	}
+	rules := v.rules()
+	peers := make(map[string]bool)
+	for _, r := range v.resources {
+		if r.Disabled || !slices.Contains(r.Gateways, g.ID) {
+			continue
+		}
+		s.Resource = append(s.Resource, v.resource(r))
+		for _, rule := range rules[r.ID] {
+			s.Rules = append(s.Rules, rule)
+			for _, n := range rule.Subjects {
+				peers[n.ID] = true
+			}
+		}
+	}
+	for _, n := range v.sorted {
+		if n.ID != g.ID && n.Status == store.Active && (peers[n.ID] || n.Kind == identity.Gateway) {
+			s.Peers = append(s.Peers, policy.Peer{Node: n.Identity(), Name: n.Name, Virtual: Addresses(v.Org, n.Address)})
+		}
+	}
+	return s
+}
+
+// dialling fills in what n, a client or a gateway, may reach.
+func (v *View) dialling(p *Plan, n *store.Node) {
+	d := &control.Dialling{
+		Virtual: Addresses(v.Org, n.Address), Range: append(d4(v.Org), v.Org.Range6),
+		Gateways: []control.GatewayRef{}, Resources: []control.ReachableResource{},
+	}
+	p.Config.Dialling = d
+	rules := v.rules()
+	needed := make(map[string]bool)
+	for _, r := range v.resources {
+		if r.Disabled || slices.Contains(r.Gateways, n.ID) || !slices.ContainsFunc(rules[r.ID], func(rule policy.Rule) bool {
+			return slices.Contains(rule.Subjects, n.Identity())
+		}) {
+			continue
+		}
+		reach := control.ReachableResource{Resource: v.resource(r), FQDN: FQDN(r.Name, v.Org.Name), Gateways: v.Serving(r, true)}
+		if len(reach.Gateways) == 0 {
+			continue
+		}
+		for _, g := range reach.Gateways {
+			needed[g.Node.ID] = true
+		}
+		d.Resources = append(d.Resources, reach)
+	}
+	key := v.keys[n.ID]
+	for _, g := range v.sorted {
+		if g.Kind != identity.Gateway || g.ID == n.ID || g.Status != store.Active || (n.Kind != identity.Gateway && !needed[g.ID]) {
+			continue
+		}
+		ref := control.GatewayRef{
+			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address), Relays: v.relayRefs(n, g.ID),
+		}
+		grant := policy.Grant{Org: v.Org.Name, Node: n.Identity(), Gateway: g.Identity(), Pins: v.Trust.Pins[identity.Gateway]}
+		if n.Kind == identity.Gateway {
+			grant.Node = site(grant.Node)
+		}
+		if key != nil {
+			grant.Key = key.Hash
+		}
+		for _, r := range ref.Relays {
+			grant.Relays = append(grant.Relays, r.Node)
+		}
+		d.Gateways = append(d.Gateways, ref)
+		p.Grants = append(p.Grants, grant)
+	}
+}
+
+// Serving is by which gateways a resource is reached, most preferred first; active leaves out those that are disabled.
+func (v *View) Serving(r *store.Resource, active bool) []control.ServingGateway {
+	out := []control.ServingGateway{}
+	for i, id := range r.Gateways {
+		if g := v.nodes[id]; g != nil && (!active || g.Status == store.Active) {
+			out = append(out, control.ServingGateway{Node: g.Identity(), Priority: i, Weight: 1})
+		}
+	}
+	return out
+}
+
+// relayRefs are the relays of a gateway with credentials for n, active first.
+func (v *View) relayRefs(n *store.Node, gateway string) []control.RelayRef {
+	out := []control.RelayRef{}
+	for _, id := range v.assignments[gateway] {
+		r, home := v.relay(id)
+		if r == nil || r.Status != store.Active {
+			continue
+		}
+		ref := control.RelayRef{
+			Node: r.Identity(), Name: r.Name, Host: r.Host, Port: r.Port, Roots: home.Trust.Roots, Pins: home.Trust.Pins[identity.Relay],
+		}
+		// A credential lives as long as the node's leaf: before the node has one, or when the relay has no key, there is none.
+		if k, keys := v.keys[n.ID], home.relayKeys[id]; k != nil && len(keys) > 0 {
+			ref.Username = wire.Username{Expiry: k.NotAfter, Node: n.Identity(), Flags: wire.FlagPlainData}.String()
+			ref.Password = wire.Password(keys[0].Secret, ref.Username)
+		}
+		out = append(out, ref)
+	}
+	return out
+}

@@ -1,0 +1,324 @@
+// Package view is one organization as the database has it at one version, and what every node is told of it: the node's
+// control.Config, with the signed snapshot and grants inside. A View is loaded in one transaction and then never changes, so that any
+// number of streams build from it at once.
+package view
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"sallyway/internal/control"
+	"sallyway/internal/identity"
+	"sallyway/internal/policy"
+	"sallyway/platform/pki"
+	"sallyway/platform/store"
+)
+
+// Domain is the suffix of the names that resources and gateways have for users.
+const Domain = "sallyway.internal"
+
+// DeniedMargin is how long after its last leaf expired a revoked key stays on the deny lists: two clocks that are off.
+const DeniedMargin = 2 * identity.ClockSkew
+
+// View is an organization at a version.
+type View struct {
+	Org   *store.Org
+	Trust control.Trust // Denied included
+
+	nodes       map[string]*store.Node // live ones, by id
+	sorted      []*store.Node          // by name
+	keys        map[string]*store.Key  // newest good key, by node
+	resources   []*store.Resource
+	policies    []*store.Policy
+	groups      map[string]*store.Group
+	assignments map[string][]string
+	relayKeys   map[string][]control.RelayKey // newest first, by relay
+	denied      []identity.Node
+	ends        []*store.SessionEnd
+	shared      *View              // the platform's relays; nil in the platform's own view
+	orgs        []control.RelayOrg // in the platform's own view: every organization
+}
+
+// Load reads org in tx.
+func Load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now time.Time) (*View, error) {
+	v, err := load(ctx, tx, seal, org, now)
+	if err != nil {
+		return nil, fmt.Errorf("load organization %s: %w", org, err)
+	}
+	if org == identity.SharedOrg {
+		return v, v.loadOrgs(ctx, tx, now)
+	}
+	if v.shared, err = load(ctx, tx, seal, identity.SharedOrg, now); err != nil {
+		return nil, fmt.Errorf("load shared relays: %w", err)
+	}
+	return v, nil
+}
+
+func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now time.Time) (*View, error) {
+	o, err := tx.Org(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	v := &View{
+		Org: o, nodes: make(map[string]*store.Node), keys: make(map[string]*store.Key), groups: make(map[string]*store.Group),
+		relayKeys: make(map[string][]control.RelayKey),
+	}
+	if v.Trust, err = LoadTrust(ctx, tx, org, now); err != nil {
+		return nil, err
+	}
+	if v.sorted, err = tx.Nodes(ctx, org, "", store.Page{}); err != nil {
+		return nil, err
+	}
+	for _, n := range v.sorted {
+		v.nodes[n.ID] = n
+	}
+	keys, err := tx.OrgKeys(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range keys { // newest first
+		if n := v.nodes[k.Node]; n != nil && v.keys[k.Node] == nil && !k.Denied && k.Enrolment == n.Enrolment {
+			v.keys[k.Node] = k
+		}
+	}
+	if v.denied, err = deniedNodes(ctx, tx, org, v.sorted, keys, now); err != nil {
+		return nil, err
+	}
+	for _, n := range v.sorted {
+		if n.Kind != identity.Relay {
+			continue
+		}
+		if v.relayKeys[n.ID], err = RelayKeys(ctx, tx, seal, n.ID); err != nil {
+			return nil, err
+		}
+	}
+	if v.resources, err = tx.Resources(ctx, org, store.Page{}); err != nil {
+		return nil, err
+	}
+	if v.policies, err = tx.Policies(ctx, org, store.Page{}); err != nil {
+		return nil, err
+	}
+	groups, err := tx.Groups(ctx, org, store.Page{})
+	if err != nil {
+		return nil, err
+	}
+	for _, g := range groups {
+		v.groups[g.ID] = g
+	}
+	if v.assignments, err = tx.Assignments(ctx, org); err != nil {
+		return nil, err
+	}
+	v.ends, err = tx.SessionEnds(ctx, org)
+	return v, err
+}
+
+// loadOrgs fills in what shared relays serve: every organization.
+func (v *View) loadOrgs(ctx context.Context, tx store.Tx, now time.Time) error {
+	orgs, err := tx.Orgs(ctx, store.Page{})
+	if err != nil {
+		return err
+	}
+	for _, o := range orgs {
+		if o.Name == identity.SharedOrg {
+			continue
+		}
+		v.orgs = append(v.orgs, control.RelayOrg{Org: o.Name})
+		live, err := tx.Nodes(ctx, o.Name, "", store.Page{})
+		if err != nil {
+			return err
+		}
+		keys, err := tx.OrgKeys(ctx, o.Name)
+		if err != nil {
+			return err
+		}
+		denied, err := deniedNodes(ctx, tx, o.Name, live, keys, now)
+		if err != nil {
+			return err
+		}
+		v.denied = append(v.denied, denied...)
+	}
+	return nil
+}
+
+// LoadTrust reads what nodes of org trust: roots, pins of every kind, denied keys.
+func LoadTrust(ctx context.Context, tx store.Tx, org string, now time.Time) (control.Trust, error) {
+	t := control.Trust{Pins: make(map[identity.Kind][]identity.KeyHash)}
+	as, err := tx.Authorities(ctx, org)
+	if err != nil {
+		return t, err
+	}
+	var roots []*x509.Certificate
+	for _, a := range as {
+		c, err := x509.ParseCertificate(a.Certificate)
+		if err != nil {
+			return t, fmt.Errorf("certificate of the %s CA: %w", a.Kind, err)
+		}
+		switch kind := identity.Kind(a.Kind); {
+		case a.Kind == pki.KindRoot:
+			roots = append(roots, c)
+		case kind.Valid():
+			t.Pins[kind] = append(t.Pins[kind], identity.CertificateKeyHash(c))
+		}
+	}
+	t.Roots = string(identity.EncodeCertificates(roots...))
+	nodes, err := tx.Nodes(ctx, org, "", store.Page{})
+	if err != nil {
+		return t, err
+	}
+	live := make(map[string]*store.Node, len(nodes))
+	for _, n := range nodes {
+		live[n.ID] = n
+	}
+	keys, err := tx.OrgKeys(ctx, org)
+	if err != nil {
+		return t, err
+	}
+	for _, k := range keys {
+		n := live[k.Node]
+		good := n != nil && n.Status == store.Active && !k.Denied
+		if !good && k.NotAfter.Add(DeniedMargin).After(now) {
+			t.Denied = append(t.Denied, k.Hash)
+		}
+	}
+	slices.SortFunc(t.Denied, func(a, b identity.KeyHash) int { return slices.Compare(a[:], b[:]) })
+	return t, nil
+}
+
+// deniedNodes are the nodes whose relay credentials could still be alive although they may not use them.
+func deniedNodes(ctx context.Context, tx store.Tx, org string, live []*store.Node, keys []*store.Key, now time.Time) ([]identity.Node, error) {
+	dangerous := make(map[string]bool)
+	for _, k := range keys {
+		if k.NotAfter.Add(DeniedMargin).After(now) {
+			dangerous[k.Node] = true
+		}
+	}
+	gone, err := tx.DeletedNodes(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	var out []identity.Node
+	for _, n := range slices.Concat(live, gone) {
+		if !dangerous[n.ID] || (n.Status == store.Active && n.Deleted.IsZero()) {
+			continue
+		}
+		out = append(out, n.Identity())
+		if n.Kind == identity.Gateway {
+			out = append(out, site(n.Identity()))
+		}
+	}
+	slices.SortFunc(out, func(a, b identity.Node) int { return strings.Compare(a.String(), b.String()) })
+	return out, nil
+}
+
+// RelayKeyLabel is the label under which a relay's key is sealed.
+func RelayKeyLabel(relay, id string) string { return "relay-key/" + relay + "/" + id }
+
+// RelayKeys reads a relay's TURN keys, newest first.
+func RelayKeys(ctx context.Context, tx store.Tx, seal *pki.Sealer, relay string) ([]control.RelayKey, error) {
+	rows, err := tx.RelayKeys(ctx, relay)
+	if err != nil {
+		return nil, err
+	}
+	var out []control.RelayKey
+	for _, k := range rows {
+		secret, err := seal.Open(RelayKeyLabel(relay, k.ID), k.Secret)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, control.RelayKey{ID: k.ID, Secret: secret})
+	}
+	return out, nil
+}
+
+// site is a gateway's identity when it dials another.
+func site(n identity.Node) identity.Node {
+	n.Kind = identity.Site
+	return n
+}
+
+// FQDN is the name that users have for a resource or gateway.
+func FQDN(name, org string) string { return name + "." + org + "." + Domain }
+
+// Addresses are the virtual addresses with an index in an organization's ranges: IPv4 and IPv6; nil for index 0.
+func Addresses(o *store.Org, index uint32) []netip.Addr {
+	if index == 0 {
+		return nil
+	}
+	v4 := o.Range4.Addr().As4()
+	binary.BigEndian.PutUint32(v4[:], binary.BigEndian.Uint32(v4[:])+index)
+	v6 := o.Range6.Addr().As16()
+	binary.BigEndian.PutUint32(v6[12:], binary.BigEndian.Uint32(v6[12:])+index)
+	return []netip.Addr{netip.AddrFrom4(v4), netip.AddrFrom16(v6)}
+}
+
+// Relays are the names of the relays that a gateway is assigned, active first.
+func (v *View) Relays(gateway string) []string {
+	var out []string
+	for _, id := range v.assignments[gateway] {
+		if r, _ := v.relay(id); r != nil {
+			out = append(out, r.Name)
+		}
+	}
+	return out
+}
+
+// relay finds an organization's or a shared relay and the view it belongs to.
+func (v *View) relay(id string) (*store.Node, *View) {
+	if n := v.nodes[id]; n != nil && n.Kind == identity.Relay {
+		return n, v
+	}
+	if v.shared != nil {
+		return v.shared.relay(id)
+	}
+	return nil, nil
+}
+
+// resource is a resource as documents carry it.
+func (v *View) resource(r *store.Resource) policy.Resource {
+	return policy.Resource{
+		ID: r.ID, Name: r.Name, Address: r.Target, TCP: r.TCP, UDP: r.UDP, ICMP: r.ICMP, Domains: r.Domains, Virtual: Addresses(v.Org, r.Address),
+	}
+}
+
+// subjects are the active nodes that a policy is for, sorted.
+func (v *View) subjects(p *store.Policy) []identity.Node {
+	ids := []string{p.Subject}
+	if p.SubjectKind == "group" {
+		g := v.groups[p.Subject]
+		if g == nil {
+			return nil
+		}
+		ids = g.Members
+	}
+	var out []identity.Node
+	for _, id := range ids {
+		if n := v.nodes[id]; n != nil && n.Status == store.Active {
+			out = append(out, n.Identity())
+		}
+	}
+	slices.SortFunc(out, func(a, b identity.Node) int { return strings.Compare(a.String(), b.String()) })
+	return out
+}
+
+// rules are the rules in force, by resource id.
+func (v *View) rules() map[string][]policy.Rule {
+	out := make(map[string][]policy.Rule)
+	for _, p := range v.policies {
+		if p.Disabled {
+			continue
+		}
+		if s := v.subjects(p); len(s) > 0 {
+			out[p.Resource] = append(out[p.Resource], policy.Rule{ID: p.ID, Name: p.Name, Resource: p.Resource, Subjects: s})
+		}
+	}
+	return out
+}
+
+// Version is the organization's version.
+func (v *View) Version() uint64 { return v.Org.Version }
