@@ -32,10 +32,10 @@ type local struct {
 	json  bool
 }
 
-// bind adds --state, and --json where the command prints something for scripts.
+// bind adds the flag for the state folder, and --json where the command prints something for scripts.
 func (l *local) bind(cmd *cobra.Command, withJSON bool) *cobra.Command {
 	cmd.Args = cobra.NoArgs
-	cmd.Flags().StringVar(&l.state, "state", DefaultStateDir(l.spec.stateName()), "state folder of the daemon")
+	cmd.Flags().StringVar(&l.state, l.spec.stateFlag(), DefaultStateDir(l.spec.stateName()), "state folder of the daemon")
 	if withJSON {
 		cmd.Flags().BoolVar(&l.json, "json", false, "print JSON")
 	}
@@ -46,7 +46,7 @@ func (l *local) bind(cmd *cobra.Command, withJSON bool) *cobra.Command {
 // explain adds to ErrNotRunning how to start the daemon.
 func (l *local) explain(err error) error {
 	if errors.Is(err, ErrNotRunning) {
-		return Failf("%s is %w\nstart it with `%s`, or name its state folder with --state", l.spec.Name, err, l.spec.startLine())
+		return Failf("%w\nstart it with `%s`, or name its state folder with --%s", err, l.spec.startLine(), l.spec.stateFlag())
 	}
 	return err
 }

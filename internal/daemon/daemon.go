@@ -40,6 +40,8 @@ type Spec struct {
 
 	// StateName is the folder below /var/lib/sallyway. Empty means Name.
 	StateName string
+	// StateFlag is the name of the flag that names the state folder. Empty means state.
+	StateFlag string
 	// Capabilities is the unit's whole capability set, for example CAP_NET_BIND_SERVICE.
 	Capabilities []string
 	// Devices are DeviceAllow= lines of the unit, for example "/dev/net/tun rw". None means PrivateDevices.
@@ -62,6 +64,13 @@ func (s Spec) stateName() string {
 		return s.StateName
 	}
 	return s.Name
+}
+
+func (s Spec) stateFlag() string {
+	if s.StateFlag != "" {
+		return s.StateFlag
+	}
+	return "state"
 }
 
 // startLine is the command that a person types to start the daemon.

@@ -41,7 +41,7 @@ func (o *Options) Register(cmd *cobra.Command, spec Spec) {
 	if o.LogFormat == "" {
 		o.LogFormat = "text"
 	}
-	f.StringVar(&o.State, "state", o.State, "state folder")
+	f.StringVar(&o.State, spec.stateFlag(), o.State, "state folder")
 	f.StringVar(&o.LogLevel, "log-level", o.LogLevel, "debug, info, warn or error")
 	f.StringVar(&o.LogFormat, "log-format", o.LogFormat, "text or json")
 	f.StringVar(&o.MetricsListen, "metrics-listen", o.MetricsListen, "address of /healthz, /readyz and /metrics (empty: off)")
@@ -90,7 +90,7 @@ func Open(spec Spec, opts *Options, w io.Writer) (*Shell, error) {
 	if err != nil {
 		return nil, err
 	}
-	state, err := OpenState(opts.State, spec.Name)
+	state, err := openState(opts.State, spec.Name, spec.stateFlag())
 	if err != nil {
 		return nil, err
 	}

@@ -386,6 +386,38 @@ func TestRunReturnsBodyError(t *testing.T) {
 	}
 }
 
+func TestStateFlag(t *testing.T) {
+	spec := Spec{Name: "platformd", Role: "platform", Start: []string{"serve"}, StateFlag: "data"}
+	var opts Options
+	serve := &cobra.Command{Use: "serve", RunE: func(cmd *cobra.Command, _ []string) error {
+		sh, err := Open(spec, &opts, io.Discard)
+		if err != nil {
+			return err
+		}
+		return sh.Close()
+	}}
+	opts.Register(serve, spec)
+	Bind(serve)
+	root := &cobra.Command{Use: "platformd"}
+	root.AddCommand(serve)
+	root.AddCommand(Commands(spec)...)
+	var errs bytes.Buffer
+	root.SetErr(&errs)
+	dir := t.TempDir()
+	held, err := OpenState(dir, "platformd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	for _, verb := range []string{"serve", "status"} {
+		errs.Reset()
+		root.SetArgs([]string{verb, "--data", dir})
+		if code := run(t.Context(), root); code == ExitOK || !strings.Contains(errs.String(), "--data") {
+			t.Fatalf("%s: %d %s", verb, code, &errs)
+		}
+	}
+}
+
 func TestBadLogFlags(t *testing.T) {
 	for _, o := range []Options{{LogLevel: "loud"}, {LogFormat: "xml"}} {
 		o.State = t.TempDir()

@@ -41,39 +41,42 @@ func DefaultStateDir(name string) string {
 
 // OpenState creates dir (0700) where it is missing, checks that it can be written and is nobody else's to write, and
 // takes its lock. program is who says so in errors, which are usage errors.
-func OpenState(dir, program string) (*State, error) {
+func OpenState(dir, program string) (*State, error) { return openState(dir, program, "state") }
+
+// openState is OpenState; flag is the name of the flag that names the folder, for errors.
+func openState(dir, program, flag string) (*State, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, Usagef("state folder: %w", err)
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, stateError(dir, err)
+		return nil, stateError(dir, flag, err)
 	}
 	fi, err := os.Stat(dir)
 	if err != nil {
-		return nil, stateError(dir, err)
+		return nil, stateError(dir, flag, err)
 	}
 	if fi.Mode().Perm()&0o022 != 0 {
-		return nil, Usagef("state folder %s can be written by other users (mode %04o)\nchmod 700 it, or name another with --state", dir, fi.Mode().Perm())
+		return nil, Usagef("state folder %s can be written by other users (mode %04o)\nchmod 700 it, or name another with --%s", dir, fi.Mode().Perm(), flag)
 	}
 	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, stateError(dir, err)
+		return nil, stateError(dir, flag, err)
 	}
 	if err := fcntlLock(f, unix.F_OFD_SETLK, new(wholeFile)); err != nil {
 		defer f.Close()
 		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EACCES) {
-			return nil, stateError(dir, err)
+			return nil, stateError(dir, flag, err)
 		}
 		who := "another process"
 		if b, _ := io.ReadAll(io.LimitReader(f, 32)); len(b) > 0 {
 			who = "pid " + strings.TrimSpace(string(b))
 		}
-		return nil, Usagef("a daemon already runs on the state folder %s (%s)\nstop it, or give this %s a folder of its own with --state DIR", dir, who, program)
+		return nil, Usagef("a daemon already runs on the state folder %s (%s)\nstop it, or give this %s a folder of its own with --%s DIR", dir, who, program, flag)
 	}
 	s := &State{dir: dir, lock: f}
 	if err := s.writePid(); err != nil {
-		return nil, errors.Join(stateError(dir, err), s.Close())
+		return nil, errors.Join(stateError(dir, flag, err), s.Close())
 	}
 	return s, nil
 }
@@ -87,11 +90,11 @@ func (s *State) writePid() error {
 }
 
 // stateError says what to do about a state folder that cannot be used.
-func stateError(dir string, err error) error {
+func stateError(dir, flag string, err error) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return fullDisk(dir, err)
 	}
-	hint := "name a folder that can be written with --state DIR"
+	hint := fmt.Sprintf("name a folder that can be written with --%s DIR", flag)
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
 		hint = "run as root, or " + hint
 	}
@@ -100,7 +103,7 @@ func stateError(dir string, err error) error {
 
 // fullDisk says what to do about a disk without room.
 func fullDisk(path string, err error) error {
-	return Failf("%s: %w\nmake room on that disk (df -h %s; df -i %s) or move the state with --state DIR", path, err, filepath.Dir(path), filepath.Dir(path))
+	return Failf("%s: %w\nmake room on that disk (df -h %s; df -i %s) or move the state to another disk", path, err, filepath.Dir(path), filepath.Dir(path))
 }
 
 // locked says whether a daemon holds the lock of dir.
@@ -206,9 +209,9 @@ func checkState(dir string) Check {
 	case errors.Is(err, fs.ErrNotExist):
 		c.Result, c.Detail, c.Remedy = Warn, dir+" does not exist yet", "the first start makes it"
 	case err != nil:
-		c.Result, c.Detail, c.Remedy = Fail, err.Error(), "run the doctor as root, or name the folder with --state"
+		c.Result, c.Detail, c.Remedy = Fail, err.Error(), "run the doctor as root, or name another folder"
 	case !fi.IsDir():
-		c.Result, c.Detail, c.Remedy = Fail, dir+" is not a folder", "name a folder with --state"
+		c.Result, c.Detail, c.Remedy = Fail, dir+" is not a folder", "name a folder"
 	case fi.Mode().Perm()&0o022 != 0:
 		c.Result, c.Detail, c.Remedy = Fail, fmt.Sprintf("%s can be written by other users (mode %04o)", dir, fi.Mode().Perm()), "chmod 700 "+dir
 	case unix.Access(dir, unix.W_OK) != nil:
