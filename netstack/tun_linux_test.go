@@ -385,6 +385,7 @@ func TestTCPHalfCloseAndReset(t *testing.T) {
 			c.Read(make([]byte, 1))
 			c.Reset()
 		case 4, 5: // the app resets
+			c.Write([]byte("up"))
 			if r.Dst.Port() == 5 {
 				c.CloseWrite() // even when this side is half-closed
 			}
@@ -439,6 +440,7 @@ func TestTCPHalfCloseAndReset(t *testing.T) {
 
 			for _, port := range []string{"4", "5"} {
 				c = dial(port)
+				io.ReadFull(c, make([]byte, 2)) // else the reset may hit the handshake
 				c.Write([]byte("x"))
 				c.SetLinger(0)
 				c.Close()

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -44,6 +45,7 @@ type Device struct {
 	ipv6      bool            // whether the namespace has IPv6 on the device
 	writers   sync.Pool       // of *writer
 
+	closed    atomic.Bool
 	closeOnce sync.Once
 	closeErr  error
 
@@ -217,8 +219,8 @@ func (d *Device) WriteParts(parts [][]byte) (int, error) {
 }
 
 func (d *Device) ioError(op string, err error) error {
-	// A device that was deleted under us says EBADFD.
-	if errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADFD) {
+	// The poller has its own error for a closed file, and a device that was deleted under us says EBADFD.
+	if d.closed.Load() || errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADFD) {
 		return fmt.Errorf("%s %s: %w", op, d.name, net.ErrClosed)
 	}
 	return fmt.Errorf("%s %s: %w", op, d.name, err)
@@ -227,6 +229,7 @@ func (d *Device) ioError(op string, err error) error {
 // Close removes the device, and with it its addresses and routes, and ends a waiting Read.
 func (d *Device) Close() error {
 	d.closeOnce.Do(func() {
+		d.closed.Store(true)
 		d.closeErr = d.file.Close()
 		d.mu.Lock()
 		defer d.mu.Unlock()
