@@ -277,3 +277,14 @@ type SessionReport struct {
 	SentBytes uint64           `json:"sent_bytes"`
 	RecvBytes uint64           `json:"recv_bytes"`
 }
+
+// StubAddr is the address in a virtual prefix under which nodes' stub resolvers answer on their own hosts: the last but one. A
+// platform gives it to nobody.
+func StubAddr(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a.Prev()
+}

@@ -214,6 +214,19 @@ func (k *Keeper) Leg(ctx context.Context, n identity.Node) (*leg.Leg, error) {
 	}
 }
 
+// Current returns the live leg on a relay, or nil and why there is none.
+func (k *Keeper) Current(n identity.Node) (*leg.Leg, error) {
+	k.mu.Lock()
+	r := k.relays[n]
+	k.mu.Unlock()
+	if r == nil {
+		return nil, ErrUnwanted
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.current, r.lastErr
+}
+
 func (k *Keeper) isWantedLocked(n identity.Node) bool {
 	for _, refs := range k.wanted {
 		for _, ref := range refs {

@@ -1,0 +1,533 @@
+package client
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"sallyway/internal/control"
+	"sallyway/internal/identity"
+	"sallyway/internal/legs"
+	"sallyway/internal/policy"
+	"sallyway/relay/leg"
+	"sallyway/tunnel"
+)
+
+// Timing of sessions.
+const (
+	// DialTimeout bounds a flow from the request to the gateway's answer where the caller sets no bound: longer than a gateway's own.
+	DialTimeout = 20 * time.Second
+	// reconnectDelay is the pause between attempts to reach a gateway, before jitter; a leg that comes up ends it.
+	reconnectDelay = time.Second
+	// connectTimeout bounds one attempt over one relay: rendezvous and handshake.
+	connectTimeout = 5 * time.Second
+	// adjustInterval is how often a session's paths are looked at without an event.
+	adjustInterval = 250 * time.Millisecond
+)
+
+// SessionsConfig says as whom to open sessions and over what.
+type SessionsConfig struct {
+	Certificate func() (*tls.Certificate, error)
+	Trust       func() *identity.Trust
+	Legs        *legs.Keeper
+	// Eager opens a session to every gateway at once; else the first flow opens it. Once open it is kept.
+	Eager  bool
+	Logger *slog.Logger
+}
+
+// Sessions reaches resources: it finds the gateway that serves a destination, keeps a session with it over whatever relays work,
+// and opens flows on it. Its methods may be called concurrently.
+type Sessions struct {
+	cfg   SessionsConfig
+	table atomic.Pointer[table]
+	wake  chan struct{} // 1 place: the set of gateways changed
+
+	mu       sync.Mutex
+	gateways map[identity.Node]*gatewayLink
+}
+
+// NewSessions returns the sessions of no gateways: see Update.
+func NewSessions(cfg SessionsConfig) *Sessions {
+	s := &Sessions{cfg: cfg, wake: make(chan struct{}, 1), gateways: map[identity.Node]*gatewayLink{}}
+	s.table.Store(newTable(nil))
+	return s
+}
+
+// Update takes a new configuration over. Sessions with gateways that it lacks are closed.
+func (s *Sessions) Update(d *control.Dialling) {
+	s.table.Store(newTable(d))
+	poke(s.wake)
+}
+
+// Wake tells the sessions that legs came up or went down.
+func (s *Sessions) Wake() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, g := range s.gateways {
+		poke(g.wake)
+	}
+}
+
+// Run keeps the sessions until ctx ends, then closes them and returns.
+func (s *Sessions) Run(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	for {
+		s.reconcile(gctx, g)
+		select {
+		case <-s.wake:
+		case <-ctx.Done():
+			return g.Wait()
+		}
+	}
+}
+
+func (s *Sessions) reconcile(ctx context.Context, group *errgroup.Group) {
+	t := s.table.Load()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for n, g := range s.gateways {
+		if t.gateways[n] == nil {
+			g.cancel()
+			delete(s.gateways, n)
+		}
+	}
+	for n, ref := range t.gateways {
+		if g := s.gateways[n]; g != nil {
+			g.ref.Store(ref)
+			poke(g.wake)
+			continue
+		}
+		gctx, cancel := context.WithCancel(ctx)
+		g := &gatewayLink{s: s, node: n, cancel: cancel, wake: make(chan struct{}, 1), events: make(chan struct{}, 1), changed: make(chan struct{})}
+		g.log = s.cfg.Logger.With("gateway", ref.Name)
+		g.ref.Store(ref)
+		g.wanted.Store(s.cfg.Eager)
+		s.gateways[n] = g
+		group.Go(func() error {
+			g.run(gctx)
+			return nil
+		})
+	}
+}
+
+// Lookup says how a host is reached, or that it is not.
+func (s *Sessions) Lookup(host string, proto policy.Proto, port uint16) (Route, error) {
+	return s.table.Load().lookup(host, proto, port)
+}
+
+// DialTCP opens a TCP flow to host, which is a resource's name, an address or a host name that a resource covers.
+func (s *Sessions) DialTCP(ctx context.Context, host string, port uint16) (*tunnel.Stream, error) {
+	route, err := s.Lookup(host, policy.TCP, port)
+	if err != nil {
+		return nil, err
+	}
+	return dialVia(ctx, s, route, func(ctx context.Context, t *tunnel.Session) (*tunnel.Stream, error) {
+		return t.DialTCP(ctx, route.Host, port)
+	})
+}
+
+// DialUDP opens a UDP flow to host, as DialTCP.
+func (s *Sessions) DialUDP(ctx context.Context, host string, port uint16) (*tunnel.UDPConn, error) {
+	route, err := s.Lookup(host, policy.UDP, port)
+	if err != nil {
+		return nil, err
+	}
+	return dialVia(ctx, s, route, func(ctx context.Context, t *tunnel.Session) (*tunnel.UDPConn, error) {
+		return t.DialUDP(ctx, route.Host, port)
+	})
+}
+
+// Resolve has one of the gateways answer a DNS query in wire format.
+func (s *Sessions) Resolve(ctx context.Context, gateways []identity.Node, query []byte) ([]byte, error) {
+	return dialVia(ctx, s, Route{Gateways: gateways}, func(ctx context.Context, t *tunnel.Session) ([]byte, error) {
+		return t.Resolve(ctx, query)
+	})
+}
+
+// OpenIP opens an exchange of IP packets with a gateway.
+func (s *Sessions) OpenIP(ctx context.Context, gateway identity.Node) (*tunnel.IPConn, error) {
+	return dialVia(ctx, s, Route{Gateways: []identity.Node{gateway}}, func(ctx context.Context, t *tunnel.Session) (*tunnel.IPConn, error) {
+		return t.DialIP(ctx)
+	})
+}
+
+// dialVia runs dial on the session of the first gateway of the route that has one; what a gateway answered is final.
+func dialVia[T any](ctx context.Context, s *Sessions, route Route, dial func(context.Context, *tunnel.Session) (T, error)) (T, error) {
+	var none T
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, DialTimeout)
+		defer cancel()
+	}
+	last := fmt.Errorf("no gateway serves %s now", route.Host)
+	for i, n := range route.Gateways {
+		s.mu.Lock()
+		g := s.gateways[n]
+		s.mu.Unlock()
+		if g == nil {
+			continue
+		}
+		// With another gateway to go to, one that is not there does not get all the time.
+		gctx, cancel := ctx, context.CancelFunc(func() {})
+		if i < len(route.Gateways)-1 {
+			gctx, cancel = context.WithTimeout(ctx, connectTimeout)
+		}
+		t, err := g.session(gctx)
+		cancel()
+		if err != nil {
+			last = fmt.Errorf("gateway %s: %w", g.ref.Load().Name, err)
+			continue
+		}
+		out, err := dial(ctx, t)
+		if err == nil {
+			return out, nil
+		}
+		last = fmt.Errorf("gateway %s: %w", g.ref.Load().Name, err)
+		if !errors.Is(err, tunnel.ErrNoSession) {
+			return none, last
+		}
+	}
+	return none, last
+}
+
+// GatewayStatus is what is known of the session with one gateway.
+type GatewayStatus struct {
+	Gateway identity.Node `json:"gateway"`
+	Name    string        `json:"name"`
+	Up      bool          `json:"up"`
+	Since   time.Time     `json:"since,omitzero"`
+	Path    string        `json:"path,omitempty"`
+	Standby string        `json:"standby,omitempty"`
+	RTT     time.Duration `json:"rtt_ns,omitempty"`
+	Moves   uint64        `json:"moves"`
+	// LastMove says why the path last moved.
+	LastMove string `json:"last_move,omitempty"`
+	Sent     uint64 `json:"sent_bytes"`
+	Received uint64 `json:"received_bytes"`
+	Error    string `json:"error,omitempty"`
+}
+
+// Status lists the gateways.
+func (s *Sessions) Status() []GatewayStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]GatewayStatus, 0, len(s.gateways))
+	for _, g := range s.gateways {
+		out = append(out, g.status())
+	}
+	return out
+}
+
+// gatewayLink is the way to one gateway: a session, or the attempts to get one.
+type gatewayLink struct {
+	s      *Sessions
+	node   identity.Node
+	log    *slog.Logger
+	ref    atomic.Pointer[control.GatewayRef]
+	cancel context.CancelFunc
+	wake   chan struct{} // 1 place: legs or the configuration changed, or a flow wants a session
+	events chan struct{} // 1 place: a path changed
+	wanted atomic.Bool
+
+	mu      sync.Mutex
+	current *tunnel.Session
+	lastErr error
+	changed chan struct{} // closed and replaced when current or lastErr changes
+}
+
+// session returns the live session, waiting for one until ctx ends. A gateway's refusal of this node ends the wait.
+func (g *gatewayLink) session(ctx context.Context) (*tunnel.Session, error) {
+	if !g.wanted.Swap(true) {
+		poke(g.wake)
+	}
+	for {
+		g.mu.Lock()
+		t, err, changed := g.current, g.lastErr, g.changed
+		g.mu.Unlock()
+		if t != nil {
+			select {
+			case <-t.Done():
+			default:
+				return t, nil
+			}
+		} else if errors.Is(err, tunnel.ErrDenied) {
+			return nil, err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			if err == nil {
+				err = context.Cause(ctx)
+			}
+			return nil, fmt.Errorf("no session: %w", err)
+		}
+	}
+}
+
+func (g *gatewayLink) set(t *tunnel.Session, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.current, g.lastErr = t, err
+	close(g.changed)
+	g.changed = make(chan struct{})
+}
+
+func (g *gatewayLink) run(ctx context.Context) {
+	who := "gateway " + g.node.ID
+	defer g.s.cfg.Legs.Want(who, nil)
+	var logged string
+	for ctx.Err() == nil {
+		if !g.wanted.Load() {
+			g.s.cfg.Legs.Want(who, nil)
+			select {
+			case <-g.wake:
+			case <-ctx.Done():
+				return
+			}
+			continue
+		}
+		g.s.cfg.Legs.Want(who, g.ref.Load().Relays)
+		t, err := g.connect(ctx)
+		if err != nil {
+			g.set(nil, err)
+			if msg := err.Error(); msg != logged && ctx.Err() == nil {
+				logged = msg
+				g.log.Warn("gateway not reached", "err", err)
+			}
+			select {
+			case <-g.wake:
+			case <-time.After(reconnectDelay/2 + rand.N(reconnectDelay)):
+			case <-ctx.Done():
+			}
+			continue
+		}
+		logged = ""
+		g.set(t, nil)
+		g.log.Info("session open", "path", t.Path().Active.Info.Name)
+		g.maintain(ctx, t, who)
+		err = t.Err()
+		g.set(nil, err)
+		_ = t.Close("no longer needed")
+		if ctx.Err() == nil {
+			g.log.Info("session over", "err", err)
+		}
+	}
+}
+
+// connect opens a session over the first relay that leads to the gateway.
+func (g *gatewayLink) connect(ctx context.Context) (*tunnel.Session, error) {
+	var errs []error
+	for _, ref := range g.ref.Load().Relays {
+		l, err := g.s.cfg.Legs.Current(ref.Node)
+		if l == nil {
+			if err != nil {
+				errs = append(errs, err)
+			}
+			continue
+		}
+		t, err := g.dial(ctx, l, ref.Name)
+		if err == nil {
+			return t, nil
+		}
+		errs = append(errs, fmt.Errorf("over relay %s: %w", ref.Name, err))
+		if errors.Is(err, tunnel.ErrDenied) {
+			break
+		}
+	}
+	switch {
+	case len(errs) > 0:
+		return nil, errors.Join(errs...)
+	case len(g.ref.Load().Relays) == 0:
+		return nil, errors.New("the gateway has no relay: create one with `sallyway relay create`, and see that the gateway is up")
+	}
+	return nil, errors.New("no relay is reached yet")
+}
+
+func (g *gatewayLink) dial(ctx context.Context, l *leg.Leg, name string) (*tunnel.Session, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	ch, err := l.Connect(ctx, g.node)
+	if err != nil {
+		return nil, err
+	}
+	return tunnel.Dial(ctx, tunnel.DialConfig{
+		Link: ch, Info: linkInfo(l, name, g.node), Gateway: g.node, Certificate: g.s.cfg.Certificate, Trust: g.s.cfg.Trust, Logger: g.log,
+		OnPath: func(tunnel.PathEvent) { poke(g.events) },
+	})
+}
+
+func linkInfo(l *leg.Leg, name string, peer identity.Node) tunnel.LinkInfo {
+	return tunnel.LinkInfo{Name: name + " " + string(l.Transport()), Peer: peer}
+}
+
+// maintain keeps a session's paths up until the session is over or ctx ends.
+func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who string) {
+	tick := time.NewTicker(adjustInterval)
+	defer tick.Stop()
+	var standby sync.WaitGroup
+	defer standby.Wait()
+	sctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var busy atomic.Bool
+	var nextStandby time.Time
+	for {
+		p := t.Path()
+		var standbyDone <-chan struct{}
+		if p.Standby.Link != nil && !closed(p.Standby.Link.Done()) {
+			standbyDone = p.Standby.Link.Done()
+		}
+		activeDone := p.Active.Link.Done()
+		if closed(activeDone) {
+			activeDone = nil
+		}
+		select {
+		case <-t.Done():
+			return
+		case <-ctx.Done():
+			_ = t.Close("the node stops")
+			return
+		case <-g.wake:
+			g.s.cfg.Legs.Want(who, g.ref.Load().Relays)
+		case <-g.events:
+		case <-activeDone:
+		case <-standbyDone:
+		case <-tick.C:
+		}
+		g.rescue(ctx, t)
+		if g.standbyMissing(t) && time.Now().After(nextStandby) && busy.CompareAndSwap(false, true) {
+			nextStandby = time.Now().Add(2 * time.Second)
+			standby.Go(func() {
+				defer busy.Store(false)
+				g.addStandby(sctx, t)
+			})
+		}
+	}
+}
+
+// rescue moves a session off an active path that is gone, dead or draining: to the standby, else to whatever relay is up.
+func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
+	p := t.Path()
+	var reason string
+	gone := false
+	switch {
+	case closed(p.Active.Link.Done()):
+		reason, gone = "the leg on the relay is gone", true
+	case p.Active.State == tunnel.Dead:
+		reason, gone = "probes are not answered", true
+	case g.draining(p.Active.Info):
+		reason = "the relay is draining"
+	default:
+		return
+	}
+	if p.Standby.Link != nil && p.Standby.Validated && !closed(p.Standby.Link.Done()) && p.Standby.State != tunnel.Dead && !g.draining(p.Standby.Info) {
+		if err := t.Failover(reason); err == nil {
+			g.log.Info("path moved", "from", p.Active.Info.Name, "to", p.Standby.Info.Name, "reason", reason)
+			return
+		}
+	}
+	if !gone {
+		return
+	}
+	for _, ref := range g.ref.Load().Relays {
+		l, _ := g.s.cfg.Legs.Current(ref.Node)
+		if l == nil {
+			continue
+		}
+		cctx, cancel := context.WithTimeout(ctx, connectTimeout/2)
+		ch, err := l.Connect(cctx, g.node)
+		cancel()
+		if err != nil || ch == p.Active.Link {
+			continue
+		}
+		info := linkInfo(l, ref.Name, g.node)
+		if err := t.Repoint(ch, info, reason); err != nil {
+			continue
+		}
+		g.log.Info("path moved", "from", p.Active.Info.Name, "to", info.Name, "reason", reason)
+		return
+	}
+}
+
+// draining reports whether the leg of a path's relay is being drained.
+func (g *gatewayLink) draining(info tunnel.LinkInfo) bool {
+	for _, ref := range g.ref.Load().Relays {
+		l, _ := g.s.cfg.Legs.Current(ref.Node)
+		if l != nil && linkInfo(l, ref.Name, g.node) == info {
+			return closed(l.Draining())
+		}
+	}
+	return false
+}
+
+func (g *gatewayLink) standbyMissing(t *tunnel.Session) bool {
+	p := t.Path()
+	return len(g.ref.Load().Relays) > 1 && (p.Standby.Link == nil || closed(p.Standby.Link.Done()) || p.Standby.State == tunnel.Dead)
+}
+
+// addStandby validates a path over another relay than the active one's.
+func (g *gatewayLink) addStandby(ctx context.Context, t *tunnel.Session) {
+	active := t.Path().Active
+	for _, ref := range g.ref.Load().Relays {
+		l, _ := g.s.cfg.Legs.Current(ref.Node)
+		if l == nil || closed(l.Draining()) {
+			continue
+		}
+		info := linkInfo(l, ref.Name, g.node)
+		if info == active.Info {
+			continue
+		}
+		cctx, cancel := context.WithTimeout(ctx, connectTimeout)
+		ch, err := l.Connect(cctx, g.node)
+		if err == nil {
+			err = t.Standby(cctx, ch, info)
+		}
+		cancel()
+		if err == nil {
+			g.log.Info("standby path ready", "path", info.Name)
+			return
+		}
+		g.log.Debug("no standby path", "path", info.Name, "err", err)
+	}
+}
+
+func (g *gatewayLink) status() GatewayStatus {
+	g.mu.Lock()
+	t, err := g.current, g.lastErr
+	g.mu.Unlock()
+	st := GatewayStatus{Gateway: g.node, Name: g.ref.Load().Name, Up: t != nil}
+	if err != nil {
+		st.Error = err.Error()
+	}
+	if t == nil {
+		return st
+	}
+	p, stats := t.Path(), t.Stats()
+	st.Since, st.Path, st.Standby, st.RTT = stats.Since, p.Active.Info.Name, p.Standby.Info.Name, stats.RTT
+	st.Moves, st.LastMove, st.Sent, st.Received = p.Moves, p.LastReason, stats.Sent, stats.Received
+	return st
+}
+
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// poke puts a signal into a channel of capacity one.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
