@@ -2,18 +2,11 @@ package lab
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha256"
-	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	mrand "math/rand/v2"
 	"net"
 	"net/http"
@@ -25,7 +18,6 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
-	"github.com/quic-go/quic-go/http3"
 )
 
 // Service is a server of the lab's own on a host. It runs in the lab's process, on sockets of the host, until the lab ends.
@@ -57,13 +49,14 @@ func (h *Host) Web(addr, page string) (*Service, error) {
 		return nil, err
 	}
 	s := serviceAt(ln.Addr())
-	srv := &http.Server{Handler: s.pages(page), ReadHeaderTimeout: time.Minute}
+	srv := &http.Server{Handler: s.Pages(page), ReadHeaderTimeout: time.Minute}
 	go func() { _ = srv.Serve(ln) }() // ends with its listener
 	h.lab.onClose(func() { _ = srv.Close() })
 	return s, nil
 }
 
-func (s *Service) pages(page string) http.Handler {
+// Pages is what Web serves, for servers of other kinds.
+func (s *Service) Pages(page string) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		s.calls.Add(1)
@@ -191,56 +184,6 @@ func (h *Host) EchoUDP(addr string) (*Service, error) {
 		}
 	}()
 	return s, nil
-}
-
-// HTTP3 serves the pages of Web over QUIC, under a certificate for the given names that the returned pool holds.
-func (h *Host) HTTP3(addr, page string, names ...string) (*Service, *x509.CertPool, error) {
-	c, err := h.ListenUDP(addr)
-	if err != nil {
-		return nil, nil, err
-	}
-	cert, pool, err := selfSigned(names)
-	if err != nil {
-		return nil, nil, err
-	}
-	s := serviceAt(c.LocalAddr())
-	srv := &http3.Server{
-		Handler:   s.pages(page),
-		TLSConfig: http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13}),
-	}
-	go func() { _ = srv.Serve(c) }() // ends with Close
-	h.lab.onClose(func() { _ = srv.Close() })
-	return s, pool, nil
-}
-
-func selfSigned(names []string) (tls.Certificate, *x509.CertPool, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return tls.Certificate{}, nil, err
-	}
-	t := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "private host"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	for _, n := range names {
-		if ip := net.ParseIP(n); ip != nil {
-			t.IPAddresses = append(t.IPAddresses, ip)
-		} else {
-			t.DNSNames = append(t.DNSNames, n)
-		}
-	}
-	der, err := x509.CreateCertificate(rand.Reader, t, t, key.Public(), key)
-	if err != nil {
-		return tls.Certificate{}, nil, err
-	}
-	leaf, err := x509.ParseCertificate(der)
-	if err != nil {
-		return tls.Certificate{}, nil, err
-	}
-	pool := x509.NewCertPool()
-	pool.AddCert(leaf)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, pool, nil
 }
 
 // Nameserver is a DNS server that knows a few names and counts who asked for what.
