@@ -358,3 +358,13 @@ func (l *Lab) host(name string) *Host {
 	}
 	return nil
 }
+
+// linkBytes reads how much a link of the calling thread's namespace has carried.
+func linkBytes(name string) (rx, tx uint64, err error) {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return 0, 0, err
+	}
+	s := link.Attrs().Statistics
+	return s.RxBytes, s.TxBytes, nil
+}
