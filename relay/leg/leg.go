@@ -23,11 +23,19 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
+	"github.com/pion/stun/v4"
+
+	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
+	"sallyway/relay/wire"
 )
 
 // Transport is how a leg reaches its relay.
@@ -67,9 +75,10 @@ type Config struct {
 	// credential takes effect at the next Refresh; it must not block.
 	Credentials func() (username, password string)
 	// OnRendezvous takes the channel to a peer that asked to be connected with this node, and the address it is seen at by the
-	// relay. It is called from one goroutine of the leg, once per channel and before anything is read from it; set a receiver
-	// before returning. Nil means that nobody can ask for this node on this leg: the peer's request is not answered by a channel.
-	// It must not call Close.
+	// relay. It is called once per channel, by one goroutine of the leg at a time, before the channel is bound: set a receiver
+	// before returning and nothing that the peer sends is missed; what is sent before the binding, one round trip later, is dropped.
+	// Nil means that nobody can ask for this node on this leg: no channel answers a peer's request. It must not block and must
+	// not call Close.
 	OnRendezvous func(peer identity.Node, from netip.AddrPort, ch *Channel)
 	// Control is called on every socket before it connects, for SO_MARK and binding; nil is nothing (see net.Dialer.Control).
 	Control func(network, address string, c syscall.RawConn) error
@@ -130,8 +139,85 @@ func (c *Config) validate() error {
 	return nil
 }
 
+// carrier moves STUN messages and ChannelData between a leg and its relay. Its methods may be called concurrently.
+type carrier interface {
+	// write sends a control message. An error means that the carrier is broken.
+	write(message []byte) error
+	// send sends ChannelData and never blocks. sent is how many bytes of payload went; the rest were dropped for err.
+	send(number uint16, payload []byte, segment int, ecn datagram.ECN) (sent int, err error)
+	maxPayload() int
+	// reliable reports whether the carrier retransmits by itself.
+	reliable() bool
+	addrs() (local, remote netip.AddrPort)
+	// close ends the carrier and its goroutines without waiting for them.
+	close()
+}
+
+// upcalls are what a carrier tells its leg, from its reading goroutine.
+type upcalls interface {
+	// message takes an authenticated control message. b is valid during the call.
+	message(b []byte)
+	// data takes over a batch of a channel.
+	data(number uint16, b datagram.Batch)
+	// malformed counts a datagram that nobody can read.
+	malformed()
+	// suspect reports a sign, which anybody could have forged, that the relay is gone.
+	suspect(sign error)
+	// broken reports that the carrier can not go on.
+	broken(err error)
+}
+
 // Leg is an allocation on a relay. Its methods may be called concurrently.
-type Leg struct{}
+type Leg struct {
+	cfg  Config
+	log  *slog.Logger
+	car  carrier
+	wg   sync.WaitGroup
+	ctx  context.Context // ends with the leg
+	stop context.CancelFunc
+
+	done     chan struct{}
+	draining chan struct{}
+	drain    sync.Once
+	suspects chan error      // signs that wait to be checked; one is enough
+	asked    chan indication // rendezvous that wait to be answered
+	stats    Metrics
+
+	announcing sync.Mutex // held during OnRendezvous
+
+	// table has the live channels by number less minChannel, for the reader.
+	table [maxChannel - minChannel + 1]atomic.Pointer[Channel]
+
+	mu            sync.Mutex // guards everything below
+	err           error
+	realm, nonce  string
+	pending       map[[stun.TransactionIDSize]byte]chan *stun.Message
+	rtt, rttVar   time.Duration
+	relayed       netip.AddrPort
+	reflexive     netip.AddrPort
+	local, remote netip.AddrPort
+	lifetime      time.Duration
+	expires       time.Time // of the allocation
+	bindings      map[netip.AddrPort]*binding
+	peers         map[identity.Node][]*Channel // live channels, oldest first
+	next          uint16                       // the channel number to try next
+}
+
+var _ upcalls = (*Leg)(nil)
+
+// newLeg makes a leg that is not connected to anything.
+func newLeg(cfg Config) *Leg {
+	l := &Leg{
+		cfg: cfg, log: cfg.Logger.With("relay", cfg.Relay.String(), "transport", string(cfg.Transport)),
+		done: make(chan struct{}), draining: make(chan struct{}),
+		suspects: make(chan error, 1), asked: make(chan indication, askedQueue),
+		pending:  map[[stun.TransactionIDSize]byte]chan *stun.Message{},
+		bindings: map[netip.AddrPort]*binding{}, peers: map[identity.Node][]*Channel{},
+		next: minChannel,
+	}
+	l.ctx, l.stop = context.WithCancel(context.Background())
+	return l
+}
 
 // Dial connects to the relay, checks who it is and allocates. The leg it returns runs until Close or until it is lost. ctx bounds
 // dialling only. What the relay refused is an *Error.
@@ -139,49 +225,243 @@ func Dial(ctx context.Context, cfg Config) (*Leg, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("dial relay: %w", err)
 	}
-	return nil, errors.ErrUnsupported
+	var errs []error
+	for i, addr := range cfg.Addrs {
+		attempt, cancel := ctx, context.CancelFunc(func() {})
+		if i < len(cfg.Addrs)-1 {
+			attempt, cancel = context.WithTimeout(ctx, DefaultAttempt)
+		}
+		l, err := dialAddr(attempt, cfg, netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()))
+		cancel()
+		if err == nil {
+			cfg.Metrics.Dialed.Add(1)
+			return l, nil
+		}
+		errs = append(errs, fmt.Errorf("dial relay %v at %v over %s: %w", cfg.Relay, addr, cfg.Transport, err))
+		var refused *Error
+		if ctx.Err() != nil || errors.As(err, &refused) {
+			break // another address of the same relay would say the same
+		}
+	}
+	cfg.Metrics.DialFailed.Add(1)
+	return nil, errors.Join(errs...)
 }
 
-// Connect asks the relay to connect this leg with node and binds a channel to it. An existing live channel to the same relayed address
-// is returned as it is; one to an older address of node is closed (its Done is) and replaced. What the relay refused is an *Error:
-// 404 says that node has no allocation on this relay now, 403 that the pair may not talk.
+func dialAddr(ctx context.Context, cfg Config, addr netip.AddrPort) (*Leg, error) {
+	l := newLeg(cfg)
+	var car carrier
+	var err error
+	if cfg.Transport == TLS {
+		car, err = dialTLS(ctx, &l.cfg, addr, l, l.wg.Go)
+	} else {
+		name, _ := cfg.Credentials()
+		u, perr := wire.ParseUsername(name)
+		car, err = dialUDP(ctx, &l.cfg, addr, perr == nil && u.Flags.Has(wire.FlagPlainData), l, l.wg.Go)
+	}
+	if err != nil {
+		l.stop()
+		l.wg.Wait()
+		return nil, err
+	}
+	if err := l.begin(ctx, car); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// begin allocates over car and starts what keeps the leg alive. When it fails everything has stopped.
+func (l *Leg) begin(ctx context.Context, car carrier) error {
+	l.mu.Lock()
+	l.car = car
+	l.local, l.remote = car.addrs()
+	l.mu.Unlock()
+	if err := l.allocate(ctx); err != nil {
+		if lost := l.Err(); lost != nil {
+			err = lost
+		}
+		l.fail(err)
+		car.close()
+		l.wg.Wait()
+		return err
+	}
+	l.wg.Go(l.maintain)
+	l.wg.Go(l.keepChannels)
+	l.wg.Go(l.watch)
+	l.wg.Go(l.answer)
+	l.wg.Go(func() {
+		<-l.ctx.Done()
+		car.close()
+	})
+	l.log.Info("leg is up", "local", l.LocalAddr(), "reflexive", l.ReflexiveAddr(), "relayed", l.RelayedAddr(), "rtt", l.Stats().RTT)
+	return nil
+}
+
+// fail ends the leg; the first reason counts.
+func (l *Leg) fail(err error) {
+	l.mu.Lock()
+	if l.err != nil {
+		l.mu.Unlock()
+		return
+	}
+	l.err = err
+	var gone []*Channel
+	for _, chs := range l.peers {
+		gone = append(gone, chs...)
+	}
+	clear(l.peers)
+	l.mu.Unlock()
+	for _, ch := range gone {
+		ch.end()
+	}
+	l.stop()
+	close(l.done)
+}
+
+// lose ends a leg that did not want to end.
+func (l *Leg) lose(err error) {
+	select {
+	case <-l.done:
+		return
+	default:
+	}
+	l.fail(err)
+	if err := l.Err(); !errors.Is(err, net.ErrClosed) {
+		l.cfg.Metrics.Lost.Add(1)
+		l.log.Warn("leg is lost", "error", err)
+	}
+}
+
+// Connect asks the relay to connect this leg with node and binds a channel to it. A live channel to the same relayed address is returned
+// as it is. What the relay refused is an *Error: 404 says that node has no allocation on this relay now, 403 that the pair may not talk.
 func (l *Leg) Connect(ctx context.Context, node identity.Node) (*Channel, error) {
-	return nil, errors.ErrUnsupported
+	if err := node.Validate(); err != nil {
+		return nil, fmt.Errorf("connect: %w", err)
+	}
+	m, err := l.request(ctx, l.patient(), "rendezvous", wire.MethodRendezvous, true, wire.Node(node))
+	if err != nil {
+		return nil, fmt.Errorf("connect to %v by relay %v: %w", node, l.cfg.Relay, err)
+	}
+	addr, err := xorAddr(m, stun.AttrXORPeerAddress)
+	if err != nil {
+		return nil, fmt.Errorf("connect to %v by relay %v: %w", node, l.cfg.Relay, err)
+	}
+	var named wire.Node
+	if err := named.GetFrom(m); err == nil && identity.Node(named) != node {
+		return nil, fmt.Errorf("connect to %v by relay %v: the relay offers %v", node, l.cfg.Relay, identity.Node(named))
+	}
+	ch, err := l.bind(ctx, node, addr, nil)
+	if err != nil {
+		return nil, fmt.Errorf("connect to %v by relay %v: %w", node, l.cfg.Relay, err)
+	}
+	return ch, nil
 }
 
 // Done is closed when the leg is lost or closed; Err then says why.
-func (l *Leg) Done() <-chan struct{} { return nil }
+func (l *Leg) Done() <-chan struct{} { return l.done }
 
 // Err is nil while the leg lives, net.ErrClosed after Close, else why it was lost.
-func (l *Leg) Err() error { return nil }
+func (l *Leg) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.err
+}
 
 // Draining is closed when the relay asks its nodes to move: dial elsewhere first, then Close.
-func (l *Leg) Draining() <-chan struct{} { return nil }
+func (l *Leg) Draining() <-chan struct{} { return l.draining }
 
-// Suspect has the leg check at once whether its relay still knows it; if not, Done is closed about 60 ms plus a few round trips later.
-// Path probes that go unanswered are a reason to call it.
-func (l *Leg) Suspect() {}
+// Suspect has the leg check at once whether its relay still knows it; if not, Done is closed about 65 ms (or 40 ms and three round trips)
+// later on UDP, within 1 s on TLS. Path probes that go unanswered are a reason to call it.
+func (l *Leg) Suspect() { l.suspect(errSuspected) }
 
 // Close ends the allocation, closes every channel, and waits for the leg's goroutines. It may be called more than once.
-func (l *Leg) Close() error { return nil }
+func (l *Leg) Close() error {
+	if l.Err() == nil {
+		ctx, cancel := context.WithTimeout(l.ctx, closeTimeout)
+		_, _ = l.refresh(ctx, l.quick(), 0) // if it is lost, the relay finds out when the lifetime ends
+		cancel()
+	}
+	l.fail(net.ErrClosed)
+	l.wg.Wait()
+	return nil
+}
 
 // Relay is who the leg leads to.
-func (l *Leg) Relay() identity.Node { return identity.Node{} }
+func (l *Leg) Relay() identity.Node { return l.cfg.Relay }
 
 // Transport is how the leg reaches its relay.
-func (l *Leg) Transport() Transport { return "" }
+func (l *Leg) Transport() Transport { return l.cfg.Transport }
 
 // RemoteAddr is the relay's address that answered.
-func (l *Leg) RemoteAddr() netip.AddrPort { return netip.AddrPort{} }
+func (l *Leg) RemoteAddr() netip.AddrPort { return l.addr(&l.remote) }
 
 // LocalAddr is the leg's socket's own address.
-func (l *Leg) LocalAddr() netip.AddrPort { return netip.AddrPort{} }
+func (l *Leg) LocalAddr() netip.AddrPort { return l.addr(&l.local) }
 
 // ReflexiveAddr is where the relay sees this leg come from.
-func (l *Leg) ReflexiveAddr() netip.AddrPort { return netip.AddrPort{} }
+func (l *Leg) ReflexiveAddr() netip.AddrPort { return l.addr(&l.reflexive) }
 
 // RelayedAddr is the allocation's address on the relay.
-func (l *Leg) RelayedAddr() netip.AddrPort { return netip.AddrPort{} }
+func (l *Leg) RelayedAddr() netip.AddrPort { return l.addr(&l.relayed) }
+
+func (l *Leg) addr(a *netip.AddrPort) netip.AddrPort {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return *a
+}
 
 // Stats is a snapshot of what the leg has counted.
-func (l *Leg) Stats() Stats { return Stats{} }
+func (l *Leg) Stats() Stats {
+	st := l.stats.snapshot()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	st.RTT = l.rtt
+	for _, chs := range l.peers {
+		st.Channels += len(chs)
+	}
+	return st
+}
+
+// data implements upcalls.
+func (l *Leg) data(number uint16, b datagram.Batch) {
+	n, bytes := uint64(b.Count()), len(b.Data)
+	ch := l.table[number-minChannel].Load()
+	if ch != nil {
+		if r := ch.receiver.Load(); r != nil {
+			bytes -= int(n) * b.Skip
+			count(&l.stats.ReceivedDatagrams, &l.cfg.Metrics.ReceivedDatagrams, n)
+			count(&l.stats.ReceivedBytes, &l.cfg.Metrics.ReceivedBytes, uint64(bytes))
+			ch.heard.Store(true)
+			(*r).Receive(b)
+			return
+		}
+	}
+	b.Release()
+	count(&l.stats.DroppedUnbound, &l.cfg.Metrics.DroppedUnbound, n)
+}
+
+// malformed implements upcalls.
+func (l *Leg) malformed() { count(&l.stats.DroppedMalformed, &l.cfg.Metrics.DroppedMalformed, 1) }
+
+// suspect implements upcalls.
+func (l *Leg) suspect(sign error) {
+	select {
+	case l.suspects <- sign:
+	default: // a check is due already
+	}
+}
+
+// broken implements upcalls.
+func (l *Leg) broken(err error) { l.lose(err) }
+
+// unbind forgets that peer has ch.
+func (l *Leg) unbindLocked(ch *Channel) {
+	chs := slices.DeleteFunc(l.peers[ch.peer], func(c *Channel) bool { return c == ch })
+	if len(chs) == 0 {
+		delete(l.peers, ch.peer)
+	} else {
+		l.peers[ch.peer] = chs
+	}
+	if b := l.bindings[ch.addr]; b != nil && b.ch == ch {
+		b.ch = nil
+	}
+}

@@ -32,3 +32,23 @@ type Stats struct {
 	// Channels is how many channels are bound.
 	Channels int
 }
+
+// snapshot reads the counters that make up Stats.
+func (m *Metrics) snapshot() Stats {
+	return Stats{
+		SentBytes: m.SentBytes.Load(), ReceivedBytes: m.ReceivedBytes.Load(),
+		SentDatagrams: m.SentDatagrams.Load(), ReceivedDatagrams: m.ReceivedDatagrams.Load(),
+		DroppedFull: m.DroppedFull.Load(), DroppedSize: m.DroppedSize.Load(),
+		DroppedClosed: m.DroppedClosed.Load(), DroppedError: m.DroppedError.Load(),
+		DroppedMalformed: m.DroppedMalformed.Load(), DroppedUnbound: m.DroppedUnbound.Load(),
+		Checks: m.Checks.Load(),
+	}
+}
+
+// count adds to a leg's own counter and to its process's.
+func count(own, shared *atomic.Uint64, n uint64) {
+	if n > 0 {
+		own.Add(n)
+		shared.Add(n)
+	}
+}

@@ -1,0 +1,151 @@
+package leg
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/pion/stun/v4"
+)
+
+const (
+	// checkPause is the least time between two checks of a suspect relay, so that forged signs cost ten small messages a second.
+	checkPause = 100 * time.Millisecond
+	// retryRefresh is the longest wait before a Refresh refused for its credential is tried again.
+	retryRefresh = 30 * time.Second
+	// leastLifetime is what an allocation's lifetime is taken for when the relay grants less, or does not say.
+	leastLifetime = 10 * time.Second
+)
+
+// allocate makes the allocation: IPv4, or what the relay has.
+func (l *Leg) allocate(ctx context.Context) error {
+	set := []stun.Setter{transportUDP, lifetimeAttr(l.cfg.Lifetime)}
+	m, err := l.request(ctx, l.patient(), "allocate", stun.MethodAllocate, true, set...)
+	var refused *Error
+	if errors.As(err, &refused) && refused.Code == CodeFamily {
+		m, err = l.request(ctx, l.patient(), "allocate", stun.MethodAllocate, true, append(set, familyIPv6)...)
+	}
+	if err != nil {
+		return err
+	}
+	relayed, err := xorAddr(m, stun.AttrXORRelayedAddress)
+	if err != nil {
+		return fmt.Errorf("allocate: %w", err)
+	}
+	reflexive, _ := xorAddr(m, stun.AttrXORMappedAddress)
+	l.mu.Lock()
+	l.relayed, l.reflexive = relayed, reflexive
+	l.mu.Unlock()
+	l.granted(m)
+	return nil
+}
+
+// granted notes the lifetime in an answer.
+func (l *Leg) granted(m *stun.Message) {
+	d, _ := lifetimeOf(m)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lifetime = max(d, leastLifetime)
+	l.expires = time.Now().Add(l.lifetime)
+}
+
+// refresh prolongs the allocation, or ends it when lifetime is 0.
+func (l *Leg) refresh(ctx context.Context, s schedule, lifetime time.Duration) (*stun.Message, error) {
+	m, err := l.request(ctx, s, "refresh", stun.MethodRefresh, true, lifetimeAttr(lifetime))
+	if err == nil && lifetime > 0 {
+		l.granted(m)
+	}
+	return m, err
+}
+
+// refused decides what a refused Refresh means. It reports whether the leg lives on: with a credential that does not count it does until
+// the lifetime it has ends, because a renewed credential may come in time.
+func (l *Leg) refused(err error) (lives bool) {
+	var e *Error
+	if errors.As(err, &e) && (e.Code == CodeUnauthorized || e.Code == CodeStaleNonce) {
+		l.mu.Lock()
+		left := time.Until(l.expires)
+		l.mu.Unlock()
+		if left > 0 {
+			l.log.Warn("the relay did not prolong the allocation", "error", err, "expires_in", left.Round(time.Second))
+			return true
+		}
+	}
+	l.lose(err)
+	return false
+}
+
+// maintain refreshes the allocation at half of its lifetime and keeps the path to the relay open in between: a Binding request proves
+// that the relay is there and keeps the mapping of a NAT.
+func (l *Leg) maintain() {
+	l.mu.Lock()
+	refreshAt := time.Now().Add(l.lifetime / 2)
+	l.mu.Unlock()
+	for {
+		wait := min(time.Until(refreshAt), jitter(l.cfg.Keepalive))
+		if !l.sleep(wait) {
+			return
+		}
+		if time.Now().Before(refreshAt) {
+			_, err := l.request(l.ctx, l.patient(), "keepalive", stun.MethodBinding, false)
+			var e *Error
+			if err != nil && !errors.As(err, &e) { // any answer shows life
+				l.lose(err)
+				return
+			}
+			continue
+		}
+		if _, err := l.refresh(l.ctx, l.patient(), l.cfg.Lifetime); err != nil {
+			if !l.refused(err) {
+				return
+			}
+			l.mu.Lock()
+			refreshAt = time.Now().Add(min(max(time.Until(l.expires)/2, time.Second), retryRefresh))
+			l.mu.Unlock()
+			continue
+		}
+		l.mu.Lock()
+		refreshAt = time.Now().Add(l.lifetime / 2)
+		l.mu.Unlock()
+	}
+}
+
+// watch checks a suspect relay: an authenticated Refresh in quick succession. Signs can be forged; no answer to these can not.
+func (l *Leg) watch() {
+	for {
+		select {
+		case <-l.ctx.Done():
+			return
+		case sign := <-l.suspects:
+			count(&l.stats.Checks, &l.cfg.Metrics.Checks, 1)
+			if _, err := l.refresh(l.ctx, l.quick(), l.cfg.Lifetime); err != nil {
+				if errors.Is(err, errNoAnswer) {
+					err = fmt.Errorf("%w (%w)", err, sign)
+				}
+				if !l.refused(err) {
+					return
+				}
+			}
+			if !l.sleep(checkPause) {
+				return
+			}
+		}
+	}
+}
+
+// sleep waits; it reports false when the leg ended.
+func (l *Leg) sleep(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-l.ctx.Done():
+		return false
+	}
+}
+
+// jitter returns between 80 and 100 % of d, so that legs do not beat in time.
+func jitter(d time.Duration) time.Duration { return d - time.Duration(rand.Int64N(int64(d)/5+1)) }

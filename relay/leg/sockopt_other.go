@@ -1,0 +1,7 @@
+//go:build !linux
+
+package leg
+
+import "net"
+
+func limitUnsent(*net.TCPConn, int) error { return nil }
