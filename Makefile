@@ -33,6 +33,9 @@ UNIT = $$($(AS_CALLER) "$$go" list ./... | grep -v '^sallyway/e2e\(/\|$$\)')
 # As root the tests run as they are; else they are compiled as the caller, and each test binary runs through sudo.
 TEST_EXEC = $(if $(filter 0,$(shell id -u)),,-exec "$(CURDIR)/$(AS_ROOT)")
 
+# Where the lab finds the programs: the demo, the end-to-end suite and the benchmarks run these.
+export SALLYWAY_BIN := $(CURDIR)/bin
+
 .DEFAULT_GOAL := build
 .PHONY: build demo test unit e2e check layering lint bench bench-quick install dist clean help prerequisites
 
@@ -61,7 +64,7 @@ unit: ## run the unit tests alone
 
 e2e: build ## run the end-to-end suite alone (root by sudo)
 	@$(find_go)
-	SALLYWAY_BIN="$(CURDIR)/bin" "$$go" test -json -count=1 -vet=off -timeout 30m $(TEST_EXEC) ./e2e/... | $(REPORT)
+	"$$go" test -json -count=1 -vet=off -timeout 30m $(TEST_EXEC) ./e2e/... | $(REPORT)
 
 prerequisites: ## install the Debian packages that the tests use (root by sudo)
 	@build/prerequisites.sh

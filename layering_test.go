@@ -53,26 +53,29 @@ var (
 	relayContracts = []string{"relay/leg", "relay/wire", "relay/udpio"}
 )
 
-// heavy are large dependencies and the folders whose packages may import them. One has one, two where the second is a
-// lab; more is a design change. Tests and bench (peers and baselines) are free.
+// laboratory are the packages that play the world around the product: private hosts, peers, baselines.
+var laboratory = []string{"internal/lab", "e2e", "bench"}
+
+// heavy are large dependencies and the folders whose packages may import them. One has one; more is a design change.
+// Tests and the laboratory are free.
 var heavy = map[string][]string{
 	"gvisor.dev/gvisor":                   {"netstack"},
 	"golang.zx2c4.com/wireguard":          {"tun"},
-	"github.com/vishvananda":              {"tun", "internal/lab"},
+	"github.com/vishvananda":              {"tun"},
 	"github.com/quic-go/quic-go":          {"tunnel"},
 	"github.com/quic-go/connect-ip-go":    {"tunnel"},
 	"github.com/dunglas/httpsfv":          {"tunnel"},
 	"github.com/yosida95/uritemplate":     {"tunnel"},
-	"github.com/pion/turn":                {}, // tests and bench only: the standard peer and the baseline
+	"github.com/pion/turn":                {}, // tests and the laboratory only: the standard peer and the baseline
 	"github.com/pion/dtls":                {"relay"},
 	"github.com/pion/stun":                {"stun", "relay"},
 	"modernc.org/sqlite":                  {"platform/store"},
 	"github.com/pressly/goose":            {"platform/store"},
 	"github.com/danielgtaylor/huma":       {"platform/api"},
 	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "platform"},
-	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway", "internal/lab"},
+	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway"},
 	"github.com/coreos/go-systemd":        {"internal/daemon"},
-	"github.com/spf13":                    {"internal/daemon", "internal/admin", "internal/lab", "cmd", "gateway", "client", "relay", "platform"},
+	"github.com/spf13":                    {"internal/daemon", "internal/admin", "cmd", "gateway", "client", "relay", "platform"},
 	"go.yaml.in/yaml":                     {"internal/daemon", "gateway"},
 	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control"},
 }
@@ -95,7 +98,7 @@ func breaches(f file) []string {
 	if test {
 		return nil
 	}
-	free := below(folder, "bench") || below(folder, "e2e")
+	free := contains(laboratory, folder)
 	var found []string
 	for _, imp := range f.imports {
 		if inside, ok := strings.CutPrefix(imp, module+"/"); ok {
@@ -204,6 +207,7 @@ func TestLayeringTable(t *testing.T) {
 		{"relay/a.go", "github.com/pion/turn/v5", true},
 		{"relay/a_test.go", "github.com/pion/turn/v5", false},
 		{"bench/a.go", "github.com/pion/turn/v5", false},
+		{"internal/lab/a.go", "github.com/quic-go/quic-go/http3", false},
 		{"platform/api/a.go", "modernc.org/sqlite", true},
 		{"platform/store/a.go", "modernc.org/sqlite", false},
 		{"gateway/a.go", "github.com/quic-go/quic-go", true},
