@@ -217,3 +217,6 @@ func (c *Conn) write(b []byte, segment int, ecn datagram.ECN, to Peer) error {
 	_, _, err := c.udp.WriteMsgUDPAddrPort(b, oob, to.Addr)
 	return err
 }
+
+// Wait waits until a Read would return at once, so that a socket that is idle needs no buffer.
+func (c *Conn) Wait() error { return c.wait() }

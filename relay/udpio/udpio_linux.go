@@ -202,3 +202,11 @@ func (c *Conn) Drops() uint64 {
 	}
 	return uint64(info[memInfoDrops])
 }
+
+func (c *Conn) wait() error {
+	return c.raw.Read(func(fd uintptr) bool {
+		p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p[:], 0)
+		return n != 0 || (err != nil && !errors.Is(err, unix.EINTR))
+	})
+}

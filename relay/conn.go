@@ -1,0 +1,285 @@
+package relay
+
+import (
+	"encoding/binary"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// transport is what a connection runs over.
+type transport uint8
+
+const (
+	overDTLS transport = iota + 1
+	overTCP
+	overTLS
+)
+
+// conn is a connection of a client: DTLS, TCP or TLS. It has a bounded queue towards the client; its goroutine runs only while there is
+// something to write.
+type conn struct {
+	s     *Server
+	kind  transport
+	addr  netip.AddrPort
+	nc    net.Conn
+	udp   udpEnd // DTLS: the datagrams underneath
+	alloc atomic.Pointer[allocation]
+	early int   // bytes read without an allocation; the reader's
+	bare  int64 // since when without an allocation, Unix nanoseconds; the sweep's
+
+	half bool // not authenticated yet; guarded by connections.mu
+
+	mu      sync.Mutex // guards the rest
+	pending *[]byte    // messages, each padded to a multiple of four
+	writing bool
+	closing bool // close when pending is written
+	closed  bool
+}
+
+// Limits of a connection's queue in bytes. Data beyond is dropped, so that a slow client sees loss instead of ever older data; control has
+// room of its own.
+const (
+	maxQueued        = 256 << 10
+	maxQueuedControl = maxQueued + 64<<10
+	writeTimeout     = 15 * time.Second
+)
+
+var queueBuffers = sync.Pool{New: func() any {
+	b := make([]byte, 0, 16<<10)
+	return &b
+}}
+
+// enqueue queues one message (STUN or ChannelData) whose bytes are head and tail. It never blocks; false means that it was dropped.
+func (c *conn) enqueue(head, tail []byte, control bool) bool {
+	size := (len(head) + len(tail) + 3) &^ 3
+	limit := maxQueued
+	if control {
+		limit = maxQueuedControl
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || c.closing {
+		return false
+	}
+	if c.pending == nil {
+		c.pending = queueBuffers.Get().(*[]byte)
+	}
+	q := *c.pending
+	if len(q)+size > limit {
+		return false
+	}
+	q = append(append(q, head...), tail...)
+	q = append(q, make([]byte, size-len(head)-len(tail))...)
+	*c.pending = q
+	if !c.writing {
+		c.writing = true
+		c.s.wg.Go(c.drain)
+	}
+	return true
+}
+
+// drain writes what is queued until there is nothing left.
+func (c *conn) drain() {
+	for {
+		c.mu.Lock()
+		q := c.pending
+		c.pending = nil
+		if q == nil || c.closed {
+			c.writing = false
+			closing := c.closing
+			c.mu.Unlock()
+			if closing {
+				c.close()
+			}
+			return
+		}
+		c.mu.Unlock()
+		err := c.writeAll(*q)
+		if cap(*q) <= maxQueuedControl {
+			*q = (*q)[:0]
+			queueBuffers.Put(q)
+		}
+		if err != nil {
+			c.close()
+		}
+	}
+}
+
+func (c *conn) writeAll(q []byte) error {
+	if c.kind != overDTLS {
+		if err := c.nc.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+			return err
+		}
+		_, err := c.nc.Write(q)
+		return err
+	}
+	for len(q) >= channelHeader {
+		n := int(binary.BigEndian.Uint16(q[2:])) + channelHeader
+		if q[0] < 64 {
+			n += stunHeader - channelHeader
+		}
+		if _, err := c.nc.Write(q[:n]); err != nil {
+			return err
+		}
+		q = q[min((n+3)&^3, len(q)):]
+	}
+	return nil
+}
+
+// closeAfterFlush closes c once what is queued has been written, and takes no more.
+func (c *conn) closeAfterFlush() {
+	c.mu.Lock()
+	idle := !c.writing
+	c.closing = true
+	c.mu.Unlock()
+	if idle {
+		c.close()
+	}
+}
+
+// close closes c at once. Its reader then ends and cleans up. Telling the client (close_notify) may take a while, so that is done aside.
+func (c *conn) close() {
+	c.mu.Lock()
+	was, nc := c.closed, c.nc
+	c.closed = true
+	c.mu.Unlock()
+	if !was {
+		c.s.closing.Go(func() { nc.Close() })
+	}
+}
+
+// finish is what a connection's reader does last: the allocation ends with the connection (RFC 8656 §5).
+func (c *conn) finish() {
+	c.close()
+	if a := c.alloc.Load(); a != nil {
+		c.s.end(a, "connection closed")
+	}
+	c.s.conns.remove(c)
+}
+
+// admits reports whether n more bytes may be read of a connection: before it has an allocation they are few.
+func (c *conn) admits(n int) bool {
+	if c.alloc.Load() != nil {
+		c.early = 0
+		return true
+	}
+	c.early += n
+	return c.early <= maxPreAuth
+}
+
+// connections is the set of connections, with a table of half-open ones that is bounded as a whole and by source.
+type connections struct {
+	limits Limits
+
+	mu       sync.Mutex // guards the rest
+	all      map[*conn]struct{}
+	half     int
+	bySource map[source]int // half-open ones
+	stopped  bool
+}
+
+func (t *connections) init(l Limits) {
+	t.limits = l
+	t.all = map[*conn]struct{}{}
+	t.bySource = map[source]int{}
+}
+
+// reserve makes room for a half-open connection of src, or reports that there is none.
+func (t *connections) reserve(src source) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.stopped || t.half >= t.limits.HalfOpen || t.bySource[src] >= t.limits.SourceHalfOpen || len(t.all)+t.half >= t.limits.Connections {
+		return false
+	}
+	t.half++
+	t.bySource[src]++
+	return true
+}
+
+// releaseLocked gives a half-open connection's room back.
+func (t *connections) releaseLocked(src source) {
+	t.half--
+	if t.bySource[src]--; t.bySource[src] == 0 {
+		delete(t.bySource, src)
+	}
+}
+
+// abandon gives back the room of a handshake that came to nothing.
+func (t *connections) abandon(src source) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.releaseLocked(src)
+}
+
+// add takes up a connection that reserve made room for. When the relay is stopping it reports false.
+func (t *connections) add(c *conn) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.stopped {
+		t.releaseLocked(sourceOf(c.addr.Addr()))
+		return false
+	}
+	c.half = true
+	t.all[c] = struct{}{}
+	return true
+}
+
+// authenticated says that c has an allocation and is half-open no more.
+func (t *connections) authenticated(c *conn) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c.half {
+		c.half = false
+		t.releaseLocked(sourceOf(c.addr.Addr()))
+	}
+}
+
+func (t *connections) remove(c *conn) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, ok := t.all[c]; !ok {
+		return
+	}
+	delete(t.all, c)
+	if c.half {
+		c.half = false
+		t.releaseLocked(sourceOf(c.addr.Addr()))
+	}
+}
+
+func (t *connections) snapshot() []*conn {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	list := make([]*conn, 0, len(t.all))
+	for c := range t.all {
+		list = append(list, c)
+	}
+	return list
+}
+
+// closeAll closes every connection and lets no more in.
+func (t *connections) closeAll() {
+	t.mu.Lock()
+	t.stopped = true
+	t.mu.Unlock()
+	for _, c := range t.snapshot() {
+		c.close()
+	}
+}
+
+// closeBare closes connections that have been without an allocation for authTimeout.
+func (t *connections) closeBare(now int64) {
+	for _, c := range t.snapshot() {
+		switch {
+		case c.alloc.Load() != nil:
+			c.bare = 0
+		case c.bare == 0:
+			c.bare = now
+		case now-c.bare >= int64(authTimeout):
+			c.close()
+		}
+	}
+}

@@ -1,0 +1,342 @@
+package relay
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/pion/dtls/v3"
+	"github.com/pion/logging"
+
+	"sallyway/relay/udpio"
+)
+
+// DTLS record layer (RFC 6347 §4.1): type 1, version 2, epoch 2, sequence 6, length 2; then, for a handshake, its type.
+const (
+	recordHeader    = 13
+	recordCCS       = 20
+	recordHandshake = 22
+	helloMessage    = 1
+)
+
+const (
+	// dtlsQueue is how many datagrams wait for a DTLS connection; more are dropped.
+	dtlsQueue = 64
+	// dtlsRead is the largest message in a record that is taken.
+	dtlsRead = 4 << 10
+	// dtlsLateHandshake is how long after a handshake its plain records may still be repeated.
+	dtlsLateHandshake = 30 * time.Second
+)
+
+// dtlsTable is the DTLS connections by source. Its half-open ones are bounded by connections.reserve: the cookie exchange keeps a forged
+// source from getting further, and the deadline from staying.
+type dtlsTable struct {
+	peers shared[dtlsPeer]
+}
+
+// dtlsPeer is a source's connection and the one that may replace it when its handshake completes. Either may be nil.
+type dtlsPeer struct {
+	half, live *virtualConn
+}
+
+func (t *dtlsTable) init(Limits) { t.peers.init() }
+
+// handleDTLS passes a datagram on to the connection it belongs to. Only a ClientHello makes a new one.
+func (sh *shard) handleDTLS(d []byte, m udpio.Message) {
+	s := sh.s
+	p, _ := s.dtls.peers.get(m.From)
+	if p.half == nil && isClientHello(d) {
+		if v := s.newDTLS(sh.end(m)); v != nil {
+			v.push(d)
+		}
+		return
+	}
+	if p.half == nil && p.live == nil {
+		sh.unknown(len(d), m)
+		return
+	}
+	if p.half != nil {
+		p.half.push(d)
+	}
+	// A plain record could be anybody's: towards an established connection only repeated handshake flights pass, and only for a while.
+	if p.live != nil && (encrypted(d) || (plainHandshake(d) && time.Since(p.live.since) < dtlsLateHandshake)) {
+		p.live.push(d)
+	}
+}
+
+func isClientHello(d []byte) bool {
+	return len(d) > recordHeader && d[0] == recordHandshake && d[1] == 0xFE && d[3] == 0 && d[4] == 0 && d[recordHeader] == helloMessage
+}
+
+// records calls f with type and epoch of every record of a datagram, and reports whether the datagram consists of records and f was true
+// for all.
+func records(d []byte, f func(typ byte, epoch int) bool) bool {
+	for len(d) > 0 {
+		if len(d) < recordHeader {
+			return false
+		}
+		n := recordHeader + int(d[11])<<8 + int(d[12])
+		if n > len(d) || !f(d[0], int(d[3])<<8|int(d[4])) {
+			return false
+		}
+		d = d[n:]
+	}
+	return true
+}
+
+func encrypted(d []byte) bool {
+	return records(d, func(_ byte, epoch int) bool { return epoch > 0 })
+}
+
+func plainHandshake(d []byte) bool {
+	return records(d, func(typ byte, epoch int) bool { return epoch > 0 || typ == recordHandshake || typ == recordCCS })
+}
+
+// newDTLS starts a handshake with a source, or returns nil where there are too many.
+func (s *Server) newDTLS(end udpEnd) *virtualConn {
+	from := end.peer.Addr
+	src := sourceOf(from.Addr())
+	if s.cfg.Certificate == nil {
+		return nil
+	}
+	if !s.handshake.allow(src, 1, s.now().UnixNano()) || !s.conns.reserve(src) {
+		s.count.handshakesRefused.Add(1)
+		return nil
+	}
+	v := &virtualConn{end: end, in: make(chan []byte, dtlsQueue), closed: make(chan struct{}), deadline: makeDeadline()}
+	s.dtls.peers.update(from, func(p dtlsPeer, _ bool) (dtlsPeer, bool) {
+		p.half = v
+		return p, true
+	})
+	s.wg.Go(func() {
+		defer s.forgetDTLS(from, v)
+		defer v.Close()
+		s.serveDTLS(from, v)
+	})
+	return v
+}
+
+// forgetDTLS takes v out of the table.
+func (s *Server) forgetDTLS(from netip.AddrPort, v *virtualConn) {
+	s.dtls.peers.update(from, func(p dtlsPeer, _ bool) (dtlsPeer, bool) {
+		if p.half == v {
+			p.half = nil
+		}
+		if p.live == v {
+			p.live = nil
+		}
+		return p, p.half != nil || p.live != nil
+	})
+}
+
+// quiet keeps the library from writing to standard error on its own.
+var quiet = &logging.DefaultLoggerFactory{Writer: io.Discard, DefaultLogLevel: logging.LogLevelDisabled}
+
+// serveDTLS does the handshake over v and serves the connection until it ends.
+func (s *Server) serveDTLS(from netip.AddrPort, v *virtualConn) {
+	src := sourceOf(from.Addr())
+	const mtu, flight = 1200, 250 * time.Millisecond
+	dc, err := dtls.ServerWithOptions(v, v.RemoteAddr(),
+		dtls.WithGetCertificate(func(*dtls.ClientHelloInfo) (*tls.Certificate, error) { return s.cfg.Certificate() }),
+		dtls.WithLoggerFactory(quiet), dtls.WithMTU(mtu), dtls.WithFlightInterval(flight))
+	if err != nil {
+		s.conns.abandon(src)
+		s.count.handshakesFailed.Add(1)
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), handshakeTimeout)
+	stop := context.AfterFunc(ctx, func() { v.Close() })
+	go func() { // a stopping relay does not wait for the deadline
+		select {
+		case <-s.closed:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	err = dc.HandshakeContext(ctx)
+	stop()
+	cancel()
+	if err != nil {
+		v.Close()
+		_ = dc.Close()
+		s.conns.abandon(src)
+		s.count.handshakesFailed.Add(1)
+		return
+	}
+	c := &conn{s: s, kind: overDTLS, addr: from, nc: dc, udp: v.end}
+	if !s.conns.add(c) {
+		_ = dc.Close()
+		return
+	}
+	defer c.finish()
+	v.since, v.conn = time.Now(), c
+	var old *virtualConn
+	s.dtls.peers.update(from, func(p dtlsPeer, _ bool) (dtlsPeer, bool) {
+		old = p.live
+		p.live = v
+		if p.half == v {
+			p.half = nil
+		}
+		return p, true
+	})
+	if old != nil { // the client has begun anew, and has proved that by the handshake
+		if a := old.conn.alloc.Load(); a != nil {
+			s.end(a, "replaced by a new connection")
+		}
+		old.conn.close()
+	}
+	c.readDTLS(dc)
+}
+
+// readDTLS handles what comes in records until the connection ends.
+func (c *conn) readDTLS(dc *dtls.Conn) {
+	buf := make([]byte, dtlsRead)
+	const patience = 64 // errors in a row; a forged or oversized record is one
+	for errs := 0; errs < patience; {
+		n, err := dc.Read(buf)
+		if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		}
+		if err != nil || n == 0 {
+			errs++
+			c.s.count.malformed.Add(1)
+			continue
+		}
+		errs = 0
+		if !c.admits(n) {
+			return
+		}
+		d := buf[:n]
+		switch first := d[0]; {
+		case first <= 3:
+			c.control(d)
+		case first >= 64 && first <= 79:
+			if a := c.alloc.Load(); a != nil {
+				c.s.datagrams(a, d, len(d), 0, c.s.now().UnixNano())
+			} else {
+				c.s.count.strays.Add(1)
+			}
+		default:
+			c.s.count.malformed.Add(1)
+		}
+	}
+}
+
+// virtualConn is the part of a UDP socket that one source talks to.
+type virtualConn struct {
+	end      udpEnd
+	in       chan []byte
+	deadline *deadline
+	since    time.Time // of the completed handshake; set before it is in the table as live
+	conn     *conn     // likewise
+
+	once   sync.Once
+	closed chan struct{}
+}
+
+var _ net.PacketConn = (*virtualConn)(nil)
+
+// push hands a copy of d over, or drops it where too many wait.
+func (v *virtualConn) push(d []byte) {
+	select {
+	case v.in <- append([]byte(nil), d...):
+	default:
+	}
+}
+
+// ReadFrom waits for a datagram of the source.
+func (v *virtualConn) ReadFrom(b []byte) (int, net.Addr, error) {
+	select {
+	case d := <-v.in:
+		return copy(b, d), v.RemoteAddr(), nil
+	default:
+	}
+	select {
+	case d := <-v.in:
+		return copy(b, d), v.RemoteAddr(), nil
+	case <-v.closed:
+		return 0, nil, net.ErrClosed
+	case <-v.deadline.passed():
+		return 0, nil, os.ErrDeadlineExceeded
+	}
+}
+
+// WriteTo sends a datagram to the source, whatever addr says.
+func (v *virtualConn) WriteTo(b []byte, _ net.Addr) (int, error) {
+	if err := v.end.sock.Write(b, 0, 0, v.end.peer); err != nil && errors.Is(err, net.ErrClosed) {
+		return 0, err
+	}
+	return len(b), nil // what the network refuses is lost, as on the way
+}
+
+// Close ends reads. The socket stays.
+func (v *virtualConn) Close() error {
+	v.once.Do(func() { close(v.closed) })
+	return nil
+}
+
+// LocalAddr is the relay's address.
+func (v *virtualConn) LocalAddr() net.Addr { return net.UDPAddrFromAddrPort(v.end.sock.LocalAddr()) }
+
+// RemoteAddr is the source.
+func (v *virtualConn) RemoteAddr() net.Addr { return net.UDPAddrFromAddrPort(v.end.peer.Addr) }
+
+// SetDeadline sets the read deadline; writes do not block.
+func (v *virtualConn) SetDeadline(t time.Time) error { return v.SetReadDeadline(t) }
+
+// SetReadDeadline bounds reads, those under way included.
+func (v *virtualConn) SetReadDeadline(t time.Time) error {
+	v.deadline.set(t)
+	return nil
+}
+
+// SetWriteDeadline does nothing, since writes do not block.
+func (v *virtualConn) SetWriteDeadline(time.Time) error { return nil }
+
+// deadline is a channel that is closed when a time has passed, and can be set anew.
+type deadline struct {
+	mu    sync.Mutex // guards the rest
+	timer *time.Timer
+	ch    chan struct{}
+}
+
+func makeDeadline() *deadline { return &deadline{ch: make(chan struct{})} }
+
+func (d *deadline) passed() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.ch
+}
+
+func (d *deadline) set(t time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.timer != nil && !d.timer.Stop() {
+		<-d.ch // the timer is about to close it
+	}
+	d.timer = nil
+	select {
+	case <-d.ch:
+		d.ch = make(chan struct{})
+	default:
+	}
+	if t.IsZero() {
+		return
+	}
+	ch := d.ch
+	if wait := time.Until(t); wait > 0 {
+		d.timer = time.AfterFunc(wait, func() { close(ch) })
+		return
+	}
+	close(ch)
+}
+
+func unmapped(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+}

@@ -1,0 +1,476 @@
+// Package relay is the relay's server: STUN and TURN (RFC 8489, RFC 8656) over UDP, DTLS, TCP and TLS on one port, with a data path
+// of its own that moves ChannelData between two allocations in runs of up to 64 KiB.
+//
+//	datagram's first byte   0–3 STUN     20–63 DTLS     64–79 ChannelData      (RFC 7983 §7)
+//	stream's first byte     0–3 STUN     22 TLS         64–79 ChannelData
+//
+// Two rules shape it. A relay sends only to nodes of the sender's own organization: a peer address is a key into the table of live
+// allocations, never a place to send to, except for the configured peers of an organization. And nothing is remembered of anybody
+// whose source address is not proven: requests over plain UDP are answered from the nonce alone, which is bound to the address.
+//
+//	s, err := relay.New(relay.Config{Advertise: ip, Keys: keys, Organizations: orgs, Certificate: cert, Logger: log})
+//	err = s.Run(ctx)
+//
+// Lock order: table.mu, then allocation.mu, then a connection's queue. The data path takes none of them.
+package relay
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyway/internal/identity"
+	"sallyway/relay/udpio"
+	"sallyway/relay/wire"
+)
+
+// The range of relayed ports (RFC 8656 §7.2).
+const (
+	DefaultMinPort = 49152
+	DefaultMaxPort = 65535
+)
+
+// Config is what a relay needs to know. Keys, organizations and denied nodes can be replaced while it runs.
+type Config struct {
+	// Listen is the address of the one port, UDP and TCP. The zero value is every address, wire.Port. Port 0 picks a free one.
+	Listen netip.AddrPort
+	// Advertise is the IP address in the relayed addresses that clients are told: the relay's address as the world sees it. The zero
+	// value is Listen's, which must then be a specific one.
+	Advertise netip.Addr
+	// RelayIP is the address that relayed sockets bind to; zero is Listen's, or every address.
+	RelayIP netip.Addr
+	// MinPort and MaxPort bound the relayed ports, inclusive; zero means the default range.
+	MinPort, MaxPort uint16
+	// ServicePorts are ports of this host that are never a peer, besides the listening one: SSH and TLS fallback, metrics.
+	ServicePorts []uint16
+	// Keys are the live keys that TURN passwords are derived from (wire.Password): the current one and, during a rotation, another.
+	Keys [][]byte
+	// Organizations are those that this relay serves, by name.
+	Organizations map[string]Organization
+	// Denied are revoked nodes.
+	Denied []identity.Node
+	// Limits bound what the relay spends on all and on each; zero fields mean the default.
+	Limits Limits
+	// Certificate returns the relay's current certificate for TLS and DTLS. It is asked in every handshake, so a renewal needs no
+	// restart. Nil serves neither.
+	Certificate func() (*tls.Certificate, error)
+	// Shards is how many UDP sockets share the port, each with a goroutine of its own; 0 is 1.
+	Shards int
+	// Logger takes changes of state. It is never told an address of a client or peer. Nil discards.
+	Logger *slog.Logger
+	// Metrics registers the counters; nil does without.
+	Metrics prometheus.Registerer
+	// Now tells the time; nil is time.Now.
+	Now func() time.Time
+}
+
+// Organization is what a relay knows about a tenant.
+type Organization struct {
+	// Peers are addresses outside the relay that the organization's allocations may exchange data with.
+	Peers []Peer
+	// Quota bounds the organization; zero fields mean no bound of its own.
+	Quota Quota
+}
+
+// Quota bounds an organization and each of its nodes.
+type Quota struct {
+	// Allocations is how many may live at once.
+	Allocations int
+	// NodeAllocations is how many one node may have.
+	NodeAllocations int
+	// Bandwidth and NodeBandwidth are in bytes per second of what nodes send through the relay.
+	Bandwidth, NodeBandwidth int64
+}
+
+// Limits bound the relay as a whole.
+type Limits struct {
+	// Allocations in all; 16 000.
+	Allocations int
+	// SourceAllocations from one IPv4 address or IPv6 /64; 1024, since an office behind a NAT is one source.
+	SourceAllocations int
+	// NodeAllocations of one node where its organization sets no other; 16.
+	NodeAllocations int
+	// Permissions and Channels of one allocation; 64 (they are by IP address, and the relay's own counts once) and 2048.
+	Permissions, Channels int
+	// HalfOpen handshakes (DTLS, and TCP connections not authenticated yet) in all and from one source; 1024 and 64.
+	HalfOpen, SourceHalfOpen int
+	// Connections (DTLS, TCP, TLS) in all; 16 000.
+	Connections int
+}
+
+// Limits that are not worth an option.
+const (
+	// handshakeTimeout is how long a DTLS or TLS handshake may take.
+	handshakeTimeout = 5 * time.Second
+	// authTimeout is how long a connection may live without an allocation.
+	authTimeout = 30 * time.Second
+	// maxPreAuth is how many bytes a connection may send before it has an allocation.
+	maxPreAuth = 32 << 10
+	// maxLifetime and defaultLifetime bound what an allocation is granted (RFC 8656 §7.2).
+	maxLifetime     = time.Hour
+	defaultLifetime = 10 * time.Minute
+	// permissionLifetime and channelLifetime are RFC 8656 §9 and §12.
+	permissionLifetime = 5 * time.Minute
+	channelLifetime    = 10 * time.Minute
+	// portQuarantine keeps a relayed port from being used again while late packets for its last owner may be under way.
+	portQuarantine = 60 * time.Second
+	// sweepInterval is how often what has expired is removed. The data path itself looks at the times.
+	sweepInterval = time.Second
+)
+
+// organization is the live form of an Organization. Its address is stable while the organization is served.
+type organization struct {
+	name   string
+	bucket bucket
+	peers  atomic.Pointer[map[netip.AddrPort]struct{}]
+	quota  atomic.Pointer[Quota]
+}
+
+func (o *organization) hasPeer(a netip.AddrPort) bool {
+	_, ok := (*o.peers.Load())[a]
+	return ok
+}
+
+// Server is a relay. Its exported methods may be called concurrently.
+type Server struct {
+	cfg   Config
+	log   *slog.Logger
+	now   func() time.Time
+	start time.Time
+
+	nonces  nonces
+	keys    atomic.Pointer[[][]byte]
+	orgs    atomic.Pointer[map[string]*organization]
+	denied  atomic.Pointer[map[identity.Node]struct{}]
+	setting sync.Mutex // serializes the setters
+
+	table table
+	dtls  dtlsTable
+	conns connections
+
+	replies   limiter   // unauthenticated replies by source, counted
+	excess    limiter   // unauthenticated replies by source, in bytes beyond what came in
+	handshake limiter   // new handshakes by source
+	suspects  limiter   // authentication attempts of sources that failed before
+	failures  penalties // failed authentications by source and identity
+
+	repeats  chan repeat
+	draining atomic.Bool
+	drainBy  atomic.Int64 // Unix nanoseconds
+	ready    atomic.Bool
+	count    counters
+
+	listening sync.Mutex
+	shards    []*shard
+	tcp       net.Listener
+	local     netip.AddrPort
+	advertise netip.Addr
+	tlsConfig *tls.Config
+	wg        sync.WaitGroup
+	closing   sync.WaitGroup // connections being closed
+	closed    chan struct{}
+}
+
+// New checks cfg. It opens and starts nothing.
+func New(cfg Config) (*Server, error) {
+	if err := cfg.fill(); err != nil {
+		return nil, err
+	}
+	s := &Server{
+		cfg: cfg, log: cfg.Logger, now: cfg.Now, start: cfg.Now(), advertise: cfg.Advertise,
+		repeats: make(chan repeat, 4096), closed: make(chan struct{}),
+	}
+	_, _ = rand.Read(s.nonces.secret[:])
+	s.table.init(cfg.MinPort, cfg.MaxPort)
+	s.dtls.init(cfg.Limits)
+	s.conns.init(cfg.Limits)
+	s.replies.init(50*time.Millisecond, 100)
+	s.excess.init(time.Second/256, 8<<10)
+	s.handshake.init(20*time.Millisecond, 100)
+	s.suspects.init(20*time.Millisecond, 20)
+	if cfg.Certificate != nil {
+		s.tlsConfig = &tls.Config{
+			MinVersion:             tls.VersionTLS12,
+			SessionTicketsDisabled: true,
+			NextProtos:             []string{"stun.turn", "stun.nat-discovery"}, // RFC 7443
+			GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cfg.Certificate() },
+		}
+	}
+	empty := map[string]*organization{}
+	s.orgs.Store(&empty)
+	s.SetKeys(cfg.Keys)
+	s.SetDenied(cfg.Denied)
+	if err := s.SetOrganizations(cfg.Organizations); err != nil {
+		return nil, err
+	}
+	if cfg.Metrics != nil {
+		if err := s.register(cfg.Metrics); err != nil {
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	return s, nil
+}
+
+// fill validates c and puts defaults in place.
+func (c *Config) fill() error {
+	if !c.Listen.IsValid() {
+		c.Listen = netip.AddrPortFrom(netip.IPv6Unspecified(), wire.Port)
+	}
+	if !c.Advertise.IsValid() {
+		c.Advertise = c.Listen.Addr()
+	}
+	c.Advertise = c.Advertise.Unmap()
+	if c.Advertise.IsUnspecified() {
+		return errors.New("the relay listens on every address: say which one clients are told (advertise)")
+	}
+	if c.MinPort == 0 {
+		c.MinPort = DefaultMinPort
+	}
+	if c.MaxPort == 0 {
+		c.MaxPort = DefaultMaxPort
+	}
+	if c.MinPort > c.MaxPort || c.MinPort < 1024 {
+		return fmt.Errorf("relayed ports %d–%d are not a range above 1023", c.MinPort, c.MaxPort)
+	}
+	if c.Shards <= 0 {
+		c.Shards = 1
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	l := &c.Limits
+	for _, f := range []struct {
+		field *int
+		value int
+	}{
+		{&l.Allocations, 16000}, {&l.SourceAllocations, 1024}, {&l.NodeAllocations, 16}, {&l.Permissions, 64}, {&l.Channels, 2048},
+		{&l.HalfOpen, 1024}, {&l.SourceHalfOpen, 64}, {&l.Connections, 16000},
+	} {
+		if *f.field < 0 {
+			return errors.New("a limit of the relay is negative")
+		}
+		if *f.field == 0 {
+			*f.field = f.value
+		}
+	}
+	return nil
+}
+
+// SetKeys replaces the live keys. Allocations stay; their next request needs a password under one of the new keys.
+func (s *Server) SetKeys(keys [][]byte) {
+	c := make([][]byte, 0, len(keys))
+	for _, k := range keys {
+		if len(k) > 0 {
+			c = append(c, slices.Clone(k))
+		}
+	}
+	s.keys.Store(&c)
+}
+
+// SetDenied replaces the set of revoked nodes and ends their allocations.
+func (s *Server) SetDenied(nodes []identity.Node) {
+	m := make(map[identity.Node]struct{}, len(nodes))
+	for _, n := range nodes {
+		m[n] = struct{}{}
+	}
+	s.denied.Store(&m)
+	for _, a := range s.table.snapshot() {
+		if _, gone := m[a.owner]; gone {
+			s.refuse(a, codeForbidden, "revoked")
+		}
+	}
+}
+
+// SetOrganizations replaces the set of served organizations, their peers and quotas. Allocations of organizations that are gone end, and
+// so do bindings to peers that are gone. With an error, which is about a peer, nothing has changed.
+func (s *Server) SetOrganizations(orgs map[string]Organization) error {
+	s.setting.Lock()
+	defer s.setting.Unlock()
+	old := *s.orgs.Load()
+	peers := make(map[string]*map[netip.AddrPort]struct{}, len(orgs))
+	for name, o := range orgs {
+		if !identity.ValidLabel(name) {
+			return fmt.Errorf("organization %q is not a DNS label in lower case", name)
+		}
+		set, err := s.cfg.checkPeers(o.Peers)
+		if err != nil {
+			return fmt.Errorf("organization %s: %w", name, err)
+		}
+		peers[name] = &set
+	}
+	live := make(map[string]*organization, len(orgs))
+	for name, o := range orgs {
+		org := old[name]
+		if org == nil {
+			org = &organization{name: name}
+		}
+		q := o.Quota
+		org.quota.Store(&q)
+		org.peers.Store(peers[name])
+		org.bucket.rate.Store(q.Bandwidth)
+		live[name] = org
+	}
+	s.orgs.Store(&live)
+	s.table.setNodeRates(live)
+	for _, a := range s.table.snapshot() {
+		if live[a.owner.Org] == nil {
+			s.refuse(a, codeForbidden, "organization not served here any more")
+			continue
+		}
+		s.dropLostPeers(a)
+	}
+	return nil
+}
+
+// Addr is where the relay listens, after Listen.
+func (s *Server) Addr() netip.AddrPort { return s.local }
+
+// Ready reports whether the relay takes new allocations: it is serving and not draining.
+func (s *Server) Ready() bool { return s.ready.Load() && !s.draining.Load() }
+
+// Listen opens the port. Run does it where it has not been done; doing it before tells the address and finds a taken port early.
+func (s *Server) Listen(ctx context.Context) error {
+	s.listening.Lock()
+	defer s.listening.Unlock()
+	if s.tcp != nil {
+		return nil
+	}
+	// With port 0 the system picks for UDP, and TCP may find the same number taken.
+	const tries = 16
+	for try := 0; ; try++ {
+		err := s.listen(ctx)
+		if err == nil {
+			return nil
+		}
+		s.closeSockets()
+		if s.cfg.Listen.Port() != 0 || try == tries {
+			return err
+		}
+	}
+}
+
+func (s *Server) listen(ctx context.Context) error {
+	addr := s.cfg.Listen
+	for i := range s.cfg.Shards {
+		uc, warnings, err := udpio.Listen(ctx, addr, udpio.Config{PacketInfo: addr.Addr().IsUnspecified(), ReusePort: s.cfg.Shards > 1})
+		if err != nil {
+			return fmt.Errorf("listen on udp %v: %w", addr, err)
+		}
+		s.shards = append(s.shards, newShard(s, uc))
+		if i == 0 {
+			for _, w := range warnings {
+				s.log.Warn("udp socket", "warning", w)
+			}
+			addr = netip.AddrPortFrom(addr.Addr(), uc.LocalAddr().Port())
+		}
+	}
+	network := "tcp"
+	if !addr.Addr().IsUnspecified() && addr.Addr().Is4() {
+		network = "tcp4"
+	}
+	l, err := (&net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3}}).
+		Listen(ctx, network, addr.String())
+	if err != nil {
+		return fmt.Errorf("listen on tcp %v: %w", addr, err)
+	}
+	s.tcp, s.local = l, addr
+	return nil
+}
+
+func (s *Server) closeSockets() {
+	for _, sh := range s.shards {
+		sh.sock.Close()
+	}
+	s.shards = nil
+	if s.tcp != nil {
+		s.tcp.Close()
+	}
+}
+
+// Run serves until ctx ends, and returns when everything has stopped. It ends with nil when ctx ended it. A Server runs once.
+func (s *Server) Run(ctx context.Context) error {
+	if err := s.Listen(ctx); err != nil {
+		return err
+	}
+	errs := make(chan error, len(s.shards)+1)
+	for _, sh := range s.shards {
+		s.wg.Go(func() { errs <- sh.serve() })
+	}
+	s.wg.Go(func() { errs <- s.accept() })
+	s.wg.Go(s.repeatLoop)
+	s.ready.Store(true)
+	s.log.Info("relay is serving", "port", s.local.Port(), "shards", len(s.shards), "gso", s.shards[0].sock.GSO(), "gro", s.shards[0].sock.GRO())
+	tick := time.NewTicker(sweepInterval)
+	defer tick.Stop()
+	var err error
+	for running := true; running; {
+		select {
+		case <-ctx.Done():
+			running = false
+		case err = <-errs:
+			running = false
+		case <-tick.C:
+			s.sweep()
+		}
+	}
+	s.ready.Store(false)
+	close(s.closed)
+	for _, a := range s.table.snapshot() {
+		s.end(a, "relay stops")
+	}
+	s.conns.closeAll()
+	s.awaitClosing()
+	for _, sh := range s.shards {
+		sh.sock.Close()
+	}
+	s.tcp.Close()
+	s.wg.Wait()
+	s.closing.Wait()
+	if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// awaitClosing gives connections a moment to tell their clients that they are closed, before the sockets are.
+func (s *Server) awaitClosing() {
+	const patience = time.Second
+	done := make(chan struct{})
+	go func() {
+		s.closing.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(patience):
+	}
+}
+
+// sweep removes what has expired.
+func (s *Server) sweep() {
+	now := s.now().UnixNano()
+	for _, a := range s.table.snapshot() {
+		if a.expires.Load() <= now {
+			s.end(a, "expired")
+			continue
+		}
+		s.expire(a, now)
+	}
+	s.conns.closeBare(now)
+	s.table.releasePorts(now)
+	s.reportAbuse()
+}

@@ -1,0 +1,84 @@
+package relay
+
+import (
+	"errors"
+	"net"
+
+	"sallyway/relay/udpio"
+)
+
+// shard is one UDP socket of the port and the goroutine that reads it.
+type shard struct {
+	s    *Server
+	sock *udpio.Conn
+	buf  []byte
+}
+
+func newShard(s *Server, sock *udpio.Conn) *shard {
+	return &shard{s: s, sock: sock, buf: make([]byte, udpio.MaxRead)}
+}
+
+// serve reads until the socket is closed.
+func (sh *shard) serve() error {
+	for {
+		m, err := sh.sock.Read(sh.buf)
+		if errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		if err != nil { // an ICMP error of an earlier write, or no memory: the next read may be fine
+			sh.s.count.readErrors.Add(1)
+			continue
+		}
+		sh.handle(sh.buf[:m.N], m)
+	}
+}
+
+// handle tells the datagrams of one read apart by their first byte (RFC 7983 §7). It does not allocate for ChannelData.
+func (sh *shard) handle(b []byte, m udpio.Message) {
+	s := sh.s
+	now := s.now().UnixNano()
+	var src *allocation
+	looked := false
+	for len(b) > 0 {
+		n := min(m.Segment, len(b))
+		switch first := b[0]; {
+		case first >= 64 && first <= 79:
+			if !looked {
+				src, _ = s.table.plain.get(m.From)
+				looked = true
+			}
+			if src != nil {
+				n = s.datagrams(src, b, m.Segment, m.ECN, now)
+			} else {
+				sh.unknown(n, m)
+			}
+		case first <= 3:
+			sh.stun(b[:n], m)
+			looked = false
+		case first >= 20 && first <= 63:
+			sh.handleDTLS(b[:n], m)
+			looked = false
+		default:
+			s.count.malformed.Add(1)
+		}
+		b = b[n:]
+	}
+}
+
+func (sh *shard) end(m udpio.Message) udpEnd {
+	return udpEnd{sock: sh.sock, peer: udpio.Peer{Addr: m.From, Local: m.Local}}
+}
+
+func (sh *shard) unknown(size int, m udpio.Message) {
+	sh.s.count.strays.Add(1)
+	sh.s.unknown(&origin{udp: sh.end(m), addr: m.From, size: size})
+}
+
+func (sh *shard) stun(b []byte, m udpio.Message) {
+	o := origin{udp: sh.end(m), addr: m.From}
+	// Where the control runs in DTLS, plain requests of the same 5-tuple have no allocation.
+	if a, ok := sh.s.table.plain.get(m.From); ok && a.conn == nil {
+		o.alloc = a
+	}
+	sh.s.control(&o, b)
+}
