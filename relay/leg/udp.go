@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/pion/dtls/v3"
+	"github.com/pion/logging"
 	"github.com/pion/stun/v4"
 
 	"sallyway/internal/datagram"
@@ -37,6 +39,9 @@ const (
 	// dtlsOverhead is a DTLS record's header, explicit nonce and tag, in bytes.
 	dtlsOverhead = 13 + 8 + 16
 )
+
+// quiet keeps the DTLS library from writing to standard error on its own.
+var quiet = &logging.DefaultLoggerFactory{Writer: io.Discard, DefaultLogLevel: logging.LogLevelDisabled}
 
 // unknownType is the message type of the Unknown indication.
 var unknownType = stun.NewType(wire.MethodUnknown, stun.ClassIndication).Value()
@@ -92,6 +97,7 @@ func dialUDP(ctx context.Context, cfg *Config, addr netip.AddrPort, plain bool, 
 		dtls.WithCipherSuites(dtls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, dtls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384),
 		dtls.WithServerName(cfg.Relay.ServerName()),
 		dtls.WithFlightInterval(flightInterval),
+		dtls.WithLoggerFactory(quiet),
 	)
 	if err != nil {
 		conn.Close()
