@@ -97,8 +97,8 @@ func (a *allocation) takeRendezvous(now int64) bool {
 func (s *Server) indicate(a *allocation, method stun.Method, attrs ...stun.Setter) {
 	m := stun.New()
 	m.Type = stun.NewType(method, stun.ClassIndication)
-	_ = m.NewTransactionID() // a nil error from crypto/rand
 	m.WriteHeader()
+	_ = m.NewTransactionID() // a nil error from crypto/rand
 	for _, at := range attrs {
 		if err := at.AddTo(m); err != nil {
 			panic("relay: building an indication: " + err.Error()) // only our own attributes go in
@@ -170,8 +170,8 @@ func (s *Server) unknown(o *origin) {
 	m := messages.Get().(*stun.Message)
 	m.Reset()
 	m.Type = stun.NewType(wire.MethodUnknown, stun.ClassIndication)
+	m.WriteHeader()          // makes room, which a fresh message has not
 	_ = m.NewTransactionID() // a nil error from crypto/rand
-	m.WriteHeader()
 	s.write(o, m.Raw)
 	messages.Put(m)
 }
