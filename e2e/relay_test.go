@@ -1,0 +1,189 @@
+package e2e
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sallyway/internal/control"
+	"sallyway/internal/lab"
+)
+
+// peerPort is where turnutils_peer listens.
+const peerPort = 3480
+
+// TestStandardTURNClient has coturn's client talk over the relay with a configured peer, over every transport.
+func TestStandardTURNClient(t *testing.T) {
+	uclient, peerBin := program(t, "turnutils_uclient"), program(t, "turnutils_peer")
+	l := newLab(t, lab.Config{})
+	peer := netip.AddrPortFrom(l.Addr(l.Peer), peerPort)
+	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true, RelayCreate: []string{"--peer", peer.String()}}, nil)
+	check(t, err)
+	must(s.Peer.Start(lab.Spec{Name: "peer", Args: []string{peerBin, "-L", peer.Addr().String(), "-p", strconv.Itoa(peerPort)}}))(t)
+	cred := credential(t, s, lab.DefaultOrg, s.RelayA.Name, lab.Laptop)
+	for _, c := range []struct {
+		name string
+		args []string
+	}{
+		{"UDP", nil},
+		{"TCP", []string{"-t"}},
+		{"TLS", []string{"-t", "-S"}},
+		{"DTLS", []string{"-S"}},
+		{"UDP with send indications", []string{"-s"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			out, err := turn(t, s, uclient, cred, s.Relay1, peer, c.args...)
+			if err != nil || !regexp.MustCompile(`Total lost packets 0 `).MatchString(out) || !regexp.MustCompile(`tot_recv_msgs=40\b`).MatchString(out) {
+				t.Errorf("%v\n%s", err, out)
+			}
+		})
+	}
+	t.Run("another peer", func(t *testing.T) {
+		other := netip.AddrPortFrom(peer.Addr(), peerPort+1)
+		must(s.Peer.Start(lab.Spec{Name: "peer2", Args: []string{peerBin, "-L", other.Addr().String(), "-p", strconv.Itoa(int(other.Port()))}}))(t)
+		for _, p := range []netip.AddrPort{other, netip.AddrPortFrom(l.Addr(l.Platform), 443), netip.MustParseAddrPort("127.0.0.1:5349")} {
+			if out, err := turn(t, s, uclient, cred, s.Relay1, p); err == nil && strings.Contains(out, "tot_recv_msgs=40") {
+				t.Errorf("the relay sends to %v", p)
+			}
+		}
+	})
+	t.Run("wrong password", func(t *testing.T) {
+		bad := cred
+		bad.Password = "x" + bad.Password
+		if out, err := turn(t, s, uclient, bad, s.Relay1, peer); err == nil && strings.Contains(out, "tot_recv_msgs=40") {
+			t.Errorf("a wrong password works:\n%s", out)
+		}
+	})
+}
+
+// credential asks for a TURN credential for standard software.
+func credential(t *testing.T, s *lab.Site, org, relay, client string) control.TURNCredential {
+	t.Helper()
+	var c control.TURNCredential
+	check(t, s.SallywayJSON(within(t, 10*time.Second), &c, "relay", "credential", relay, "--org", org, "--client", client))
+	if c.Username == "" || c.Password == "" {
+		t.Fatalf("credential %+v", c)
+	}
+	return c
+}
+
+// turn sends 40 messages to a peer over a relay with coturn's client.
+func turn(t *testing.T, s *lab.Site, uclient string, c control.TURNCredential, relay *lab.Host, peer netip.AddrPort, more ...string) (string, error) {
+	t.Helper()
+	args := append([]string{uclient, "-u", c.Username, "-w", c.Password, "-p", "5349", "-e", peer.Addr().String(), "-r", strconv.Itoa(int(peer.Port())),
+		"-c", "-n", "20", "-m", "2", "-l", "171"}, more...)
+	r, err := s.Client.Run(within(t, 25*time.Second), append(args, s.Addr(relay).String())...)
+	return r.Stdout + r.Stderr, err
+}
+
+// TestRelayKnowsNothing: after traffic no file or log of a relay, and no packet that it was given, holds what the traffic
+// was, and no file or log who spoke with whom.
+func TestRelayKnowsNothing(t *testing.T) {
+	s := newSite(t, lab.Config{}, lab.SiteConfig{NoBranch: true})
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.web.Addr, 20*time.Second)
+	b := make([]byte, 16)
+	_, _ = rand.Read(b) // never fails
+	planted := "planted-" + hex.EncodeToString(b)
+	packets, seen := sniff(t, []*lab.Host{s.Relay1, s.Relay2}, planted)
+
+	secret := must(s.Private.Web(at(lab.WebAddr, 7100), planted))(t)
+	r, err := s.Client.Run(within(t, 20*time.Second), program(t, "curl"), "-sS", "-H", "X-Planted: "+planted, secret.URL("/"))
+	if err != nil || r.Stdout != planted {
+		t.Fatalf("curl: %q, %v", r.Stdout, err)
+	}
+	c := must(s.Client.Dial(within(t, 10*time.Second), "tcp", p.echo.Addr.String()))(t)
+	echoes(t, c, bytes.Repeat([]byte(planted), 1000))
+	c.Close()
+	u := must(s.Client.Dial(within(t, 10*time.Second), "udp", p.udp.Addr.String()))(t)
+	_, err = u.Write([]byte(planted))
+	check(t, err)
+	check(t, echoUDP(u, 500))
+	u.Close()
+	// Sessions that end and legs that move write logs too.
+	check(t, s.Laptop.Restart())
+	reach(t, s.Client, p.web.Addr, resume)
+	must(s.MoveClient())(t)
+	reach(t, s.Client, p.web.Addr, resume)
+
+	if packets.Load() == 0 {
+		t.Error("no packet was seen: the test sees nothing")
+	}
+	if n := seen.Load(); n > 0 {
+		t.Errorf("%d packets at the relays hold the planted value in clear", n)
+	}
+	check(t, s.RelayA.Stop())
+	check(t, s.RelayB.Stop())
+	never := []string{planted, lab.WebAddr.String(), lab.WebAddr6.String(), "203.0.113.18", "203.0.113.19", "web.default"}
+	files := 0
+	for _, h := range []*lab.Host{s.Relay1, s.Relay2} {
+		check(t, filepath.WalkDir(h.Dir(), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() {
+				return err
+			}
+			content, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			files++
+			for _, n := range never {
+				if i := bytes.Index(content, []byte(n)); i >= 0 {
+					t.Errorf("%s on %s holds %q: …%s…", filepath.Base(path), h.Name, n, content[max(0, i-120):min(len(content), i+60)])
+				}
+			}
+			return nil
+		}))
+	}
+	if files < 4 {
+		t.Errorf("only %d files were looked at", files)
+	}
+}
+
+// sniff counts the packets on the hosts' links, and those that hold a text.
+func sniff(t *testing.T, hosts []*lab.Host, text string) (packets, holding *atomic.Int64) {
+	t.Helper()
+	packets, holding = new(atomic.Int64), new(atomic.Int64)
+	for _, h := range hosts {
+		var f *os.File
+		check(t, h.Do(func() error {
+			const all = unix.ETH_P_ALL<<8&0xff00 | unix.ETH_P_ALL>>8 // network order
+			fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, all)
+			if err != nil {
+				return fmt.Errorf("packet socket: %w", err)
+			}
+			f = os.NewFile(uintptr(fd), "packets")
+			return nil
+		}))
+		t.Cleanup(func() { f.Close() })
+		go func() {
+			b := make([]byte, 1<<17)
+			for {
+				n, err := f.Read(b)
+				if errors.Is(err, os.ErrClosed) {
+					return
+				}
+				if err == nil {
+					packets.Add(1)
+					if bytes.Contains(b[:n], []byte(text)) {
+						holding.Add(1)
+					}
+				}
+			}
+		}()
+	}
+	return packets, holding
+}
