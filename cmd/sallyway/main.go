@@ -1,0 +1,15 @@
+// Command sallyway is what people type: it reaches private resources (connect) and says who may (the verbs for administrators).
+package main
+
+import (
+	"os"
+
+	"sallyway/internal/admin"
+	"sallyway/internal/daemon"
+)
+
+func main() {
+	root := admin.Command()
+	// `sallyway connect` joins here: root.AddCommand(client.Command())
+	os.Exit(daemon.Main(root))
+}

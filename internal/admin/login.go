@@ -1,0 +1,308 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"sallyway/internal/control"
+	"sallyway/internal/control/agent/link"
+	"sallyway/internal/daemon"
+)
+
+// credential is what a login keeps.
+type credential struct {
+	control.AdminCredential
+	Org string `json:"org,omitempty"` // default organization
+}
+
+// maxCredential bounds a credential file in bytes.
+const maxCredential = 64 << 10
+
+// credentialPath is where the login is kept: SALLYWAY_CREDENTIALS, or below the XDG configuration folder.
+func credentialPath() (string, error) {
+	if p := os.Getenv("SALLYWAY_CREDENTIALS"); p != "" {
+		return p, nil
+	}
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return "", daemon.Usagef("no place for the login: %w\nname one with SALLYWAY_CREDENTIALS", err)
+	}
+	return filepath.Join(dir, "sallyway", "credentials.json"), nil
+}
+
+func loadCredential() (credential, error) {
+	var c credential
+	path, err := credentialPath()
+	if err != nil {
+		return c, err
+	}
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return c, notLoggedIn()
+	}
+	if err != nil {
+		return c, daemon.Usagef("read the login: %w", err)
+	}
+	if err := json.Unmarshal(b, &c); err != nil || c.URL == "" || c.Token == "" {
+		return c, daemon.Usagef("the login in %s is damaged\nlog in anew: sallyway login --url URL --token-file F", path)
+	}
+	return c, nil
+}
+
+// notLoggedIn tells the exact line where the platform's token is on this host, else its shape.
+func notLoggedIn() error {
+	local := filepath.Join(daemon.DefaultStateDir("platformd"), "admin.token")
+	if _, err := os.Stat(local); err == nil {
+		return daemon.Usagef("not logged in\nrun: sallyway login --token-file %s", local)
+	}
+	return daemon.Usagef("not logged in\nrun: sallyway login --token-file admin.token\nplatformd writes admin.token into its data folder at its first start; it carries URL, CA pin and token (a bare token needs --url, and --ca-pin where the platform made its own certificate)")
+}
+
+func (a *app) login() *cobra.Command {
+	var url, file, pin string
+	cmd := &cobra.Command{
+		Use:   "login [--url URL] --token-file F|- [--ca-pin P]",
+		Short: "Keep the credential of a platform for the other verbs",
+		Long: `Keep the credential of a platform for the other verbs.
+
+F is the admin.token that platformd writes at its first start (it carries URL, CA pin and token), or holds an API token
+alone; then --url says where the platform is, and --ca-pin how to know it where its certificate is its own.
+The credential is kept in your configuration folder, readable for you alone; SALLYWAY_CREDENTIALS names another file.`,
+		Example: `  sallyway login --token-file /var/lib/sallyway/platformd/admin.token
+  ssh platform.example sudo cat /var/lib/sallyway/platformd/admin.token | sallyway login --token-file -
+  sallyway login --url https://platform.example --token-file token.txt --org acme`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if file == "" {
+				return daemon.Usagef("which token? name its file: sallyway login --token-file F (- is standard input)")
+			}
+			c, err := readToken(cmd.InOrStdin(), file)
+			if err != nil {
+				return err
+			}
+			if url != "" {
+				c.URL = url
+			}
+			if pin != "" {
+				c.Pin = pin
+			}
+			if c.URL == "" {
+				return daemon.Usagef("the token does not say where the platform is\nadd --url https://PLATFORM")
+			}
+			return a.logIn(cmd, c)
+		},
+	}
+	cmd.Flags().StringVar(&url, "url", "", "the platform's URL (default: as the token file says)")
+	cmd.Flags().StringVar(&file, "token-file", "", "file with the token, - for standard input")
+	cmd.Flags().StringVar(&pin, "ca-pin", "", "SHA-256 of the key of the platform's CA, in hexadecimal (default: as the token file says)")
+	return cmd
+}
+
+// readToken reads admin.token or a bare API token. Errors never repeat it.
+func readToken(stdin io.Reader, file string) (control.AdminCredential, error) {
+	var c control.AdminCredential
+	in, name := stdin, "standard input"
+	if file != "-" {
+		f, err := os.Open(file)
+		if errors.Is(err, fs.ErrPermission) {
+			return c, daemon.Usagef("read the token: %w\nas root: sudo cat %s | sallyway login --token-file -", err, file)
+		}
+		if err != nil {
+			return c, daemon.Usagef("read the token: %w", err)
+		}
+		defer f.Close()
+		in, name = f, file
+	}
+	b, err := io.ReadAll(io.LimitReader(in, maxCredential+1))
+	if err != nil || len(b) > maxCredential {
+		return c, daemon.Usagef("read the token from %s: it is no token file", name)
+	}
+	b = bytes.TrimSpace(b)
+	if bytes.HasPrefix(b, []byte("{")) {
+		if err := json.Unmarshal(b, &c); err != nil || c.Token == "" {
+			return c, daemon.Usagef("%s is damaged: it is neither an admin.token nor a token\ncopy it whole", name)
+		}
+		return c, nil
+	}
+	c.Token = string(b)
+	switch {
+	case c.Token == "" || strings.ContainsAny(c.Token, " \t\r\n\x00"):
+		return c, daemon.Usagef("%s holds no token: want one word, or the platform's admin.token", name)
+	case isEnrolment(c.Token):
+		return c, daemon.Usagef("%s holds an enrolment token, which is for a node\nto log in, take the platform's admin.token or an API token", name)
+	}
+	return c, nil
+}
+
+func isEnrolment(s string) bool {
+	_, err := control.ParseToken(s)
+	return err == nil
+}
+
+// logIn tries the credential before it keeps it.
+func (a *app) logIn(cmd *cobra.Command, cred control.AdminCredential) error {
+	c, err := NewClient(cred, defaultOrg)
+	if err != nil {
+		return daemon.Usagef("log in: %w", err)
+	}
+	defer c.Close()
+	if c.link.Plain() {
+		fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s is plain HTTP: whoever listens on the way can use the token\n", cred.URL)
+	}
+	orgs, err := all[control.Organization](cmd.Context(), c, orgsPath)
+	if err != nil {
+		var p *link.Problem
+		if errors.As(err, &p) && p.Status == 401 {
+			return daemon.Failf("log in: the platform does not take this token: %s\na fresh one: platformd admin token, on the platform's host", p.Error())
+		}
+		return explain(c, "log in", err)
+	}
+	kept := credential{AdminCredential: cred, Org: a.org}
+	if a.org != "" && !hasOrg(orgs, a.org) {
+		return daemon.Usagef("log in: the platform has no organization %q that this token may see\nthere are: %s", a.org, join(names(orgs)))
+	}
+	if a.org == "" && len(orgs) == 1 {
+		kept.Org = orgs[0].Name
+	}
+	path, err := credentialPath()
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return daemon.Failf("keep the login: %w\nname another file with SALLYWAY_CREDENTIALS", err)
+	}
+	b, err := json.MarshalIndent(kept, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := daemon.WriteFile(path, append(b, '\n'), 0o600); err != nil {
+		return daemon.Failf("keep the login: %w\nname another file with SALLYWAY_CREDENTIALS", err)
+	}
+	org := a.organizationName(kept)
+	return a.show(cmd, struct {
+		URL string `json:"url"`
+		Org string `json:"org"`
+	}{cred.URL, org}, func(w io.Writer) {
+		fmt.Fprintf(w, "Logged in to %s, organization %s.\n", cred.URL, org)
+	})
+}
+
+func names(orgs []control.Organization) []string {
+	var s []string
+	for _, o := range orgs {
+		s = append(s, o.Name)
+	}
+	return s
+}
+
+func hasOrg(orgs []control.Organization, name string) bool {
+	for _, o := range orgs {
+		if o.Name == name {
+			return true
+		}
+	}
+	return false
+}
+
+func (a *app) logout() *cobra.Command {
+	return &cobra.Command{
+		Use:   "logout",
+		Short: "Forget the credential",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			path, err := credentialPath()
+			if err != nil {
+				return err
+			}
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return daemon.Failf("log out: %w", err)
+			}
+			return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintln(w, "Logged out.") })
+		},
+	}
+}
+
+func (a *app) organization() *cobra.Command {
+	var ranges []string
+	create := &cobra.Command{
+		Use: "create NAME", Short: "Make an organization with a PKI of its own", Args: one("the organization's name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			prefixes, err := parseAll(ranges, "--range", parsePrefix)
+			if err != nil {
+				return err
+			}
+			return a.do(cmd, "create organization "+args[0], func(ctx context.Context, c *Client) error {
+				o, err := post[control.Organization](ctx, c, orgsPath, control.CreateOrganization{Name: args[0], Range: prefixes})
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, o, func(w io.Writer) {
+					fmt.Fprintf(w, "organization %s created, virtual addresses %s\nuse it with --org %[1]s\n", o.Name, join(o.Range))
+				})
+			})
+		},
+	}
+	create.Flags().StringSliceVar(&ranges, "range", nil, "range of virtual addresses, IPv4 and IPv6 (default: 100.112.0.0/12 and a ULA)")
+	ls := &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List the organizations", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.do(cmd, "list organizations", func(ctx context.Context, c *Client) error {
+				orgs, err := all[control.Organization](ctx, c, orgsPath)
+				if err != nil {
+					return err
+				}
+				return list(a, cmd, orgs, "no organizations", "NAME RANGE CREATED", func(o control.Organization) []any {
+					return []any{o.Name, join(o.Range), ago(&o.Created)}
+				})
+			})
+		},
+	}
+	show := &cobra.Command{
+		Use: "show [NAME]", Short: "Show an organization", Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.do(cmd, "show organization", func(ctx context.Context, c *Client) error {
+				if len(args) > 0 {
+					c.org = args[0]
+				}
+				o, err := get[control.Organization](ctx, c, c.path())
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, o, func(w io.Writer) {
+					fields(w, "name", o.Name, "virtual addresses", join(o.Range), "created", moment(&o.Created))
+				})
+			})
+		},
+	}
+	var yes bool
+	del := &cobra.Command{
+		Use: "delete NAME --yes", Short: "Delete an organization with all that is in it", Args: one("the organization's name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !yes {
+				return daemon.Usagef("deleting organization %s deletes its relays, gateways, clients, resources, policies and keys for good\nif that is meant: sallyway organization delete %[1]s --yes", args[0])
+			}
+			return a.do(cmd, "delete organization "+args[0], func(ctx context.Context, c *Client) error {
+				c.org = args[0]
+				if err := c.remove(ctx, c.path()); err != nil {
+					return err
+				}
+				return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "organization %s deleted\n", args[0]) })
+			})
+		},
+	}
+	del.Flags().BoolVar(&yes, "yes", false, "yes, with all that is in it")
+	c := group("organization", "Tenants: each with nodes, policies and a PKI of its own", `  sallyway organization create acme
+  sallyway --org acme gateway create office`, create, ls, show, del)
+	c.Aliases = []string{"org"}
+	return c
+}

@@ -1,0 +1,314 @@
+package admin
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sallyway/internal/control"
+	"sallyway/internal/daemon"
+)
+
+// nodeKind is one of the three kinds of node that people make.
+type nodeKind struct {
+	name, plural string
+	short        string
+	example      string
+}
+
+var (
+	relays = nodeKind{"relay", "relays", "Relays: hosts that both ends can reach", `  sallyway relay create fra-1 --host relay.example
+  sallyway relay drain fra-1
+  sallyway relay credential fra-1 --client laptop      # for standard TURN software`}
+	gateways = nodeKind{"gateway", "gateways", "Gateways: hosts in the private network", `  sallyway gateway create office
+  sallyway gateway token office                        # a fresh token, for a new host or after a loss
+  sallyway gateway create office --json | jq -r .token | ssh office sudo gatewayd install --token-file -`}
+	clients = nodeKind{"client", "clients", "Clients: who reaches private resources", `  sallyway client create laptop
+  sallyway client revoke laptop                        # open sessions end within seconds`}
+)
+
+// relayFlags are what only relays have.
+type relayFlags struct {
+	host  string
+	port  uint16
+	peers []string
+}
+
+func (f *relayFlags) register(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.host, "host", "", "address or DNS name under which nodes reach the relay")
+	cmd.Flags().Uint16Var(&f.port, "port", 0, "its STUN/TURN port (default 5349)")
+	cmd.Flags().StringSliceVar(&f.peers, "peer", nil, "address and port outside that may exchange packets with allocations, such as 192.0.2.7:9000")
+}
+
+func (a *app) node(k nodeKind) *cobra.Command {
+	verbs := []*cobra.Command{
+		a.nodeCreate(k), a.nodeList(k), a.nodeShow(k), a.nodeUpdate(k), a.nodeDelete(k), a.nodeToken(k),
+		a.nodeAction(k, "disable", "Refuse the NODE until it is enabled again", "disabled"),
+		a.nodeAction(k, "enable", "Let a disabled NODE work again", "enabled"),
+		a.nodeAction(k, "revoke", "Deny the NODE's key: its sessions end within seconds, and it needs a new token", "revoked"),
+	}
+	if k == relays {
+		verbs = append(verbs, a.nodeAction(k, "drain", "Move everybody off a relay, without a break", "draining"), a.relayCredential())
+	}
+	return group(k.name, k.short, k.example, verbs...)
+}
+
+func (a *app) nodeCreate(k nodeKind) *cobra.Command {
+	var relay relayFlags
+	cmd := &cobra.Command{
+		Use: "create NAME", Short: "Make a " + k.name + " and print the command for its host", Args: one("the " + k.name + "'s name"),
+		Long: "Make a " + k.name + " and print the command for its host. The token in it is good for one use within an hour; `sallyway " + k.name + " token NAME` makes a fresh one.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req := control.CreateNode{Name: args[0], Host: relay.host, Port: relay.port}
+			if k == relays {
+				if relay.host == "" {
+					return daemon.Usagef("under which address do nodes reach the relay? add --host: sallyway relay create %s --host HOST", args[0])
+				}
+				var err error
+				if req.Peers, err = parseAll(relay.peers, "--peer", netip.ParseAddrPort); err != nil {
+					return err
+				}
+			}
+			return a.do(cmd, "create "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
+				n, err := post[control.CreatedNode](ctx, c, c.path(k.plural), req)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, n, func(w io.Writer) { created(w, k, n, "created") })
+			})
+		},
+	}
+	if k == relays {
+		cmd.Use = "create NAME --host HOST [--port N] [--peer ADDR:PORT]"
+		relay.register(cmd)
+	}
+	return cmd
+}
+
+// created prints what to do with a token. The commands hold it: they go to standard output and nowhere else.
+func created(w io.Writer, k nodeKind, n control.CreatedNode, done string) {
+	fmt.Fprintf(w, "%s %s %s (%s). The token works once, for %s.\n", k.name, n.Name, done, n.ID, span(time.Until(n.Expires).Round(time.Minute)))
+	fmt.Fprintf(w, "\nOn its host, for good:\n\n%s\n", indent(n.Command))
+	if n.Foreground != "" {
+		fmt.Fprintf(w, "\nOr to try it, in the foreground:\n\n%s\n", indent(n.Foreground))
+	}
+}
+
+// indent leaves a here-document's lines where they are: its end mark has to stand at the margin.
+func indent(s string) string {
+	if strings.Contains(s, "<<") {
+		return s
+	}
+	return "  " + s
+}
+
+func (a *app) nodeList(k nodeKind) *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List the " + k.plural, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.do(cmd, "list "+k.plural, func(ctx context.Context, c *Client) error {
+				nodes, err := all[control.NodeRecord](ctx, c, c.path(k.plural))
+				if err != nil {
+					return err
+				}
+				none := fmt.Sprintf("organization %s has no %s; make one: sallyway %s create NAME", c.org, k.plural, k.name)
+				return list(a, cmd, nodes, none, nodeHead(k), nodeRow(k))
+			})
+		},
+	}
+}
+
+func nodeHead(k nodeKind) string {
+	switch k {
+	case relays:
+		return "NAME STATE HOST VERSION SEEN PROBLEMS"
+	case gateways:
+		return "NAME STATE RELAYS VIRTUAL VERSION SEEN PROBLEMS"
+	}
+	return "NAME STATE VIRTUAL VERSION SEEN PROBLEMS"
+}
+
+func nodeRow(k nodeKind) func(control.NodeRecord) []any {
+	return func(n control.NodeRecord) []any {
+		row := []any{n.Name, n.State}
+		switch k {
+		case relays:
+			row = append(row, hostPort(n.Host, n.Port))
+		case gateways:
+			row = append(row, join(n.Relays), join(n.Virtual))
+		default:
+			row = append(row, join(n.Virtual))
+		}
+		return append(row, n.Version, ago(n.LastSeen), strings.Join(n.Problems, "; "))
+	}
+}
+
+func hostPort(host string, port uint16) string {
+	switch {
+	case host == "" || port == 0:
+		return host
+	case strings.Contains(host, ":"):
+		return fmt.Sprintf("[%s]:%d", host, port)
+	}
+	return fmt.Sprintf("%s:%d", host, port)
+}
+
+func (a *app) nodeShow(k nodeKind) *cobra.Command {
+	return a.completing(k.plural, &cobra.Command{
+		Use: "show NAME", Short: "Show a " + k.name, Args: one("the " + k.name + "'s name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.do(cmd, "show "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
+				n, err := get[control.NodeRecord](ctx, c, c.path(k.plural, args[0]))
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, n, func(w io.Writer) { showNode(w, n) })
+			})
+		},
+	})
+}
+
+func showNode(w io.Writer, n control.NodeRecord) {
+	key := ""
+	if n.Key != nil {
+		key = n.Key.String()
+	}
+	var load []string
+	for _, name := range sortedKeys(n.Load) {
+		load = append(load, fmt.Sprintf("%s %g", name, n.Load[name]))
+	}
+	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "state", n.State, "host", hostPort(n.Host, n.Port), "peers", join(n.Peers),
+		"relays", join(n.Relays), "virtual", join(n.Virtual), "version", n.Version, "load", strings.Join(load, ", "),
+		"problems", strings.Join(n.Problems, "; "), "key", key, "certificate until", moment(n.NotAfter),
+		"created", moment(&n.Created), "enrolled", moment(n.Enrolled), "last seen", moment(n.LastSeen))
+}
+
+func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
+	var relay relayFlags
+	var name string
+	cmd := &cobra.Command{
+		Use: "update NAME [--name NEW]", Short: "Change a " + k.name, Args: one("the " + k.name + "'s name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var u control.UpdateNode
+			flags := cmd.Flags()
+			if flags.Changed("name") {
+				u.Name = &name
+			}
+			if flags.Changed("host") {
+				u.Host = &relay.host
+			}
+			if flags.Changed("port") {
+				u.Port = &relay.port
+			}
+			if flags.Changed("peer") {
+				peers, err := parseAll(relay.peers, "--peer", netip.ParseAddrPort)
+				if err != nil {
+					return err
+				}
+				u.Peers = &peers
+			}
+			if u == (control.UpdateNode{}) {
+				return nothingToChange(cmd)
+			}
+			return a.do(cmd, "update "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
+				n, err := patch[control.NodeRecord](ctx, c, c.path(k.plural, args[0]), u)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, n, func(w io.Writer) { fmt.Fprintf(w, "%s %s updated\n", k.name, n.Name) })
+			})
+		},
+	}
+	cmd.Flags().StringVar(&name, "name", "", "a new name")
+	if k == relays {
+		cmd.Use = "update NAME [--name NEW] [--host HOST] [--port N] [--peer ADDR:PORT]"
+		relay.register(cmd)
+	}
+	return a.completing(k.plural, cmd)
+}
+
+func nothingToChange(cmd *cobra.Command) error {
+	return daemon.Usagef("nothing to change is named\nsee `%s --help`", cmd.CommandPath())
+}
+
+func (a *app) nodeDelete(k nodeKind) *cobra.Command {
+	return a.completing(k.plural, &cobra.Command{
+		Use: "delete NAME", Aliases: []string{"rm"}, Short: "Delete a " + k.name + " and deny its key", Args: one("the " + k.name + "'s name"),
+		RunE: func(cmd *cobra.Command, args []string) error { return a.deleteOne(cmd, k.name, k.plural, args[0]) },
+	})
+}
+
+// deleteOne deletes an object of the organization.
+func (a *app) deleteOne(cmd *cobra.Command, name, plural, object string) error {
+	return a.do(cmd, "delete "+name+" "+object, func(ctx context.Context, c *Client) error {
+		if err := c.remove(ctx, c.path(plural, object)); err != nil {
+			return err
+		}
+		return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "%s %s deleted\n", name, object) })
+	})
+}
+
+func (a *app) nodeToken(k nodeKind) *cobra.Command {
+	return a.completing(k.plural, &cobra.Command{
+		Use: "token NAME", Short: "Make a fresh enrolment token and print the command for the host", Args: one("the " + k.name + "'s name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.do(cmd, "make a token for "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
+				n, err := post[control.CreatedNode](ctx, c, c.path(k.plural, args[0], "token"), nil)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, n, func(w io.Writer) { created(w, k, n, "has a fresh token; older ones are void") })
+			})
+		},
+	})
+}
+
+func (a *app) nodeAction(k nodeKind, verb, short, done string) *cobra.Command {
+	return a.completing(k.plural, &cobra.Command{
+		Use: verb + " NAME", Short: strings.ReplaceAll(short, "NODE", k.name), Args: one("the " + k.name + "'s name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.do(cmd, verb+" "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
+				n, err := post[control.NodeRecord](ctx, c, c.path(k.plural, args[0], verb), nil)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, n, func(w io.Writer) { fmt.Fprintf(w, "%s %s %s\n", k.name, args[0], done) })
+			})
+		},
+	})
+}
+
+func (a *app) relayCredential() *cobra.Command {
+	var client string
+	var ttl time.Duration
+	cmd := &cobra.Command{
+		Use: "credential NAME --client C [--ttl 1h]", Short: "Make a credential with which standard TURN software may use a relay", Args: one("the relay's name"),
+		Example: "  sallyway relay credential fra-1 --client laptop --ttl 2h",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if client == "" {
+				return daemon.Usagef("for which client? add --client C: the credential acts for it and ends with it")
+			}
+			if ttl < time.Second || ttl > 24*time.Hour {
+				return daemon.Usagef("--ttl %v is not between 1s and 24h", ttl)
+			}
+			return a.do(cmd, "make a credential for relay "+args[0], func(ctx context.Context, c *Client) error {
+				cred, err := post[control.TURNCredential](ctx, c, c.path(relays.plural, args[0], "credential"),
+					control.CreateTURNCredential{Client: client, TTL: int(ttl.Seconds())})
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, cred, func(w io.Writer) {
+					fields(w, "username", cred.Username, "password", cred.Password, "realm", cred.Realm, "uris", strings.Join(cred.URIs, " "), "expires", moment(&cred.Expires))
+				})
+			})
+		},
+	}
+	cmd.Flags().StringVar(&client, "client", "", "the client for which it acts")
+	cmd.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long it works, at most 24h")
+	return a.completing(relays.plural, cmd)
+}
