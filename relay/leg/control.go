@@ -23,12 +23,15 @@ const (
 	leastRTO = 50 * time.Millisecond
 	// patience is how long an ordinary request may go unanswered before the relay counts as gone.
 	patience = 5 * time.Second
-	// quickInterval and quickAttempts are the checks of a suspect relay; after the last, quickGrace or three round-trip times pass
-	// before they count as unanswered.
+	// quickInterval and quickAttempts are the checks of a relay that is said to be gone; after the last, quickGrace or what the
+	// round-trip time and its deviation suggest passes before they count as unanswered.
 	quickInterval = 20 * time.Millisecond
 	quickAttempts = 3
 	quickGrace    = 25 * time.Millisecond
-	// quickStream is the same for TLS, where TCP may have to retransmit first.
+	// calmTotal bounds the checks where there is no such sign: what goes unanswered may just be late in a full queue. The path
+	// machine does not wait for it.
+	calmTotal = 500 * time.Millisecond
+	// quickStream bounds both kinds of check on TLS, where TCP may have to retransmit first.
 	quickStream = time.Second
 	// closeTimeout bounds how long Close waits for the relay to confirm.
 	closeTimeout = 300 * time.Millisecond
@@ -66,18 +69,28 @@ func (l *Leg) patient() schedule {
 	return schedule{first: rto, most: 2 * firstRTO, total: patience, attempts: 1 << 10}
 }
 
-// quick is the schedule of checks.
+// quick is the schedule of checks after a sign that the relay is gone.
 func (l *Leg) quick() schedule {
 	if l.car.reliable() {
 		return schedule{first: quickStream, most: quickStream, total: quickStream, attempts: 1}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	grace := max(quickGrace, 3*l.rtt)
+	grace := max(quickGrace, l.rtt+4*l.rttVar)
 	return schedule{
 		first: quickInterval, most: quickInterval, attempts: quickAttempts,
 		total: (quickAttempts-1)*quickInterval + grace,
 	}
+}
+
+// calm is the schedule of checks without a sign.
+func (l *Leg) calm() schedule {
+	if l.car.reliable() {
+		return l.quick()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return schedule{first: quickInterval, most: calmTotal / 4, attempts: 1 << 10, total: max(calmTotal, 3*(l.rtt+4*l.rttVar))}
 }
 
 // request makes a request and returns the success response. What the relay refuses is an *Error. auth says that it carries the

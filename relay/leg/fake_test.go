@@ -37,7 +37,6 @@ type fakeRelay struct {
 	user     string                                            // the last user name
 	override map[stun.Method]func(*stun.Message) *stun.Message // returns the answer, nil for silence; fallthrough when absent
 	seen     []stun.Method
-	times    []time.Time
 	bound    map[uint16]netip.AddrPort
 	lifetime time.Duration
 	sent     []string
@@ -63,7 +62,6 @@ func (f *fakeRelay) write(b []byte) error {
 		return net.ErrClosed
 	}
 	f.seen = append(f.seen, m.Type.Method)
-	f.times = append(f.times, time.Now())
 	if f.dead {
 		return nil
 	}
@@ -212,4 +210,34 @@ func (f *fakeRelay) requests(method stun.Method) int {
 		}
 	}
 	return n
+}
+
+func (f *fakeRelay) setRTT(d time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.rtt = d
+}
+
+func (f *fakeRelay) lastUser() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.user
+}
+
+func (f *fakeRelay) isClosed() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.closed
+}
+
+func (f *fakeRelay) boundTo(number uint16) netip.AddrPort {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.bound[number]
+}
+
+func (f *fakeRelay) sentData() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return append([]string(nil), f.sent...)
 }

@@ -369,8 +369,10 @@ func (l *Leg) Err() error {
 // Draining is closed when the relay asks its nodes to move: dial elsewhere first, then Close.
 func (l *Leg) Draining() <-chan struct{} { return l.draining }
 
-// Suspect has the leg check at once whether its relay still knows it; if not, Done is closed about 65 ms (or 40 ms and three round trips)
-// later on UDP, within 1 s on TLS. Path probes that go unanswered are a reason to call it.
+// Suspect has the leg check at once whether its relay still knows it; if not, Done is closed half a second later (on UDP with a long
+// round-trip time, or on TLS, within about a second). Path probes that go unanswered are a reason to call it. It is patient because what
+// goes unanswered may be stuck in a full queue; ICMP refusals and Unknown indications, which the leg sees by itself, are decided upon in
+// 65 ms or 40 ms and about two round-trip times.
 func (l *Leg) Suspect() { l.suspect(errSuspected) }
 
 // Close ends the allocation, closes every channel, and waits for the leg's goroutines. It may be called more than once.

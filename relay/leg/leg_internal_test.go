@@ -9,7 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -122,7 +125,7 @@ func TestAllocateRefused(t *testing.T) {
 			if !errors.As(err, &e) || e.Code != tt.code || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("%d: error %v, want one that says %q", tt.code, err, tt.says)
 			}
-			if !f.closed {
+			if !f.isClosed() {
 				t.Error("the carrier was left open")
 			}
 		})
@@ -166,13 +169,14 @@ func TestAllocateLossy(t *testing.T) {
 
 func TestRefresh(t *testing.T) {
 	cfg := fakeConfig()
-	user := "first"
-	cfg.Credentials = func() (string, string) { return user, "secret" }
+	var user atomic.Value
+	user.Store("first")
+	cfg.Credentials = func() (string, string) { return user.Load().(string), "secret" }
 	bubble(t, cfg, func(t *testing.T, f *fakeRelay, l *Leg) {
 		f.mu.Lock()
 		f.nonce = "n2" // the one that the leg has is stale from now on
 		f.mu.Unlock()
-		user = "renewed"
+		user.Store("renewed")
 		start := time.Now()
 		for f.requests(stun.MethodRefresh) == 0 {
 			time.Sleep(time.Second)
@@ -181,8 +185,8 @@ func TestRefresh(t *testing.T) {
 			t.Errorf("refreshed after %v of a lifetime of 10 min", d)
 		}
 		time.Sleep(time.Second)
-		if f.user != "renewed" {
-			t.Errorf("refreshed as %q, want the renewed credential", f.user)
+		if got := f.lastUser(); got != "renewed" {
+			t.Errorf("refreshed as %q, want the renewed credential", got)
 		}
 		time.Sleep(24 * time.Hour)
 		if l.Err() != nil {
@@ -218,14 +222,15 @@ func TestRefreshRefused(t *testing.T) {
 	})
 	// … and a renewal in time saves the leg.
 	cfg := fakeConfig()
-	password := "secret"
-	cfg.Credentials = func() (string, string) { return "u", password }
+	var password atomic.Value
+	password.Store("secret")
+	cfg.Credentials = func() (string, string) { return "u", password.Load().(string) }
 	bubble(t, cfg, func(t *testing.T, f *fakeRelay, l *Leg) {
 		f.mu.Lock()
 		f.password = "rotated"
 		f.mu.Unlock()
 		time.Sleep(8 * time.Minute)
-		password = "rotated"
+		password.Store("rotated")
 		time.Sleep(time.Hour)
 		if l.Err() != nil {
 			t.Error(l.Err())
@@ -244,13 +249,13 @@ func TestFailureDetection(t *testing.T) {
 		})
 	})
 	for _, rtt := range []time.Duration{time.Millisecond, 10 * time.Millisecond, 100 * time.Millisecond} {
-		t.Run(fmt.Sprint("suspected, RTT ", rtt), func(t *testing.T) {
+		t.Run(fmt.Sprint("signs, RTT ", rtt), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFakeRelay(t)
 				f.rtt = rtt
 				l := up(t, f, fakeConfig())
 				f.die()
-				l.Suspect()
+				l.suspect(errUnknown)
 				lostWithin(t, l, 40*time.Millisecond, max(40*time.Millisecond+3*rtt, 65*time.Millisecond)+time.Millisecond)
 				if n := f.requests(stun.MethodRefresh); n != quickAttempts {
 					t.Errorf("%d checks, want %d", n, quickAttempts)
@@ -259,6 +264,23 @@ func TestFailureDetection(t *testing.T) {
 			})
 		})
 	}
+	t.Run("suspected", func(t *testing.T) {
+		bubble(t, fakeConfig(), func(t *testing.T, f *fakeRelay, l *Leg) {
+			f.die()
+			l.Suspect()
+			lostWithin(t, l, calmTotal, calmTotal+time.Millisecond)
+		})
+	})
+	t.Run("suspected while queues are full", func(t *testing.T) {
+		bubble(t, fakeConfig(), func(t *testing.T, f *fakeRelay, l *Leg) {
+			f.setRTT(400 * time.Millisecond)
+			l.Suspect()
+			time.Sleep(2 * time.Second)
+			if l.Err() != nil {
+				t.Errorf("late answers brought the leg down: %v", l.Err())
+			}
+		})
+	})
 	t.Run("forged signs", func(t *testing.T) {
 		bubble(t, fakeConfig(), func(t *testing.T, f *fakeRelay, l *Leg) {
 			for range 10000 {
@@ -279,7 +301,7 @@ func TestFailureDetection(t *testing.T) {
 			l.Suspect()
 			time.Sleep(20 * time.Millisecond) // the check passed
 			f.die()
-			l.Suspect()
+			l.suspect(errUnknown)
 			lostWithin(t, l, 0, checkPause+100*time.Millisecond)
 		})
 	})
@@ -292,7 +314,7 @@ func TestFailureDetection(t *testing.T) {
 				}
 				return reply(m, stun.ClassSuccessResponse, lifetimeAttr(time.Minute))
 			})
-			l.Suspect()
+			l.suspect(errUnknown)
 			time.Sleep(time.Second)
 			if l.Err() != nil {
 				t.Error(l.Err())
@@ -354,8 +376,8 @@ func TestConnect(t *testing.T) {
 			t.Errorf("second Connect: %p, %v; want the same channel %p", again, err, ch)
 		}
 		ch.Send([]byte("hello"), 0, 0)
-		if len(f.sent) != 1 || l.Stats().SentBytes != 5 || l.Stats().SentDatagrams != 1 || l.Stats().Channels != 1 {
-			t.Errorf("sent %q, stats %+v", f.sent, l.Stats())
+		if len(f.sentData()) != 1 || l.Stats().SentBytes != 5 || l.Stats().SentDatagrams != 1 || l.Stats().Channels != 1 {
+			t.Errorf("sent %q, stats %+v", f.sentData(), l.Stats())
 		}
 		// Channels are refreshed for as long as they live, and not after.
 		time.Sleep(time.Hour)
@@ -366,8 +388,8 @@ func TestConnect(t *testing.T) {
 		ch.Close()
 		<-ch.Done()
 		ch.Send([]byte("late"), 0, 0)
-		if len(f.sent) != 1 || l.Stats().DroppedClosed != 1 || l.Stats().Channels != 0 {
-			t.Errorf("sent %q on a closed channel, stats %+v", f.sent, l.Stats())
+		if len(f.sentData()) != 1 || l.Stats().DroppedClosed != 1 || l.Stats().Channels != 0 {
+			t.Errorf("sent %q on a closed channel, stats %+v", f.sentData(), l.Stats())
 		}
 		// The same address gets the same number back, as it must while the relay remembers the binding.
 		third, err := l.Connect(t.Context(), gatewayNode)
@@ -448,11 +470,19 @@ func TestOnRendezvous(t *testing.T) {
 		from netip.AddrPort
 		ch   *Channel
 	}
+	var mu sync.Mutex // guards calls
 	var calls []call
+	seen := func() []call {
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Clone(calls)
+	}
 	cfg := fakeConfig()
 	arrived := make(chan string, 10)
 	cfg.OnRendezvous = func(peer identity.Node, from netip.AddrPort, ch *Channel) {
 		ch.SetReceiver(arrivals{arrived})
+		mu.Lock()
+		defer mu.Unlock()
 		calls = append(calls, call{peer, from, ch})
 	}
 	bubble(t, cfg, func(t *testing.T, f *fakeRelay, l *Leg) {
@@ -466,11 +496,12 @@ func TestOnRendezvous(t *testing.T) {
 		}
 		ask(at(0))
 		ask(at(0)) // a duplicate
+		calls := seen()
 		if len(calls) != 1 || calls[0].peer != clientNode || calls[0].from != from {
 			t.Fatalf("calls %+v, want one", calls)
 		}
 		first := calls[0].ch
-		if got := f.bound[first.number]; got != at(0) {
+		if got := f.boundTo(first.number); got != at(0) {
 			t.Errorf("bound to %v", got)
 		}
 		// What comes on the channel reaches its receiver; what comes on another is counted.
@@ -487,6 +518,7 @@ func TestOnRendezvous(t *testing.T) {
 		}
 		// The peer comes back with a new allocation: a fresh channel. The old one ends once it has been silent for a while.
 		ask(at(1))
+		calls = seen()
 		if len(calls) != 2 || calls[1].ch == first || calls[1].ch.PeerAddr() != at(1) {
 			t.Fatalf("calls %+v, want a second", calls)
 		}
@@ -523,6 +555,7 @@ func TestOnRendezvous(t *testing.T) {
 		f.indicate(wire.MethodRendezvous, stun.RawAttribute{Type: wire.AttrNode, Value: bytes.Repeat([]byte("x"), 500)})
 		f.indicate(wire.MethodRendezvous, wire.Node(clientNode))
 		time.Sleep(time.Second)
+		calls = seen()
 		if l.Err() != nil || len(calls) != 2+maxPerPeer {
 			t.Errorf("%d calls, %v", len(calls), l.Err())
 		}
@@ -580,8 +613,8 @@ func TestNoSecrets(t *testing.T) {
 			return refuse(m, CodeUnauthorized, stun.NewRealm(wire.Realm), stun.NewNonce(f.nonce))
 		})
 		lostWithin(t, l, 0, time.Hour)
-		fmt.Fprintln(&out, err, l.Err())
 		_ = l.Close()
+		fmt.Fprintln(&out, err, l.Err())
 	})
 	if s := out.String(); strings.Contains(s, secret) || strings.Contains(s, "nonce-nonce") || !strings.Contains(s, "leg is lost") {
 		t.Errorf("log and errors:\n%s", s)

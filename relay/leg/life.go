@@ -120,7 +120,11 @@ func (l *Leg) watch() {
 			return
 		case sign := <-l.suspects:
 			count(&l.stats.Checks, &l.cfg.Metrics.Checks, 1)
-			if _, err := l.refresh(l.ctx, l.quick(), l.cfg.Lifetime); err != nil {
+			s := l.quick()
+			if sign == errSuspected {
+				s = l.calm()
+			}
+			if _, err := l.refresh(l.ctx, s, l.cfg.Lifetime); err != nil {
 				if errors.Is(err, errNoAnswer) {
 					err = fmt.Errorf("%w (%w)", err, sign)
 				}
