@@ -210,6 +210,9 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				if peers == nil {
+					peers = []netip.AddrPort{} // null would mean no change
+				}
 				u.Peers = &peers
 			}
 			if u == (control.UpdateNode{}) {
