@@ -87,7 +87,7 @@ bench: build ## run the benchmarks; results go to bench/results (root by sudo)
 	@$(AS_ROOT) bin/bench
 
 bench-quick: build ## one short throughput run through the whole path, next to raw TCP (root by sudo)
-	@$(AS_ROOT) bin/bench -quick
+	@$(AS_ROOT) bin/bench --quick
 
 install: build ## install the programs into PREFIX/bin (DESTDIR is put before it)
 	@for p in $(DAEMONS); do

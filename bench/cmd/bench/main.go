@@ -1,0 +1,68 @@
+// Bench measures Sallyway's throughput, latency, CPU and memory in a lab, next to raw TCP, and prints and keeps the result.
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"sallyway/bench"
+	"sallyway/internal/daemon"
+	"sallyway/internal/lab"
+)
+
+func main() { os.Exit(daemon.Main(command())) }
+
+func command() *cobra.Command {
+	var quick bool
+	var runs, mtu int
+	var out string
+	cmd := &cobra.Command{
+		Use:   "bench",
+		Short: "Measure the whole path in network namespaces, next to raw TCP over the same links",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg := bench.Full()
+			if quick {
+				cfg = bench.Quick()
+			}
+			if runs > 0 {
+				cfg.Runs = runs
+			}
+			cfg.MTU = mtu
+			exe, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			cfg.Bin = filepath.Dir(exe)
+			if out == "" {
+				root, err := lab.SourceRoot()
+				if err != nil {
+					return daemon.Usagef("%w\nname a folder for the results with --out", err)
+				}
+				out = filepath.Join(root, "bench", "results")
+			}
+			res, err := bench.Run(cmd.Context(), cfg, cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			paths, err := res.Write(out, !quick)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "\n%s\n", res.Markdown())
+			for _, p := range paths {
+				fmt.Fprintln(cmd.OutOrStdout(), p)
+			}
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVar(&quick, "quick", false, "a few minutes instead of half an hour")
+	f.IntVar(&runs, "runs", 0, "runs of each kind (default: 3 quick, else 7)")
+	f.IntVar(&mtu, "mtu", 0, "MTU of the links between the sites, in bytes (default 1500)")
+	f.StringVar(&out, "out", "", "folder of the results (default: bench/results of the source tree)")
+	return cmd
+}
