@@ -1,7 +1,13 @@
 package tunnel
 
 import (
+	"maps"
+	"net"
 	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"github.com/quic-go/quic-go"
 
 	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
@@ -22,28 +28,7 @@ type MergedConfig struct {
 	Queue int
 }
 
-// Merged joins a gateway's links into the one packet conn that QUIC serves on. Every link gets a virtual address of its own, which is
-// never given to another one, so that a move of a session from link to link is a migration to QUIC.
-type Merged struct {
-	core
-}
-
-// Add takes a link in: what arrives on it is read under the returned address, and what is written to that address leaves on it. The
-// link is dropped when its Done is closed.
-func (m *Merged) Add(l datagram.Link, info LinkInfo) (netip.AddrPort, error) { return netip.AddrPort{}, nil }
-
-// NewMerged makes a conn without links. Close it when the server has stopped.
-func NewMerged(cfg MergedConfig) (*Merged, error) { return nil, nil }
-
-// Close ends the conn; its links are let go. It may be called more than once.
-func (m *Merged) Close() error { return nil }
-
-// Stats returns what was counted.
-func (m *Merged) Stats() ConnStats { return ConnStats{} }
-
-type core struct{}
-
-// ConnStats counts what a Merged or a client's slots did.
+// ConnStats counts what a Merged did.
 type ConnStats struct {
 	// Received and Sent are datagrams of QUIC.
 	Received, Sent uint64
@@ -51,8 +36,139 @@ type ConnStats struct {
 	DroppedFull uint64
 	// DroppedUnknown are datagrams to a virtual address whose link is gone.
 	DroppedUnknown uint64
+	// DroppedSize are received datagrams larger than any QUIC packet of ours.
+	DroppedSize uint64
 	// Probes are datagrams that were no QUIC.
 	Probes uint64
 	// Links is how many links there are now.
 	Links int
+}
+
+// Merged joins a gateway's links into the one packet conn that QUIC serves on. Every link gets a virtual address of its own, which is
+// never given to another one, so that a move of a session from link to link is a migration to QUIC.
+type Merged struct {
+	vconn
+	ports atomic.Pointer[map[uint64]*port] // by number; copied on change
+	probe atomic.Pointer[func(p *port, payload []byte)]
+
+	adding sync.Mutex // guards changes of ports, lastID, done, and the fields of watchers
+	lastID uint64
+	done   bool
+
+	stop     chan struct{}
+	watchers sync.WaitGroup
+}
+
+var _ quic.OOBCapablePacketConn = (*Merged)(nil)
+
+// port is a link of a Merged.
+type port struct {
+	m    *Merged
+	link datagram.Link
+	info LinkInfo
+	addr *net.UDPAddr
+
+	// responder is the session whose probes were last seen on the link: the first to try.
+	responder atomic.Pointer[peerSession]
+}
+
+// Receive implements datagram.Receiver.
+func (p *port) Receive(b datagram.Batch) { p.m.receive(b, p.addr, p) }
+
+func (p *port) handleProbe(payload []byte) {
+	if f := p.m.probe.Load(); f != nil {
+		(*f)(p, payload)
+	}
+}
+
+// NewMerged makes a conn without links. Close it when the server has stopped.
+func NewMerged(cfg MergedConfig) (*Merged, error) {
+	raw, err := newRawSocket()
+	if err != nil {
+		return nil, err
+	}
+	m := &Merged{stop: make(chan struct{}), lastID: 1}
+	m.init(virtualAddr(1), raw, cfg.Queue)
+	m.ports.Store(&map[uint64]*port{})
+	return m, nil
+}
+
+// Add takes a link in: what arrives on it is read under the returned address, and what is written to that address leaves on it. The
+// link is dropped when its Done is closed.
+func (m *Merged) Add(l datagram.Link, info LinkInfo) (netip.AddrPort, error) {
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	if m.done {
+		return netip.AddrPort{}, net.ErrClosed
+	}
+	m.lastID++
+	p := &port{m: m, link: l, info: info, addr: virtualAddr(m.lastID)}
+	m.changeLocked(func(ports map[uint64]*port) { ports[virtualID(p.addr)] = p })
+	l.SetReceiver(p)
+	m.watchers.Go(func() {
+		select {
+		case <-l.Done():
+			m.adding.Lock()
+			defer m.adding.Unlock()
+			m.changeLocked(func(ports map[uint64]*port) { delete(ports, virtualID(p.addr)) })
+		case <-m.stop:
+		}
+		l.SetReceiver(nil)
+	})
+	return addrPort(p.addr), nil
+}
+
+func (m *Merged) changeLocked(change func(map[uint64]*port)) {
+	ports := maps.Clone(*m.ports.Load())
+	change(ports)
+	m.ports.Store(&ports)
+}
+
+// port returns the link that a virtual address stands for, or nil.
+func (m *Merged) port(a *net.UDPAddr) *port { return (*m.ports.Load())[virtualID(a)] }
+
+// WriteMsgUDP sends b, cut into segments if oob says so, to the link that addr stands for. It fails only after Close.
+func (m *Merged) WriteMsgUDP(b, oob []byte, addr *net.UDPAddr) (n, oobn int, err error) {
+	p := m.port(addr)
+	segment, ecn := parseControl(oob)
+	if p == nil {
+		select {
+		case <-m.stop:
+			return 0, 0, net.ErrClosed
+		default:
+		}
+		m.stats.droppedUnknown.Add(count(len(b), segment))
+		return len(b), len(oob), nil
+	}
+	p.link.Send(b, segment, ecn)
+	m.stats.sent.Add(count(len(b), segment))
+	return len(b), len(oob), nil
+}
+
+// WriteTo sends one datagram.
+func (m *Merged) WriteTo(b []byte, addr net.Addr) (int, error) {
+	a, _ := addr.(*net.UDPAddr)
+	n, _, err := m.WriteMsgUDP(b, nil, a)
+	return n, err
+}
+
+// Close ends the conn; its links are let go. It may be called more than once.
+func (m *Merged) Close() error {
+	m.adding.Lock()
+	if !m.done {
+		m.done = true
+		close(m.stop)
+		m.ports.Store(&map[uint64]*port{})
+	}
+	m.adding.Unlock()
+	m.shut()
+	m.watchers.Wait()
+	return m.raw.Close()
+}
+
+// Stats returns what was counted.
+func (m *Merged) Stats() ConnStats {
+	st := m.stats.snapshot()
+	st.Links = len(*m.ports.Load())
+	return st
 }

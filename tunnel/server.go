@@ -3,38 +3,37 @@ package tunnel
 import (
 	"context"
 	"crypto/tls"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
+	"sync"
 	"time"
 
+	"github.com/quic-go/quic-go"
+	"golang.org/x/time/rate"
+
+	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
+	"sallyway/stun"
 )
 
 // Peer is who is at the other end of a session, proved by its certificate.
 type Peer struct {
 	Node identity.Node
 	Key  identity.KeyHash
-	// Session tells sessions of one gateway process apart.
+	// Session tells the sessions of one gateway process apart.
 	Session uint64
 }
 
-// Conn is a TCP-like connection that a Handler dialled: *net.TCPConn, or a stack's conn. If it has SetLinger(int) error, a reset is
-// passed on as RST by SetLinger(0); if it has Reset(), by that.
+// Conn is a TCP-like connection that a Handler dialled: *net.TCPConn, or a stack's conn. If it has Reset(), a reset is passed on by
+// that; else if it has SetLinger(int) error, as RST by SetLinger(0) and Close.
 type Conn interface {
 	net.Conn
 	CloseWrite() error
-}
-
-// IPService is what a Handler offers a peer over CONNECT-IP.
-type IPService struct {
-	// Assign are the peer's addresses: packets from others are dropped.
-	Assign []netip.Prefix
-	// Routes are where the peer may send: packets to elsewhere are dropped.
-	Routes []netip.Prefix
-	// Serve moves packets until the conn is closed or ctx ends. The conn is closed when it returns.
-	Serve func(ctx context.Context, c *IPConn) error
 }
 
 // Handler decides what a peer may do and does it. Its methods are called concurrently, one goroutine per request; ctx ends when the peer
@@ -44,7 +43,8 @@ type Handler interface {
 	Authorize(ctx context.Context, p Peer) error
 	// DialTCP connects to t, whose Host is what the peer named and whose Addr is set when that is an IP address.
 	DialTCP(ctx context.Context, p Peer, t policy.Target) (Conn, error)
-	// DialUDP returns a connected UDP socket or its like: Write sends, Read receives one datagram.
+	// DialUDP returns a connected UDP socket or its like: Write sends, Read receives one datagram. An error of Read ends the flow;
+	// ECONNREFUSED as refused, a deadline (for idle flows) as closed.
 	DialUDP(ctx context.Context, p Peer, t policy.Target) (net.Conn, error)
 	// OpenIP decides whether the peer may exchange IP packets, and which.
 	OpenIP(ctx context.Context, p Peer) (*IPService, error)
@@ -91,14 +91,180 @@ type Limits struct {
 	Handshakes int
 }
 
-// Server is a gateway's end of its sessions.
-type Server struct{}
+// Server is a gateway's end of its sessions. Its methods may be called concurrently.
+type Server struct {
+	cfg    ServeConfig
+	merged *Merged
+	tr     *quic.Transport
+	ln     *quic.Listener
 
-// Listen makes a server on m. Run serves.
-func Listen(m *Merged, cfg ServeConfig) (*Server, error) { return nil, nil }
+	mu       sync.Mutex // guards what follows
+	sessions map[*peerSession]struct{}
+	flows    map[identity.Node]int // open flows by node
+	lastID   uint64
+	draining string // the reason, "" if not
+}
 
-// Run serves until ctx ends; then it ends every session and returns when all of its goroutines have stopped.
-func (s *Server) Run(ctx context.Context) error { return nil }
+// Listen makes a server on m. Run serves; without it, Close m and nothing stays behind.
+func Listen(m *Merged, cfg ServeConfig) (*Server, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("serve sessions: %w", err)
+	}
+	s := &Server{
+		cfg: cfg, merged: m, sessions: make(map[*peerSession]struct{}), flows: make(map[identity.Node]int),
+		tr: &quic.Transport{Conn: m, ConnectionIDLength: connectionIDLength, DisableVersionNegotiationPackets: true},
+	}
+	if cfg.StatelessResetKey != [32]byte{} {
+		k := quic.StatelessResetKey(cfg.StatelessResetKey)
+		s.tr.StatelessResetKey = &k
+	}
+	if cfg.TokenKey != [32]byte{} {
+		k := quic.TokenGeneratorKey(cfg.TokenKey)
+		s.tr.TokenGeneratorKey = &k
+	}
+	perSecond := max(cfg.Limits.Handshakes, 0)
+	unproved := rate.NewLimiter(rate.Limit(perSecond), perSecond)
+	s.tr.VerifySourceAddress = func(net.Addr) bool { return !unproved.Allow() }
+	return s, nil
+}
+
+// Run serves until ctx ends; then it ends every session and returns when all of its goroutines have stopped. It may be called once.
+func (s *Server) Run(ctx context.Context) error {
+	qc := quicConfig(s.cfg.HandshakeTimeout, s.cfg.IdleTimeout)
+	qc.MaxIncomingStreams = int64(s.cfg.Limits.Flows + spareStreams)
+	ln, err := s.tr.Listen(s.cfg.tls(), qc)
+	if err != nil {
+		return fmt.Errorf("serve sessions: %w", err)
+	}
+	probe := s.answerProbe
+	s.merged.probe.Store(&probe)
+	var tasks sync.WaitGroup
+	var accept error
+	for {
+		conn, err := ln.Accept(ctx)
+		if err != nil {
+			if ctx.Err() == nil {
+				accept = fmt.Errorf("accept sessions: %w", err)
+			}
+			break
+		}
+		tasks.Go(func() { s.serve(ctx, conn) })
+	}
+	s.merged.probe.Store(nil)
+	s.closeWhere(CloseShutdown, func(Peer) (string, bool) { return "the gateway stops", true })
+	tasks.Wait()
+	return errors.Join(accept, ln.Close(), s.tr.Close())
+}
+
+// serve is one session from handshake to end.
+func (s *Server) serve(ctx context.Context, conn *quic.Conn) {
+	p, err := s.admit(ctx, conn)
+	if err != nil {
+		e := sessionError(err)
+		s.cfg.Logger.Info("session refused", "peer", p.peer.Node, "reason", e.Reason)
+		_ = conn.CloseWithError(quic.ApplicationErrorCode(e.Code), e.Reason)
+		return
+	}
+	s.cfg.Logger.Info("session began", "peer", p.peer.Node, "key", p.peer.Key, "session", p.peer.Session, "path", p.info().Path.Name)
+	if s.cfg.OnSession != nil {
+		s.cfg.OnSession(p.info(), nil)
+	}
+	p.run()
+	end := sessionError(context.Cause(conn.Context()))
+	s.mu.Lock()
+	delete(s.sessions, p)
+	s.mu.Unlock()
+	s.cfg.Logger.Info("session ended", "peer", p.peer.Node, "session", p.peer.Session, "reason", end.Reason, "remote", end.Remote)
+	if s.cfg.OnSession != nil {
+		s.cfg.OnSession(p.info(), end)
+	}
+}
+
+// admit decides whether a connection becomes a session. The session it returns is never nil.
+func (s *Server) admit(ctx context.Context, conn *quic.Conn) (*peerSession, error) {
+	chain := conn.ConnectionState().TLS.PeerCertificates
+	p := &peerSession{srv: s, conn: conn, since: time.Now()}
+	node, err := s.cfg.verify(chain) // the handshake did this; whom it proved is asked here
+	if err != nil {
+		return p, &SessionError{Code: CloseDenied, Reason: err.Error(), Err: err}
+	}
+	p.peer = Peer{Node: node, Key: identity.CertificateKeyHash(chain[0])}
+	keys, err := exportProbeKeys(conn)
+	if err != nil {
+		return p, err
+	}
+	p.responder = stun.NewResponder(keys.Swap(), 0, 0)
+	p.ctx = conn.Context()
+	// The session is on the list before it is authorized, so that a revocation meanwhile ends it.
+	s.mu.Lock()
+	s.lastID++
+	p.peer.Session = s.lastID
+	if s.draining != "" {
+		defer s.mu.Unlock()
+		return p, &SessionError{Code: CloseDraining, Reason: s.draining}
+	}
+	n := 0
+	for other := range s.sessions {
+		if other.peer.Node == node {
+			n++
+		}
+	}
+	if n >= s.cfg.Limits.Sessions {
+		defer s.mu.Unlock()
+		return p, &SessionError{Code: CloseLimit, Reason: fmt.Sprintf("%v has %d sessions with this gateway, which is the limit", node, n)}
+	}
+	s.sessions[p] = struct{}{}
+	s.mu.Unlock()
+	err = func() error {
+		if _, err := s.cfg.verify(chain); err != nil { // revoked between the handshake and the list
+			return &SessionError{Code: CloseRevoked, Reason: err.Error(), Err: err}
+		}
+		ctx, cancel := context.WithTimeout(ctx, authorizeTimeout)
+		defer cancel()
+		if err := s.cfg.Handler.Authorize(ctx, p.peer); err != nil {
+			e := AsProxyError(err)
+			return &SessionError{Code: CloseDenied, Reason: e.Error(), Err: err}
+		}
+		return nil
+	}()
+	if err != nil {
+		s.mu.Lock()
+		delete(s.sessions, p)
+		s.mu.Unlock()
+	}
+	return p, err
+}
+
+// answerProbe answers a path probe on a link of the gateway's with the keys of the session it belongs to: the one that was last right
+// on this link, else any of the same node.
+func (s *Server) answerProbe(p *port, b []byte) {
+	if !stun.IsProbe(b) || !stun.IsRequest(b) {
+		return
+	}
+	now := time.Now()
+	answer := func(sess *peerSession) bool {
+		if sess == nil {
+			return false
+		}
+		a, ok := sess.responder.Respond(now, b, netip.AddrPort{})
+		if ok {
+			p.link.Send(a, 0, datagram.NotECT)
+		}
+		return ok
+	}
+	last := p.responder.Load()
+	if answer(last) {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for sess := range s.sessions {
+		if sess != last && (p.info.Peer.IsZero() || p.info.Peer == sess.peer.Node) && answer(sess) {
+			p.responder.Store(sess)
+			return
+		}
+	}
+}
 
 // SessionInfo describes a session at a gateway.
 type SessionInfo struct {
@@ -111,17 +277,64 @@ type SessionInfo struct {
 	// Virtual is the address of the active path, Path its link.
 	Virtual netip.AddrPort
 	Path    LinkInfo
-	RTT     time.Duration
+	// RTT is QUIC's smoothed round-trip time.
+	RTT time.Duration
 }
 
 // Sessions lists the sessions, oldest first.
-func (s *Server) Sessions() []SessionInfo { return nil }
+func (s *Server) Sessions() []SessionInfo {
+	var out []SessionInfo
+	for _, p := range s.list() {
+		out = append(out, p.info())
+	}
+	return out
+}
+
+func (s *Server) list() []*peerSession {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]*peerSession, 0, len(s.sessions))
+	for p := range s.sessions {
+		out = append(out, p)
+	}
+	slices.SortFunc(out, func(a, b *peerSession) int { return int(a.peer.Session) - int(b.peer.Session) })
+	return out
+}
 
 // CloseWhere ends the open sessions for which f says so, at once, with the reason that the peer shows. It returns how many.
-func (s *Server) CloseWhere(f func(p Peer) (reason string, end bool)) int { return 0 }
+func (s *Server) CloseWhere(f func(p Peer) (reason string, end bool)) int { return s.closeWhere(CloseRevoked, f) }
+
+func (s *Server) closeWhere(code CloseCode, f func(p Peer) (reason string, end bool)) int {
+	var ending sync.WaitGroup
+	n := 0
+	for _, p := range s.list() {
+		if reason, end := f(p.peer); end {
+			n++
+			ending.Go(func() { _ = p.conn.CloseWithError(quic.ApplicationErrorCode(code), reason) })
+		}
+	}
+	ending.Wait()
+	return n
+}
 
 // Notify sends a notice to the sessions for which f holds; a nil f is all of them. It returns to how many.
-func (s *Server) Notify(f func(p Peer) bool, n Notice) int { return 0 }
+func (s *Server) Notify(f func(p Peer) bool, n Notice) int {
+	told := 0
+	for _, p := range s.list() {
+		if ctrl := p.ctrl.Load(); ctrl != nil && (f == nil || f(p.peer)) && ctrl.send(n) == nil {
+			told++
+		}
+	}
+	return told
+}
 
 // Drain refuses new sessions and new flows from now on and tells every peer so.
-func (s *Server) Drain(reason string) {}
+func (s *Server) Drain(reason string) {
+	if reason == "" {
+		reason = "the gateway is draining"
+	}
+	s.mu.Lock()
+	s.draining = reason
+	s.mu.Unlock()
+	s.Notify(nil, Notice{Type: NoticeDraining, Reason: reason})
+}

@@ -3,10 +3,16 @@ package tunnel
 import (
 	"context"
 	"crypto/tls"
-	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
 	"log/slog"
-	"net/netip"
+	"net/http"
+	"sync"
 	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
 
 	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
@@ -15,7 +21,7 @@ import (
 
 // DialConfig says whom to dial, over what and as whom.
 type DialConfig struct {
-	// Link is the first path; it must carry 1200-byte payloads at least.
+	// Link is the first path; it must carry payloads of 1200 bytes at least.
 	Link datagram.Link
 	// Info describes Link.
 	Info LinkInfo
@@ -29,136 +35,189 @@ type DialConfig struct {
 	HandshakeTimeout time.Duration
 	// IdleTimeout is how long the session outlives the loss of every path; 0 is DefaultIdleTimeout.
 	IdleTimeout time.Duration
-	// OnNotice is called with every notice of the gateway, in order, from one goroutine. Nil drops them.
+	// OnNotice is called with every notice of the gateway, in order, from one goroutine. It must not call Close. Nil drops them.
 	OnNotice func(Notice)
 	// OnPath is called from one goroutine when the state of the active or the standby path changes. It may call Failover, Repoint
-	// and Standby. Nil is no call.
+	// and Standby, not Close. Nil is no call.
 	OnPath func(PathEvent)
 	// Logger takes changes of state; nil discards them.
 	Logger *slog.Logger
 }
 
 // Session is a client's end of a session with a gateway. Its methods may be called concurrently.
-type Session struct{}
+type Session struct {
+	cfg       DialConfig
+	authority string
+	conn      *quic.Conn
+	h3        *http3.ClientConn
+	ctrl      *control
+	keys      stun.Keys
+	since     time.Time
+	raw       *rawSocket
 
-// Dial opens a session. It returns after the gateway has accepted this node: a *SessionError says that and why it did not, an error that
-// is ErrTimeout that nobody answered on the link.
-func Dial(ctx context.Context, cfg DialConfig) (*Session, error) { return nil, nil }
+	flows meter
+
+	validating sync.Mutex // held while a path is being validated; taken before mu
+
+	mu         sync.Mutex // guards what follows
+	slots      [slots]*slot
+	active     int // index into slots
+	former     int // the active one before the last move
+	standby    int // index into slots, -1 for none
+	moves      uint64
+	lastMove   time.Time
+	lastReason string
+	err        error
+
+	wake   chan struct{} // something about the paths changed
+	events chan PathEvent
+	ctx    context.Context // ends when the session does
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup // everything that ctx ends
+	done   chan struct{}
+}
+
+// Dial opens a session. It returns after the gateway has accepted this node: a *SessionError says that it did not, and why; one that is
+// ErrTimeout that nobody answered on the link.
+func Dial(ctx context.Context, cfg DialConfig) (*Session, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("dial %v: %w", cfg.Gateway, err)
+	}
+	raw, err := newRawSocket()
+	if err != nil {
+		return nil, fmt.Errorf("dial %v: %w", cfg.Gateway, err)
+	}
+	s := &Session{
+		cfg: cfg, authority: cfg.Gateway.ServerName(), raw: raw, standby: -1, since: time.Now(),
+		wake: make(chan struct{}, 1), events: make(chan PathEvent, 64), done: make(chan struct{}),
+	}
+	s.flows.wake = s.stepSoon
+	for i := range s.slots {
+		s.slots[i] = newSlot(i, raw)
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	if err := s.handshake(ctx); err != nil {
+		s.cancel()
+		s.tasks.Wait()
+		s.release()
+		return nil, fmt.Errorf("dial %v: %w", cfg.Gateway, sessionError(err))
+	}
+	s.tasks.Go(func() { s.ctrl.run(s.ctx) })
+	s.tasks.Go(s.watchPaths)
+	s.tasks.Go(s.tellPaths)
+	go s.run()
+	return s, nil
+}
+
+// handshake dials QUIC and opens the control stream, whose first notice proves that the gateway accepted this node: in TLS 1.3 a client's
+// handshake is complete before its certificate was looked at.
+func (s *Session) handshake(ctx context.Context) error {
+	first := s.slots[0]
+	link := s.newLink(first, s.cfg.Link, s.cfg.Info)
+	first.point(link, true)
+	s.watchLink(link)
+	qc := quicConfig(s.cfg.HandshakeTimeout, s.cfg.IdleTimeout)
+	qc.KeepAlivePeriod = keepAlive
+	conn, err := first.tr.Dial(ctx, gatewayAddr, s.cfg.tls(), qc)
+	if err != nil {
+		return err
+	}
+	s.conn = conn
+	if err := s.deriveKeys(); err != nil {
+		return errors.Join(err, conn.CloseWithError(quic.ApplicationErrorCode(CloseNormal), "no keys"))
+	}
+	link.mon.start(s.keys)
+	s.h3 = (&http3.Transport{
+		EnableDatagrams: true, DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
+	}).NewClientConn(conn)
+	hello := func() error {
+		str, _, err := s.connect(ctx, protoControl, controlPath, nil)
+		if err != nil {
+			return err
+		}
+		s.ctrl = newControl(str)
+		notices := newNoticeReader(str)
+		if err := s.untilDone(ctx, str, func() error {
+			n, err := notices.next()
+			if err == nil && n.Type != noticeHello {
+				err = fmt.Errorf("the gateway's first notice is %.40q, want %q", n.Type, noticeHello)
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+		s.tasks.Go(func() { s.receiveNotices(notices) })
+		return nil
+	}
+	if err := hello(); err != nil {
+		if over := context.Cause(conn.Context()); over != nil {
+			err = over // it says more than the stream does
+		}
+		_ = conn.CloseWithError(quic.ApplicationErrorCode(CloseNormal), "given up")
+		return err
+	}
+	return nil
+}
+
+// Label of the keys for probes, exported from the handshake (RFC 8446 §7.5): the client's direction first.
+const probeKeyLabel = "EXPORTER-sallyway-path-probe"
+
+func exportProbeKeys(conn *quic.Conn) (client stun.Keys, err error) {
+	cs := conn.ConnectionState().TLS
+	b, err := cs.ExportKeyingMaterial(probeKeyLabel, nil, 2*stun.KeySize)
+	if err != nil {
+		return client, fmt.Errorf("derive probe keys: %w", err)
+	}
+	copy(client.Out[:], b)
+	copy(client.In[:], b[stun.KeySize:])
+	return client, nil
+}
+
+func (s *Session) deriveKeys() (err error) {
+	s.keys, err = exportProbeKeys(s.conn)
+	return err
+}
+
+// run waits for the session's end and clears up.
+func (s *Session) run() {
+	<-s.conn.Context().Done()
+	err := sessionError(context.Cause(s.conn.Context()))
+	s.mu.Lock()
+	s.err = err
+	s.mu.Unlock()
+	s.cfg.Logger.Info("session ended", "gateway", s.cfg.Gateway, "reason", err.Reason, "remote", err.Remote)
+	s.cancel()
+	s.tasks.Wait()
+	s.release()
+	close(s.done)
+}
+
+// release closes transports and slots, in this order.
+func (s *Session) release() {
+	for _, sl := range s.slots {
+		_ = sl.tr.Close() // it closes no conn of its own, and waits for its goroutines
+		_ = sl.Close()
+	}
+	_ = s.raw.Close()
+}
 
 // Gateway is who is at the other end.
-func (s *Session) Gateway() identity.Node { return identity.Node{} }
+func (s *Session) Gateway() identity.Node { return s.cfg.Gateway }
 
-// DialTCP opens a TCP flow to host, a name or an IP address, and returns when the gateway has connected. A refusal is a *ProxyError.
-// ctx bounds the dial only.
-func (s *Session) DialTCP(ctx context.Context, host string, port uint16) (*Stream, error) {
-	return nil, nil
-}
-
-// DialUDP opens a UDP flow to host. A refusal is a *ProxyError. ctx bounds the dial only.
-func (s *Session) DialUDP(ctx context.Context, host string, port uint16) (*UDPConn, error) {
-	return nil, nil
-}
-
-// DialIP opens an exchange of IP packets and returns when the gateway has assigned addresses. ctx bounds the dial only.
-func (s *Session) DialIP(ctx context.Context) (*IPConn, error) { return nil, nil }
-
-// Resolve has the gateway answer a DNS query in wire format (RFC 1035 §4.1) and returns the answer.
-func (s *Session) Resolve(ctx context.Context, query []byte) ([]byte, error) { return nil, nil }
-
-// Standby points a free slot to l and validates it end to end, so that Failover can move there without asking. A standby that was set
-// before is let go. It fails when no answer comes before ctx ends; the session does not suffer.
-func (s *Session) Standby(ctx context.Context, l datagram.Link, info LinkInfo) error { return nil }
-
-// Failover moves the session to the standby path at once. It returns ErrNoStandby when there is none. The old path goes on receiving
-// until its slot is pointed elsewhere.
-func (s *Session) Failover(reason string) error { return nil }
-
-// Repoint moves the session to l without validating it first: the way back after every path was lost. A slot that was ever validated
-// carries it, so that congestion control and timers start anew; where there is none (no Standby was ever set) the active slot itself is
-// pointed to l and QUIC's retransmission timer, backed off by then, sets the pace.
-func (s *Session) Repoint(l datagram.Link, info LinkInfo, reason string) error { return nil }
-
-// Path says what the paths are and how they do.
-func (s *Session) Path() PathInfo { return PathInfo{} }
-
-// ProbeKeys returns this end's keys for probes, derived from the handshake (RFC 8446 §7.5).
-func (s *Session) ProbeKeys() stun.Keys { return stun.Keys{} }
+// ProbeKeys returns this end's keys for path probes, derived from the handshake (RFC 8446 §7.5). Session uses them by itself.
+func (s *Session) ProbeKeys() stun.Keys { return s.keys }
 
 // Notify sends a notice to the gateway. It does not wait for it to arrive.
-func (s *Session) Notify(n Notice) error { return nil }
+func (s *Session) Notify(n Notice) error { return s.ctrl.send(n) }
 
 // Done is closed when the session is over.
-func (s *Session) Done() <-chan struct{} { return nil }
+func (s *Session) Done() <-chan struct{} { return s.done }
 
 // Err is nil while the session lives, then a *SessionError.
-func (s *Session) Err() error { return nil }
-
-// Stats counts what passed so far.
-func (s *Session) Stats() SessionStats { return SessionStats{} }
-
-// Close ends the session, its flows with it, tells the gateway why, and waits for the session's goroutines. The links stay.
-func (s *Session) Close(reason string) error { return nil }
-
-// Notice is a message on the session's control stream.
-type Notice struct {
-	// Type says what it is: the Notice constants, or what gateway and client agree on.
-	Type string `json:"type"`
-	// Reason is for people.
-	Reason string `json:"reason,omitempty"`
-	// Data is what the type says.
-	Data json.RawMessage `json:"data,omitempty"`
-}
-
-// Types of notices that tunnel sends itself.
-const (
-	// NoticeDraining says that the gateway takes no new flows and ends soon.
-	NoticeDraining = "draining"
-)
-
-// Liveness is the state of a path by its probes.
-type Liveness string
-
-// The states. A path is suspect when a probe is late and dead when three in a row were.
-const (
-	Unknown Liveness = "unknown"
-	Alive   Liveness = "alive"
-	Suspect Liveness = "suspect"
-	Dead    Liveness = "dead"
-)
-
-// PathRole says what a session uses a path for.
-type PathRole string
-
-// The roles.
-const (
-	RoleActive  PathRole = "active"
-	RoleStandby PathRole = "standby"
-)
-
-// PathEvent is a change of a path's state.
-type PathEvent struct {
-	Role  PathRole
-	Link  datagram.Link
-	Info  LinkInfo
-	State Liveness
-}
-
-// PathStatus is what is known of one path.
-type PathStatus struct {
-	Link      datagram.Link
-	Info      LinkInfo
-	State     Liveness
-	Validated bool // by QUIC, end to end
-	Probes    stun.PathStats
-}
-
-// PathInfo is a session's paths. Standby.Link is nil where there is none.
-type PathInfo struct {
-	Active, Standby PathStatus
-	// Moves counts how often the active path changed; LastMove is when and LastReason why.
-	Moves      uint64
-	LastMove   time.Time
-	LastReason string
+func (s *Session) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
 }
 
 // SessionStats counts a session's traffic.
@@ -167,49 +226,126 @@ type SessionStats struct {
 	Sent, Received uint64
 	// Lost are bytes declared lost.
 	Lost uint64
+	// FlowSent and FlowReceived are bytes of flows: payload.
+	FlowSent, FlowReceived uint64
 	// RTT is QUIC's smoothed round-trip time on the active path.
 	RTT time.Duration
 	// Since is when the session began.
 	Since time.Time
 }
 
-// Stream is a TCP flow through a session: a Flow, and a net.Conn with CloseWrite.
-type Stream struct{ counter }
+// Stats counts what passed so far.
+func (s *Session) Stats() SessionStats {
+	q := s.conn.ConnectionStats()
+	return SessionStats{
+		Sent: q.BytesSent, Received: q.BytesReceived, Lost: q.BytesLost, RTT: q.SmoothedRTT, Since: s.since,
+		FlowSent: s.flows.written.Load(), FlowReceived: s.flows.read.Load(),
+	}
+}
 
-// UDPConn is a UDP flow through a session.
-type UDPConn struct{}
+// Close ends the session, its flows with it, tells the gateway why, and waits for the session's goroutines. The links stay. It may be
+// called more than once.
+func (s *Session) Close(reason string) error {
+	err := s.conn.CloseWithError(quic.ApplicationErrorCode(CloseNormal), reason)
+	<-s.done
+	return err
+}
 
-// ReadPacket reads the next datagram's payload into b; what does not fit is cut off. It fails with ErrRefused when the destination
-// answered with ICMP port unreachable, and with net.ErrClosed after Close.
-func (c *UDPConn) ReadPacket(b []byte) (int, error) { return 0, nil }
+func (s *Session) receiveNotices(notices *noticeReader) {
+	for {
+		n, err := notices.next()
+		if err != nil {
+			if s.ctx.Err() == nil && s.conn.Context().Err() == nil {
+				// A gateway ends the control stream only with the session; without it neither moves nor notices work.
+				s.cfg.Logger.Warn("control stream failed", "gateway", s.cfg.Gateway, "err", err)
+				reason := "control stream failed"
+				if err == io.EOF {
+					reason = "control stream ended"
+				}
+				go func() { _ = s.conn.CloseWithError(quic.ApplicationErrorCode(CloseNormal), reason) }()
+			}
+			return
+		}
+		if s.cfg.OnNotice != nil {
+			s.cfg.OnNotice(n)
+		}
+	}
+}
 
-// WritePacket sends one datagram with payload b, of up to MaxUDPPayload bytes. b is not kept.
-func (c *UDPConn) WritePacket(b []byte) error { return nil }
+// connect opens a request stream, sends a CONNECT request and returns the stream after a 2xx. proto "" is plain CONNECT to escapedPath,
+// which is host:port then. A refusal is a *ProxyError.
+func (s *Session) connect(ctx context.Context, proto, target string, header http.Header) (*http3.RequestStream, *http.Response, error) {
+	var req *http.Request
+	if proto == "" {
+		req = plainConnect(target)
+	} else {
+		var err error
+		if req, err = connectRequest(proto, s.authority, target); err != nil {
+			return nil, nil, err
+		}
+		select { // extended CONNECT must be on offer (RFC 9220 §3)
+		case <-s.h3.ReceivedSettings():
+		case <-s.conn.Context().Done():
+			return nil, nil, sessionError(context.Cause(s.conn.Context()))
+		case <-ctx.Done():
+			return nil, nil, dialError(ctx)
+		}
+		if !s.h3.Settings().EnableExtendedConnect {
+			return nil, nil, errors.New("the gateway does not take extended CONNECT")
+		}
+	}
+	for k, v := range header {
+		req.Header[k] = v
+	}
+	return s.request(ctx, req)
+}
 
-// Close ends the flow. It may be called more than once.
-func (c *UDPConn) Close() error { return nil }
+// request opens a request stream, sends req, which has no body, and returns the stream after a 2xx. The client's RoundTrip is not used:
+// it reads the connection's state, which a move changes.
+func (s *Session) request(ctx context.Context, req *http.Request) (*http3.RequestStream, *http.Response, error) {
+	str, err := s.h3.OpenRequestStream(ctx)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, nil, dialError(ctx)
+		}
+		return nil, nil, streamError(err)
+	}
+	var rsp *http.Response
+	err = s.untilDone(ctx, str, func() (err error) {
+		if err = str.SendRequestHeader(req); err != nil {
+			return err
+		}
+		rsp, err = str.ReadResponse()
+		return err
+	})
+	if err == nil && (rsp.StatusCode < 200 || rsp.StatusCode > 299) {
+		err = parseProxyError(rsp.StatusCode, rsp.Header)
+	}
+	if err != nil {
+		str.CancelRead(codeCanceled)
+		str.CancelWrite(codeCanceled)
+		return nil, nil, err
+	}
+	return str, rsp, nil
+}
 
-// MaxUDPPayload is the largest payload of a UDP datagram, in bytes.
-const MaxUDPPayload = 65527
+// untilDone runs f, which uses str, and resets str when ctx ends before it returns.
+func (s *Session) untilDone(ctx context.Context, str h3stream, f func() error) error {
+	stop := context.AfterFunc(ctx, func() {
+		str.CancelRead(codeCanceled)
+		str.CancelWrite(codeCanceled)
+	})
+	err := f()
+	if !stop() {
+		return dialError(ctx)
+	}
+	return streamError(err)
+}
 
-// IPConn exchanges IP packets with the other end (RFC 9484). ReadPacket is for one goroutine, WritePacket for any.
-type IPConn struct{}
-
-// ReadPacket reads the next IP packet into b, which must have room for MaxIPPacket bytes.
-func (c *IPConn) ReadPacket(b []byte) (int, error) { return 0, nil }
-
-// WritePacket sends an IP packet, whose hop limit it decrements in place. A packet that the other end would drop (source not assigned,
-// destination not routed) is dropped and counted. icmp, if not nil, is the ICMP error to hand to the packet's sender: it was too large.
-func (c *IPConn) WritePacket(b []byte) (icmp []byte, err error) { return nil, nil }
-
-// Assigned are the addresses that the gateway assigned to the client.
-func (c *IPConn) Assigned() []netip.Prefix { return nil }
-
-// Routes are where the client may send.
-func (c *IPConn) Routes() []netip.Prefix { return nil }
-
-// Close ends the exchange. It may be called more than once.
-func (c *IPConn) Close() error { return nil }
-
-// MaxIPPacket is the largest IP packet in bytes that an IPConn carries.
-const MaxIPPacket = 65535
+// dialError says why a dial was given up: a deadline is the destination's silence.
+func dialError(ctx context.Context) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return &ProxyError{Type: ConnectionTimeout, Detail: "no answer in time", Err: context.Cause(ctx)}
+	}
+	return context.Cause(ctx)
+}

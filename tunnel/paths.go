@@ -1,0 +1,354 @@
+package tunnel
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"sallyway/internal/datagram"
+	"sallyway/stun"
+)
+
+// PathRole says what a session uses a path for.
+type PathRole string
+
+// The roles.
+const (
+	RoleActive  PathRole = "active"
+	RoleStandby PathRole = "standby"
+)
+
+// PathEvent is a change of a path's state.
+type PathEvent struct {
+	Role  PathRole
+	Link  datagram.Link
+	Info  LinkInfo
+	State Liveness
+}
+
+// PathStatus is what is known of one path.
+type PathStatus struct {
+	Link  datagram.Link
+	Info  LinkInfo
+	State Liveness
+	// Probes is what the probes tell: round-trip time, loss.
+	Probes stun.PathStats
+}
+
+// PathInfo is a session's paths. Standby.Link is nil where there is none.
+type PathInfo struct {
+	Active, Standby PathStatus
+	// Moves counts how often the active path changed; LastMove is when and LastReason why.
+	Moves      uint64
+	LastMove   time.Time
+	LastReason string
+}
+
+// revalidate is after how long an unanswered validation of the spare slot is given up; it runs over a path that has just answered.
+const revalidate = 2 * time.Second
+
+func (s *Session) newLink(sl *slot, l datagram.Link, info LinkInfo) *slotLink {
+	return &slotLink{s: sl, link: l, info: info, mon: newMonitor(l, s.stepSoon), gone: make(chan struct{})}
+}
+
+// pointLocked points slot i to l. A link that another slot receives from changes hands.
+func (s *Session) pointLocked(i int, l datagram.Link, info LinkInfo) {
+	sl := s.slots[i]
+	next := s.newLink(sl, l, info)
+	next.mon.start(s.keys)
+	for j, other := range s.slots {
+		if to := other.to.Load(); j != i && to != nil && to.link == l {
+			to.receives.Store(false)
+		}
+	}
+	sl.point(next, true)
+	s.watchLink(next)
+	s.stepSoon()
+}
+
+// watchLink notices the end of a link that a slot was pointed to. After the handshake it needs mu, and a session that is not over.
+func (s *Session) watchLink(l *slotLink) {
+	s.tasks.Go(func() {
+		select {
+		case <-l.link.Done():
+			l.mon.lost()
+		case <-l.gone:
+		case <-s.ctx.Done():
+		}
+	})
+}
+
+// validate has QUIC prove that slot i reaches the gateway (RFC 9000 §8.2). The caller holds validating, not mu.
+func (s *Session) validate(ctx context.Context, i int) error {
+	sl := s.slots[i]
+	s.mu.Lock()
+	path := sl.path
+	if path == nil {
+		var err error
+		if path, err = s.conn.AddPath(sl.tr); err != nil {
+			s.mu.Unlock()
+			return err
+		}
+		sl.path = path
+	}
+	sl.validated = false // QUIC forgets, too, until the answer is here
+	s.mu.Unlock()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(s.conn.Context(), func() { cancel(context.Cause(s.conn.Context())) })()
+	if err := path.Probe(ctx); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	sl.validated = true
+	s.mu.Unlock()
+	return nil
+}
+
+// Standby points a free slot to l and validates it end to end, so that Failover can move there without asking. A standby that was set
+// before is let go. It fails when no answer comes before ctx ends; the session and its former standby do not suffer.
+func (s *Session) Standby(ctx context.Context, l datagram.Link, info LinkInfo) error {
+	if l.MaxPayload() < initialPacket {
+		return fmt.Errorf("standby %s: the link carries %d bytes at most, QUIC needs %d", info.Name, l.MaxPayload(), initialPacket)
+	}
+	s.validating.Lock()
+	defer s.validating.Unlock()
+	s.mu.Lock()
+	if s.err != nil {
+		defer s.mu.Unlock()
+		return s.err
+	}
+	i := s.freeLocked()
+	s.pointLocked(i, l, info)
+	s.mu.Unlock()
+	if err := s.validate(ctx, i); err != nil {
+		if s.conn.Context().Err() != nil {
+			err = sessionError(context.Cause(s.conn.Context()))
+		}
+		return fmt.Errorf("standby %s: %w", info.Name, err)
+	}
+	s.mu.Lock()
+	if i == s.active { // Repoint was faster
+		s.mu.Unlock()
+		return nil
+	}
+	s.standby = i
+	spare := slots - s.active - i // the indices sum up to 3
+	needed := !s.slots[spare].validated && !s.emptyingLocked(spare)
+	if needed {
+		// A slot that was once validated can be switched to when nothing else works any more, and only then it matters. It is validated
+		// over the path that has just answered; what arrives there stays with the standby's slot.
+		s.slots[spare].point(s.newLink(s.slots[spare], l, info), false)
+	}
+	s.mu.Unlock()
+	if needed {
+		ctx, cancel := context.WithTimeout(ctx, revalidate)
+		defer cancel()
+		if err := s.validate(ctx, spare); err != nil {
+			s.cfg.Logger.Debug("spare slot not validated", "gateway", s.cfg.Gateway, "err", err)
+		}
+	}
+	s.stepSoon()
+	return nil
+}
+
+// freeLocked picks a slot that is neither active nor standby: rather not the one that was active a moment ago, rather one that was not
+// validated yet.
+func (s *Session) freeLocked() int {
+	free := -1
+	for i, sl := range s.slots {
+		if i == s.active || i == s.standby {
+			continue
+		}
+		if free < 0 || s.emptyingLocked(free) || (!sl.validated && !s.emptyingLocked(i)) {
+			free = i
+		}
+	}
+	return free
+}
+
+// emptying is how long packets may still arrive on a path after the session moved away from it.
+const emptying = 3 * time.Second
+
+// emptyingLocked reports whether packets may still arrive at slot i from before the last move.
+func (s *Session) emptyingLocked(i int) bool {
+	return i == s.former && !s.lastMove.IsZero() && time.Since(s.lastMove) < emptying
+}
+
+// Failover moves the session to the standby path at once. It returns ErrNoStandby when there is none. The old path goes on receiving
+// until its slot is pointed elsewhere.
+func (s *Session) Failover(reason string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.standby < 0 || !s.slots[s.standby].validated {
+		return ErrNoStandby
+	}
+	if err := s.switchLocked(s.standby, reason); err != nil {
+		return err
+	}
+	return nil
+}
+
+// switchLocked makes slot i active.
+func (s *Session) switchLocked(i int, reason string) error {
+	if err := s.slots[i].path.Switch(); err != nil {
+		return fmt.Errorf("move to path %s: %w", s.slots[i].to.Load().info.Name, err)
+	}
+	s.former, s.active = s.active, i
+	if s.standby == i {
+		s.standby = -1
+	}
+	s.movedLocked(reason)
+	return nil
+}
+
+// movedLocked tells everybody of a move. The gateway's QUIC follows only on a packet that is no probe, so there must be one now.
+func (s *Session) movedLocked(reason string) {
+	s.moves++
+	s.lastMove, s.lastReason = time.Now(), reason
+	to := s.slots[s.active].to.Load()
+	if err := s.ctrl.send(Notice{Type: noticePath, Reason: reason}); err != nil {
+		s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)
+	}
+	s.cfg.Logger.Info("session moved", "gateway", s.cfg.Gateway, "path", to.info.Name, "reason", reason)
+	s.stepSoon()
+}
+
+// Repoint moves the session to l without validating it first: the way back after every path was lost. A slot that was ever validated
+// carries it, so that congestion control and timers start anew; where there is none (no Standby was ever set) the active slot itself is
+// pointed to l, and QUIC's retransmission timer, backed off by then, sets the pace. So give a session a standby once, even one on a
+// second leg at the same relay.
+func (s *Session) Repoint(l datagram.Link, info LinkInfo, reason string) error {
+	if l.MaxPayload() < initialPacket {
+		return fmt.Errorf("move to path %s: the link carries %d bytes at most, QUIC needs %d", info.Name, l.MaxPayload(), initialPacket)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return s.err
+	}
+	i := -1
+	for j, sl := range s.slots {
+		// The standby's slot is the last resort: it may still come back.
+		if j != s.active && sl.validated && (i < 0 || i == s.standby) {
+			i = j
+		}
+	}
+	if i < 0 {
+		s.pointLocked(s.active, l, info)
+		s.movedLocked(reason)
+		return nil
+	}
+	s.pointLocked(i, l, info)
+	return s.switchLocked(i, reason)
+}
+
+// Suspect has the paths on l probed at once: what a refusal by ICMP or a leg's doubt is worth.
+func (s *Session) Suspect(l datagram.Link) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, i := range []int{s.active, s.standby} {
+		if i < 0 {
+			continue
+		}
+		if to := s.slots[i].to.Load(); to != nil && to.link == l {
+			to.mon.suspect()
+		}
+	}
+}
+
+// Path says what the paths are and how they do.
+func (s *Session) Path() PathInfo {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	info := PathInfo{Active: s.statusLocked(s.active), Moves: s.moves, LastMove: s.lastMove, LastReason: s.lastReason}
+	if s.standby >= 0 {
+		info.Standby = s.statusLocked(s.standby)
+	}
+	return info
+}
+
+func (s *Session) statusLocked(i int) PathStatus {
+	to := s.slots[i].to.Load()
+	if to == nil {
+		return PathStatus{State: Dead}
+	}
+	st := PathStatus{Link: to.link, Info: to.info}
+	st.State, st.Probes = to.mon.status()
+	return st
+}
+
+// stepSoon has watchPaths look again.
+func (s *Session) stepSoon() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// watchPaths probes the active and the standby path until the session ends.
+func (s *Session) watchPaths() {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var moved uint64
+	var lastMoved time.Time
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.wake:
+		case <-timer.C:
+		}
+		now := time.Now()
+		interval := busyInterval
+		if m := s.flows.total(); m != moved {
+			moved, lastMoved = m, now
+		} else if now.Sub(lastMoved) >= busyFor {
+			s.flows.idle.Store(true)
+			if s.flows.total() == moved { // else a byte passed just before it would have woken us
+				interval = idleInterval
+			}
+		}
+		s.mu.Lock()
+		active, standby := s.slots[s.active].to.Load(), (*slotLink)(nil)
+		if s.standby >= 0 {
+			standby = s.slots[s.standby].to.Load()
+		}
+		s.mu.Unlock()
+		wait := s.step(RoleActive, active, now, interval)
+		if standby != nil {
+			wait = min(wait, s.step(RoleStandby, standby, now, interval))
+		}
+		timer.Reset(wait)
+	}
+}
+
+func (s *Session) step(role PathRole, l *slotLink, now time.Time, interval time.Duration) time.Duration {
+	if l == nil {
+		return interval
+	}
+	next, state, changed := l.mon.step(now, interval)
+	if changed {
+		select {
+		case s.events <- PathEvent{Role: role, Link: l.link, Info: l.info, State: state}:
+		default:
+			s.cfg.Logger.Warn("path event lost: OnPath is too slow", "gateway", s.cfg.Gateway, "state", state)
+		}
+	}
+	return max(next, time.Millisecond)
+}
+
+// tellPaths calls OnPath.
+func (s *Session) tellPaths() {
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case e := <-s.events:
+			s.cfg.Logger.Debug("path", "gateway", s.cfg.Gateway, "role", e.Role, "path", e.Info.Name, "state", e.State)
+			if s.cfg.OnPath != nil {
+				s.cfg.OnPath(e)
+			}
+		}
+	}
+}

@@ -1,0 +1,112 @@
+package tunnel
+
+import (
+	"net"
+	"sync"
+	"sync/atomic"
+
+	"github.com/quic-go/quic-go"
+
+	"sallyway/internal/datagram"
+)
+
+// slots is how many paths a session has: active, standby, spare. QUIC's client may hold four connection IDs, and a Transport that is
+// closed ends every connection that ever used it, so the slots stay while the session lives and are pointed to other links instead.
+const slots = 3
+
+// slotLink is what a slot is pointed to. It receives for the slot.
+type slotLink struct {
+	s    *slot
+	link datagram.Link
+	info LinkInfo
+	mon  *monitor
+
+	// receives says that the link's receiver is this one.
+	receives atomic.Bool
+	// gone is closed when the slot points elsewhere.
+	gone chan struct{}
+}
+
+// Receive implements datagram.Receiver.
+func (l *slotLink) Receive(b datagram.Batch) { l.s.receive(b, gatewayAddr, l) }
+
+func (l *slotLink) handleProbe(payload []byte) { l.mon.handle(payload) }
+
+// release stops receiving.
+func (l *slotLink) release() {
+	if l.receives.CompareAndSwap(true, false) {
+		l.link.SetReceiver(nil)
+	}
+}
+
+// slot is a client's packet conn: whatever is written leaves on the link it is pointed to, and what arrives there is read as coming from
+// the gateway's one virtual address.
+type slot struct {
+	vconn
+	tr *quic.Transport
+	to atomic.Pointer[slotLink]
+
+	pointing sync.Mutex // serialises point
+
+	// path and validated belong to the session, under its lock.
+	path      *quic.Path // nil until the slot was first probed; the handshake's slot has none at first
+	validated bool
+}
+
+var _ quic.OOBCapablePacketConn = (*slot)(nil)
+
+// gatewayAddr is the gateway's virtual address at the client.
+var gatewayAddr = virtualAddr(1)
+
+func newSlot(n int, raw *rawSocket) *slot {
+	s := &slot{}
+	s.init(virtualAddr(uint64(0x100+n)), raw, 0)
+	s.tr = &quic.Transport{Conn: s, ConnectionIDLength: connectionIDLength}
+	return s
+}
+
+// point makes the slot send on l and, if receive says so, receive from it. What it was pointed to before receives no more.
+func (s *slot) point(l *slotLink, receive bool) {
+	s.pointing.Lock()
+	defer s.pointing.Unlock()
+	old := s.to.Swap(l)
+	if old != nil {
+		old.release()
+		close(old.gone)
+	}
+	if receive {
+		l.receives.Store(true)
+		l.link.SetReceiver(l)
+	}
+}
+
+// WriteMsgUDP sends b, cut into segments if oob says so, on the slot's link, whatever addr says. It never fails.
+func (s *slot) WriteMsgUDP(b, oob []byte, _ *net.UDPAddr) (n, oobn int, err error) {
+	segment, ecn := parseControl(oob)
+	l := s.to.Load()
+	if l == nil {
+		s.stats.droppedUnknown.Add(count(len(b), segment))
+		return len(b), len(oob), nil
+	}
+	l.link.Send(b, segment, ecn)
+	s.stats.sent.Add(count(len(b), segment))
+	return len(b), len(oob), nil
+}
+
+// WriteTo sends one datagram.
+func (s *slot) WriteTo(b []byte, _ net.Addr) (int, error) {
+	n, _, err := s.WriteMsgUDP(b, nil, nil)
+	return n, err
+}
+
+// Close ends the slot and lets go of its link. It may be called more than once.
+func (s *slot) Close() error {
+	s.pointing.Lock()
+	if old := s.to.Swap(nil); old != nil {
+		old.release()
+		close(old.gone)
+	}
+	s.pointing.Unlock()
+	s.shut()
+	return nil
+}
