@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"sync"
@@ -53,11 +54,11 @@ func (l *link) readLoop(ctx context.Context) error {
 	for {
 		n, err := l.s.dev.Read(buf)
 		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrClosed) {
+			if ctx.Err() != nil {
 				return nil
 			}
-			if failed++; failed == maxReadErrors || errors.Is(err, os.ErrDeadlineExceeded) {
-				return err
+			if failed++; failed == maxReadErrors || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrClosed) {
+				return fmt.Errorf("netstack: %w", err)
 			}
 			continue
 		}

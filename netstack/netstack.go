@@ -31,7 +31,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -49,8 +48,7 @@ import (
 )
 
 // Device carries the packets of a host. Each is preceded by HeaderLen bytes: a struct virtio_net_hdr where that is 10,
-// nothing where it is 0. Read is called by one goroutine, WriteParts by many; WriteParts keeps none of its argument. An
-// error of Read that is net.ErrClosed ends Run without error, any other ends it with that.
+// nothing where it is 0. Read is called by one goroutine, WriteParts by many; WriteParts keeps none of its argument.
 type Device interface {
 	Read(p []byte) (int, error)
 	WriteParts(parts [][]byte) (int, error)
@@ -224,7 +222,7 @@ func (s *Stack) errorSource(dst netip.Addr) netip.Addr {
 	return dst
 }
 
-// Run reads packets until ctx ends, Close is called, or the device does; then it resets every connection, ends every
+// Run reads packets until ctx ends or Close is called, or until the device fails, whose error it returns; then it resets every connection, ends every
 // association, and waits for their handlers. A waiting Read is ended by SetReadDeadline where the device has that (and the
 // device stays open), else by its Close. It may be called once.
 func (s *Stack) Run(ctx context.Context) error {
@@ -267,9 +265,6 @@ func (s *Stack) Run(ctx context.Context) error {
 	s.handlers.Wait()
 	<-swept
 	s.gv.Wait()
-	if errors.Is(err, net.ErrClosed) {
-		err = nil
-	}
 	return err
 }
 

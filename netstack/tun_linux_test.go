@@ -34,11 +34,11 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // namespace is a network namespace of its own with loopback up.
 type namespace struct {
-	t  *testing.T
+	t  testing.TB
 	ns netns.NsHandle
 }
 
-func newNamespace(t *testing.T) *namespace {
+func newNamespace(t testing.TB) *namespace {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root for a network namespace and a TUN device")
@@ -86,7 +86,7 @@ func (n *namespace) dial(network, addr string) (c net.Conn, err error) {
 // lab is a host with a TUN whose packets go to a stack.
 type lab struct {
 	*namespace
-	t     *testing.T
+	t     testing.TB
 	dev   *tun.Device
 	stack *netstack.Stack
 }
@@ -97,7 +97,7 @@ const (
 )
 
 // newLab makes a lab; 10.96.0.0/12 and fd96::/12 go into the TUN.
-func newLab(t *testing.T, mtu int, c netstack.Config) *lab {
+func newLab(t testing.TB, mtu int, c netstack.Config) *lab {
 	t.Helper()
 	l := &lab{namespace: newNamespace(t), t: t}
 	l.do(func() {

@@ -49,8 +49,8 @@ type Device struct {
 	closeOnce sync.Once
 	closeErr  error
 
-	mu   sync.Mutex // guards what follows, and makes changes of addresses and routes one at a time
-	addr []netip.Prefix
+	mu           sync.Mutex // guards what follows, and makes changes of addresses and routes one at a time
+	ownResolvers []netip.Addr
 }
 
 // Open makes the device, or takes over a persistent one of that name, sets its MTU and brings it up, in the network

@@ -1,6 +1,7 @@
 package tun
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -319,6 +320,121 @@ func TestLogins(t *testing.T) {
 		want := []netip.Addr{netip.MustParseAddr("203.0.113.77"), netip.MustParseAddr("192.168.8.9")}
 		if !slices.Equal(got, want) {
 			t.Errorf("%v, want %v", got, want)
+		}
+	})
+}
+
+// TestResolversAreHazards: but for our own and those on loopback.
+func TestResolversAreHazards(t *testing.T) {
+	old := resolvConfs
+	defer func() { resolvConfs = old }()
+	resolvConfs = []string{filepath.Join(t.TempDir(), "resolv.conf"), "/nowhere"}
+	if err := os.WriteFile(resolvConfs[0], []byte("nameserver 100.112.0.1\nnameserver 127.0.0.1\nnameserver 10.1.0.53\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	inNamespace(t, func() {
+		d := open(t)
+		defer d.Close()
+		wanted := prefixes("100.112.0.0/12", "10.1.0.0/16")
+		if skipped, err := d.SetRoutes(wanted, nil); len(skipped) != 2 || err != nil {
+			t.Error(skipped, err)
+		}
+		d.SetOwnResolvers([]netip.Addr{netip.MustParseAddr("100.112.0.1")})
+		skipped, err := d.SetRoutes(wanted, nil)
+		if err != nil || len(skipped) != 1 || skipped[0].String() != "10.1.0.0/16: covers the DNS resolver 10.1.0.53" {
+			t.Error(skipped, err)
+		}
+	})
+}
+
+func TestWatch(t *testing.T) {
+	inNamespace(t, func() {
+		d := open(t)
+		defer d.Close()
+		lan := newLAN(t)
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		told, watched := make(chan struct{}, 10), make(chan error, 1)
+		ns, err := netns.Get()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer ns.Close()
+		go func() {
+			runtime.LockOSThread()
+			if err := netns.Set(ns); err != nil {
+				watched <- err
+				return
+			}
+			watched <- d.Watch(ctx, func() { told <- struct{}{} })
+		}()
+		// It may not have begun: change until it tells.
+		a, _ := netlink.ParseAddr("192.168.7.2/24")
+		for i := 0; ; i++ {
+			if i%2 == 0 {
+				err = netlink.AddrAdd(lan, a)
+			} else {
+				err = netlink.AddrDel(lan, a)
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			select {
+			case <-told:
+			case <-time.After(10 * time.Millisecond):
+				continue
+			case <-ctx.Done():
+				t.Error("never told")
+			}
+			break
+		}
+		for len(told) > 0 {
+			<-told
+		}
+		// What happens on the device itself is not told.
+		if err := d.SetAddresses(prefixes("100.112.0.7/32")); err != nil {
+			t.Error(err)
+		}
+		if _, err := d.SetRoutes(prefixes("10.99.0.0/16"), nil); err != nil {
+			t.Error(err)
+		}
+		select {
+		case <-told:
+			// One may be left from the last change of the LAN's address.
+			select {
+			case <-told:
+				t.Error("told of what we did ourselves")
+			case <-time.After(2 * watchSettle):
+			}
+		case <-time.After(2 * watchSettle):
+		}
+		cancel()
+		if err := <-watched; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestDeviceDeleted: somebody deletes the interface under us.
+func TestDeviceDeleted(t *testing.T) {
+	inNamespace(t, func() {
+		d := open(t)
+		defer d.Close()
+		read := make(chan error, 1)
+		go func() {
+			_, err := d.Read(make([]byte, 2000))
+			read <- err
+		}()
+		if err := netlink.LinkDel(d.link); err != nil {
+			t.Error(err)
+		}
+		if err := <-read; !errors.Is(err, net.ErrClosed) {
+			t.Errorf("read: %v", err)
+		}
+		if _, err := d.WriteParts([][]byte{make([]byte, 40)}); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("write: %v", err)
 		}
 	})
 }

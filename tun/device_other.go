@@ -3,10 +3,12 @@
 package tun
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
+	"time"
 )
 
 // Device is an open TUN device. There is none on this system yet.
@@ -51,6 +53,18 @@ func (d *Device) SetRoutes([]netip.Prefix, []netip.Addr) ([]SkippedRoute, error)
 
 // Routes returns an ErrUnavailable.
 func (d *Device) Routes() ([]netip.Prefix, error) { return nil, ErrUnavailable }
+
+// SetOwnResolvers does nothing.
+func (d *Device) SetOwnResolvers([]netip.Addr) {}
+
+// Watch waits for ctx.
+func (d *Device) Watch(ctx context.Context, _ func()) error {
+	<-ctx.Done()
+	return nil
+}
+
+// SetReadDeadline returns net.ErrClosed.
+func (d *Device) SetReadDeadline(time.Time) error { return net.ErrClosed }
 
 // Hazards returns an ErrUnavailable.
 func (d *Device) Hazards() (Hazards, error) { return Hazards{}, ErrUnavailable }

@@ -2,15 +2,23 @@ package tun
 
 import (
 	"bufio"
+	"context"
+	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -90,7 +98,7 @@ func appendIP(as []netip.Addr, ip []byte) []netip.Addr {
 	return as
 }
 
-// resolvers are the DNS servers of the host, without those on the device itself and on loopback.
+// resolvers are the DNS servers of the host, without our own and those on loopback.
 func (d *Device) resolvers() []netip.Addr {
 	var as []netip.Addr
 	for _, path := range resolvConfs {
@@ -99,8 +107,7 @@ func (d *Device) resolvers() []netip.Addr {
 			continue // a host without resolvers has none to lose
 		}
 		for _, a := range nameservers(f) {
-			own := a.IsLoopback() || slices.ContainsFunc(d.addr, func(p netip.Prefix) bool { return p.Addr() == a })
-			if !own && !slices.Contains(as, a) {
+			if !a.IsLoopback() && !slices.Contains(d.ownResolvers, a) && !slices.Contains(as, a) {
 				as = append(as, a)
 			}
 		}
@@ -186,4 +193,63 @@ func procAddrPort(s string) (netip.AddrPort, bool) {
 	}
 	a, ok := netip.AddrFromSlice(b)
 	return netip.AddrPortFrom(a, uint16(p[0])<<8|uint16(p[1])), ok
+}
+
+// watchSettle is how long Watch waits for more changes before it tells: a network that comes up makes dozens.
+const watchSettle = 300 * time.Millisecond
+
+// Watch calls changed some time after addresses or routes of the host have changed, other than on the device itself, until
+// ctx ends. It watches the network namespace of the calling thread, from before it first waits.
+func (d *Device) Watch(ctx context.Context, changed func()) error {
+	sock, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
+	if err != nil {
+		return fmt.Errorf("watch the network: %w", err)
+	}
+	defer sock.Close()
+	defer context.AfterFunc(ctx, sock.Close)()
+	var settle *time.Timer // runs while a change has not been told; in a goroutine of its own, so that none is missed meanwhile
+	var telling sync.WaitGroup
+	defer telling.Wait()
+	defer func() {
+		if settle != nil && settle.Stop() {
+			telling.Done()
+		}
+	}()
+	var pending atomic.Bool
+	for {
+		msgs, _, err := sock.Receive()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, unix.ENOBUFS): // more changes than fit
+		case err != nil:
+			return fmt.Errorf("watch the network: %w", err)
+		case !slices.ContainsFunc(msgs, func(m syscall.NetlinkMessage) bool { return d.concerns(m) }):
+			continue
+		}
+		if pending.Swap(true) {
+			continue
+		}
+		telling.Add(1)
+		settle = time.AfterFunc(watchSettle, func() {
+			defer telling.Done()
+			pending.Store(false)
+			changed()
+		})
+	}
+}
+
+// concerns reports whether a message is about another interface than the device.
+func (d *Device) concerns(m syscall.NetlinkMessage) bool {
+	switch m.Header.Type {
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		const indexAt = 4 // in struct ifaddrmsg
+		return len(m.Data) < indexAt+4 || int(binary.NativeEndian.Uint32(m.Data[indexAt:])) != d.Index()
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		attrs, err := syscall.ParseNetlinkRouteAttr(&m)
+		return err != nil || !slices.ContainsFunc(attrs, func(a syscall.NetlinkRouteAttr) bool {
+			return a.Attr.Type == unix.RTA_OIF && len(a.Value) == 4 && int(binary.NativeEndian.Uint32(a.Value)) == d.Index()
+		})
+	}
+	return false
 }

@@ -68,17 +68,20 @@ func (d *Device) SetAddresses(addrs []netip.Prefix) error {
 			errs = append(errs, fmt.Errorf("add address %v: %w", p, permission(err)))
 		}
 	}
-	d.addr = d.addr[:0]
-	for _, p := range addrs {
-		d.addr = append(d.addr, p)
-	}
 	return errors.Join(errs...)
+}
+
+// SetOwnResolvers says which resolvers of the host are our own, as split DNS has named them there: routes may cover these.
+func (d *Device) SetOwnResolvers(addrs []netip.Addr) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ownResolvers = slices.Clone(addrs)
 }
 
 // SetRoutes makes wanted the routes into the device: adds those that are missing, removes its earlier ones that are no
 // longer wanted or have become dangerous. A prefix that would cut the host off from something (see Hazards), and one that
 // somebody else has routed already, is left out and comes back with the reason. protected are more addresses that must
-// stay outside: the platform, the relays.
+// stay outside: the platform, the relays. What is dangerous changes with the host's network: call it again when Watch says so.
 func (d *Device) SetRoutes(wanted []netip.Prefix, protected []netip.Addr) (skipped []SkippedRoute, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
