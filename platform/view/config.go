@@ -80,7 +80,7 @@ func (v *View) Plan(id string) *Plan {
 		p.Config.Relay = v.relayConfig(n)
 	case identity.Gateway:
 		p.Snapshot = v.Snapshot(n)
-		p.Config.Gateway = &control.Gateway{Relays: v.relayRefs(n, n.ID), EndSessions: v.endSessions()}
+		p.Config.Gateway = &control.Gateway{Relays: v.relayRefs(n, n.ID, n.Identity()), EndSessions: v.endSessions()}
 		v.dialling(p, n)
 	case identity.Client:
 		v.dialling(p, n)
@@ -167,7 +167,7 @@ func (v *View) dialling(p *Plan, n *store.Node) {
 			continue
 		}
 		ref := control.GatewayRef{
-			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address), Relays: v.relayRefs(n, g.ID),
+			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address), Relays: v.relayRefs(n, g.ID, dialler(n)),
 		}
 		grant := policy.Grant{Org: v.Org.Name, Node: n.Identity(), Gateway: g.Identity(), Pins: v.Trust.Pins[identity.Gateway]}
 		if n.Kind == identity.Gateway {
@@ -195,8 +195,16 @@ func (v *View) Serving(r *store.Resource, active bool) []control.ServingGateway 
 	return out
 }
 
-// relayRefs are the relays of a gateway with credentials for n, active first.
-func (v *View) relayRefs(n *store.Node, gateway string) []control.RelayRef {
+// dialler is as whom a node dials gateways: itself, and a gateway as site, which is another allocation than the one it serves on.
+func dialler(n *store.Node) identity.Node {
+	if n.Kind == identity.Gateway {
+		return site(n.Identity())
+	}
+	return n.Identity()
+}
+
+// relayRefs are the relays of a gateway with credentials for n under the identity as, active first.
+func (v *View) relayRefs(n *store.Node, gateway string, as identity.Node) []control.RelayRef {
 	out := []control.RelayRef{}
 	for _, id := range v.assignments[gateway] {
 		r, home := v.relay(id)
@@ -208,7 +216,7 @@ func (v *View) relayRefs(n *store.Node, gateway string) []control.RelayRef {
 		}
 		// A credential lives as long as the node's leaf: before the node has one, or when the relay has no key, there is none.
 		if k, keys := v.keys[n.ID], home.relayKeys[id]; k != nil && len(keys) > 0 {
-			ref.Username = wire.Username{Expiry: k.NotAfter, Node: n.Identity(), Flags: wire.FlagPlainData}.String()
+			ref.Username = wire.Username{Expiry: k.NotAfter, Node: as, Flags: wire.FlagPlainData}.String()
 			ref.Password = wire.Password(keys[0].Secret, ref.Username)
 		}
 		out = append(out, ref)
