@@ -23,8 +23,12 @@ func relay(t *testing.T, drop, shift int) netip.AddrPort {
 	if err != nil {
 		t.Fatal(err)
 	}
+	other, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.1:0")))
+	if err != nil {
+		t.Fatal(err)
+	}
 	done := make(chan struct{})
-	t.Cleanup(func() { conn.Close(); <-done })
+	t.Cleanup(func() { conn.Close(); <-done; other.Close() })
 	go func() {
 		defer close(done)
 		b := make([]byte, 1500)
@@ -49,6 +53,9 @@ func relay(t *testing.T, drop, shift int) netip.AddrPort {
 			} {
 				_, _ = conn.WriteToUDPAddrPort(noise, from)
 			}
+			// And somebody else's answer to the same transaction.
+			_, _ = other.WriteToUDPAddrPort(stun.MustBuild(stun.NewTransactionIDSetter(m.TransactionID), stun.BindingSuccess,
+				&stun.XORMappedAddress{IP: net.IPv4(9, 9, 9, 9), Port: 9}).Raw, from)
 			a := stun.MustBuild(stun.NewTransactionIDSetter(m.TransactionID), stun.BindingSuccess,
 				&stun.XORMappedAddress{IP: from.Addr().AsSlice(), Port: int(from.Port()) + shift}, stun.Fingerprint)
 			if len(a.Raw) > n {
