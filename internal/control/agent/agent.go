@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -177,12 +178,16 @@ func (a *Agent) usableLocked(c *tls.Certificate, what string) (*tls.Certificate,
 	return c, nil
 }
 
-// Trust is the organization's trust in leaves of the given kinds, deny list included, as of the newest configuration.
+// Trust is the organization's trust in leaves of the given kinds, with the deny lists of the newest configuration and snapshot.
 func (a *Agent) Trust(kinds ...identity.Kind) (*identity.Trust, error) {
 	a.mu.Lock()
-	t := a.trustLocked()
+	t, s := a.trustLocked(), a.snapshot
 	a.mu.Unlock()
-	return a.trustFor(t, kinds...)
+	tr, err := a.trustFor(t, kinds...)
+	if err == nil && s != nil {
+		tr.Denied = slices.Concat(tr.Denied, s.Denied)
+	}
+	return tr, err
 }
 
 func (a *Agent) trustLocked() control.Trust {

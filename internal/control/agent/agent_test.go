@@ -201,8 +201,8 @@ func TestTokens(t *testing.T) {
 		t.Fatal(err)
 	}
 	key1 := identity.HashKey(a.Key().Public())
-	if a, err = open(first.String(), identity.Gateway); err != nil || f.enrols != 1 {
-		t.Fatalf("same token again: %v after %d enrolments", err, f.enrols)
+	if a, err = open(first.String(), identity.Gateway); err != nil || read(f, &f.enrols) != 1 {
+		t.Fatalf("same token again: %v after %d enrolments", err, read(f, &f.enrols))
 	}
 	if a, err = open("", identity.Gateway); err != nil || identity.HashKey(a.Key().Public()) != key1 {
 		t.Fatalf("no token: %v", err)
@@ -211,14 +211,14 @@ func TestTokens(t *testing.T) {
 	refused(other.String(), identity.Gateway, "acme/gateway/g-1", "acme/gateway/g-2", "--state")
 
 	second := f.newToken(identity.Gateway, "g-1")
-	if a, err = open(second.String(), identity.Gateway); err != nil || f.enrols != 2 {
-		t.Fatalf("newer token: %v after %d enrolments", err, f.enrols)
+	if a, err = open(second.String(), identity.Gateway); err != nil || read(f, &f.enrols) != 2 {
+		t.Fatalf("newer token: %v after %d enrolments", err, read(f, &f.enrols))
 	}
 	if identity.HashKey(a.Key().Public()) == key1 {
 		t.Error("a new enrolment kept the old key")
 	}
-	if _, err = open(first.String(), identity.Gateway); err != nil || f.enrols != 2 {
-		t.Errorf("a token spent here long ago: %v after %d enrolments", err, f.enrols)
+	if _, err = open(first.String(), identity.Gateway); err != nil || read(f, &f.enrols) != 2 {
+		t.Errorf("a token spent here long ago: %v after %d enrolments", err, read(f, &f.enrols))
 	}
 
 	// A token that was spent elsewhere is refused, and the node stays what it was.
@@ -251,8 +251,8 @@ func TestLostEnrolmentAnswer(t *testing.T) {
 	if err != nil {
 		t.Fatalf("answer lost: %v", err)
 	}
-	if a.Config() == nil || a.Config().Version != 3 || f.enrols != 1 {
-		t.Errorf("configuration %v after %d enrolments", a.Config(), f.enrols)
+	if a.Config() == nil || a.Config().Version != 3 || read(f, &f.enrols) != 1 {
+		t.Errorf("configuration %v after %d enrolments", a.Config(), read(f, &f.enrols))
 	}
 
 	dir := t.TempDir()
@@ -384,7 +384,7 @@ func TestPlatformNotTrusted(t *testing.T) {
 			}
 		})
 	}
-	if f.enrols != 0 {
-		t.Errorf("%d enrolments", f.enrols)
+	if read(f, &f.enrols) != 0 {
+		t.Errorf("%d enrolments", read(f, &f.enrols))
 	}
 }

@@ -170,6 +170,9 @@ func (a *Agent) enrol(ctx context.Context, t control.Token) error {
 	if err != nil {
 		return err
 	}
+	if err := l.ClockError(); err != nil {
+		a.log.Warn("the clocks differ: peers will refuse certificates", "error", err, "remedy", link.Remedy(err))
+	}
 	return a.join(t, key, resp, cached)
 }
 

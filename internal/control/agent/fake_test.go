@@ -253,6 +253,13 @@ func (f *fakePlatform) set(change func()) {
 	change()
 }
 
+// read returns a field that the server changes.
+func read[T any](f *fakePlatform, field *T) T {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return *field
+}
+
 func fail(w http.ResponseWriter, p control.Problem) {
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.WriteHeader(p.Status)

@@ -109,7 +109,6 @@ func (l *Link) explain(ctx context.Context, err error) error {
 		unknown x509.UnknownAuthorityError
 		name    x509.HostnameError
 		record  tls.RecordHeaderError
-		alert   tls.AlertError
 		op      *net.OpError
 	)
 	switch {
@@ -138,8 +137,8 @@ func (l *Link) explain(ctx context.Context, err error) error {
 		return &Error{Kind: TLS, Reason: fmt.Sprintf("the certificate of the platform is not for %s: %v", l.base.Hostname(), name), Remedy: "use the URL that the platform advertises (platformd serve --advertise-url), or give it a certificate for this name", Err: err}
 	case errors.As(err, &record), strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
 		return &Error{Kind: TLS, Reason: fmt.Sprintf("%s does not speak TLS", host), Remedy: "check port and scheme of the URL", Err: err}
-	case errors.As(err, &alert):
-		return &Error{Kind: TLS, Reason: fmt.Sprintf("TLS with %s: %v", host, alert), Remedy: "the platform must offer TLS 1.3 (a proxy in between may not)", Err: err}
+	case errors.As(err, &op) && (op.Op == "remote error" || op.Op == "local error"): // a TLS alert (crypto/tls)
+		return &Error{Kind: TLS, Reason: fmt.Sprintf("TLS with %s: %v", host, op.Err), Remedy: "the platform must offer TLS 1.3 (a proxy in between may not)", Err: err}
 	case errors.As(err, &dns):
 		return &Error{Kind: DNS, Reason: fmt.Sprintf("the name %s does not resolve: %s", dns.Name, dns.Err), Remedy: "check the name, and this host's DNS (resolvectl query " + dns.Name + ")", Err: err}
 	case errors.Is(err, syscall.ECONNREFUSED):
