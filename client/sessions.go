@@ -427,7 +427,7 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 	default:
 		return
 	}
-	if p.Standby.Link != nil && p.Standby.Validated && !closed(p.Standby.Link.Done()) && p.Standby.State != tunnel.Dead && !g.draining(p.Standby.Info) {
+	if p.Standby.Link != nil && !closed(p.Standby.Link.Done()) && p.Standby.State != tunnel.Dead && !g.draining(p.Standby.Info) {
 		if err := t.Failover(reason); err == nil {
 			g.log.Info("path moved", "from", p.Active.Info.Name, "to", p.Standby.Info.Name, "reason", reason)
 			return

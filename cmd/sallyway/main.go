@@ -4,12 +4,13 @@ package main
 import (
 	"os"
 
+	"sallyway/client"
 	"sallyway/internal/admin"
 	"sallyway/internal/daemon"
 )
 
 func main() {
 	root := admin.Command()
-	// `sallyway connect` joins here: root.AddCommand(client.Command())
+	root.AddCommand(client.Command())
 	os.Exit(daemon.Main(root))
 }
