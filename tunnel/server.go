@@ -302,7 +302,9 @@ func (s *Server) list() []*peerSession {
 }
 
 // CloseWhere ends the open sessions for which f says so, at once, with the reason that the peer shows. It returns how many.
-func (s *Server) CloseWhere(f func(p Peer) (reason string, end bool)) int { return s.closeWhere(CloseRevoked, f) }
+func (s *Server) CloseWhere(f func(p Peer) (reason string, end bool)) int {
+	return s.closeWhere(CloseRevoked, f)
+}
 
 func (s *Server) closeWhere(code CloseCode, f func(p Peer) (reason string, end bool)) int {
 	var ending sync.WaitGroup
