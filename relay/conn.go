@@ -129,8 +129,13 @@ func (c *conn) writeAll(q []byte) error {
 	return nil
 }
 
-// closeAfterFlush closes c once what is queued has been written, and takes no more.
+// closeAfterFlush closes c once what is queued has been written, and takes no more. Over DTLS it leaves time for repeated indications: a
+// close that comes right behind an indication may overtake it.
 func (c *conn) closeAfterFlush() {
+	if c.kind == overDTLS {
+		time.AfterFunc(indicationInterval*(indicationRepeats+2), c.close)
+		return
+	}
 	c.mu.Lock()
 	idle := !c.writing
 	c.closing = true

@@ -221,7 +221,11 @@ func (s *Server) allowUnproven(o *origin, n int) bool {
 		return true
 	}
 	now, src := s.now().UnixNano(), sourceOf(o.addr.Addr())
-	if s.replies.allow(src, 1, now) && s.excess.allow(src, max(0, n-o.size), now) {
+	over := max(0, n-o.size)
+	if o.alloc != nil { // its address was proven when it allocated
+		over = 0
+	}
+	if s.replies.allow(src, 1, now) && s.excess.allow(src, over, now) {
 		return true
 	}
 	s.count.limited.Add(1)
@@ -310,9 +314,19 @@ func (s *Server) allocate(o *origin, m *stun.Message, user wire.Username, key st
 	case transport[0] != protocolUDP:
 		s.fail(o, m, key, stun.CodeUnsupportedTransProto)
 		return
-	case m.Contains(stun.AttrEvenPort) || m.Contains(stun.AttrReservationToken):
+	case m.Contains(stun.AttrReservationToken):
 		s.fail(o, m, key, codeCapacity)
 		return
+	}
+	even := false
+	if v, err := m.Get(stun.AttrEvenPort); err == nil {
+		// An even port is free; the next higher one is not reserved for anybody (RFC 8656 §18.7).
+		const reserve = 0x80
+		if len(v) != 1 || v[0]&reserve != 0 {
+			s.fail(o, m, key, codeCapacity)
+			return
+		}
+		even = true
 	}
 	if v, err := m.Get(stun.AttrRequestedAddressFamily); err == nil {
 		want := byte(familyIPv4)
@@ -336,7 +350,7 @@ func (s *Server) allocate(o *origin, m *stun.Message, user wire.Username, key st
 	if zero {
 		d = defaultLifetime
 	}
-	a, code := s.newAllocation(o, m.TransactionID, user, d)
+	a, code := s.newAllocation(o, m.TransactionID, user, d, even)
 	if code != 0 {
 		s.fail(o, m, key, code)
 		return
@@ -349,7 +363,7 @@ func (s *Server) succeedAllocate(o *origin, m *stun.Message, key stun.MessageInt
 }
 
 // newAllocation makes an allocation for user on the 5-tuple of o, or says with which error it is refused.
-func (s *Server) newAllocation(o *origin, tx [12]byte, user wire.Username, d time.Duration) (*allocation, stun.ErrorCode) {
+func (s *Server) newAllocation(o *origin, tx [12]byte, user wire.Username, d time.Duration, even bool) (*allocation, stun.ErrorCode) {
 	org := (*s.orgs.Load())[user.Node.Org]
 	if org == nil {
 		return nil, codeForbidden
@@ -392,7 +406,7 @@ func (s *Server) newAllocation(o *origin, tx [12]byte, user wire.Username, d tim
 	}
 	var sock *relayedSocket
 	port, ok := t.takePortLocked(now, func(port uint16) bool {
-		if s.cfg.service(port) {
+		if s.cfg.service(port) || (even && port%2 != 0) {
 			return false
 		}
 		if len(*org.peers.Load()) == 0 || a.flags.Has(wire.FlagPlainData) {

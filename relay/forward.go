@@ -160,8 +160,8 @@ func (s *Server) dataIndication(a *allocation, from netip.AddrPort, payload []by
 	defer messages.Put(m)
 	m.Reset()
 	m.Type = stun.NewType(stun.MethodData, stun.ClassIndication)
-	_ = m.NewTransactionID() // a nil error from crypto/rand
 	m.WriteHeader()
+	_ = m.NewTransactionID() // a nil error from crypto/rand
 	if err := (xorAddr{stun.AttrXORPeerAddress, from}).AddTo(m); err != nil {
 		return
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/pion/stun/v4"
 
 	"sallyway/internal/identity"
+	"sallyway/relay/udpio"
 	"sallyway/relay/wire"
 )
 
@@ -146,8 +147,8 @@ func user(n identity.Node, flags wire.Flags) (name, password string) {
 	return name, wire.Password(testKey, name)
 }
 
-// turn is a bare TURN client that can say anything.
-type turn struct {
+// tester is a bare TURN client that can say anything.
+type tester struct {
 	t         testing.TB
 	conn      net.Conn
 	stream    bool
@@ -160,7 +161,7 @@ type turn struct {
 }
 
 // dial connects a client of n over UDP.
-func dial(t testing.TB, l *lab, n identity.Node) *turn {
+func dial(t testing.TB, l *lab, n identity.Node) *tester {
 	t.Helper()
 	name, password := user(n, "")
 	c, err := net.Dial("udp4", l.Addr().String())
@@ -168,11 +169,11 @@ func dial(t testing.TB, l *lab, n identity.Node) *turn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	return &turn{t: t, conn: c, username: name, password: password, transport: protocolUDP}
+	return &tester{t: t, conn: c, username: name, password: password, transport: protocolUDP}
 }
 
 // allocated connects a client of n and allocates.
-func allocated(t testing.TB, l *lab, n identity.Node) *turn {
+func allocated(t testing.TB, l *lab, n identity.Node) *tester {
 	t.Helper()
 	c := dial(t, l, n)
 	c.allocate()
@@ -180,7 +181,7 @@ func allocated(t testing.TB, l *lab, n identity.Node) *turn {
 }
 
 // receive waits for the next message.
-func (c *turn) receive(d time.Duration) ([]byte, bool) {
+func (c *tester) receive(d time.Duration) ([]byte, bool) {
 	c.t.Helper()
 	if err := c.conn.SetReadDeadline(time.Now().Add(d)); err != nil {
 		c.t.Fatal(err)
@@ -213,7 +214,7 @@ func readFull(c net.Conn, b []byte) (n int, err error) {
 	return n, nil
 }
 
-func (c *turn) write(b []byte) {
+func (c *tester) write(b []byte) {
 	c.t.Helper()
 	if _, err := c.conn.Write(b); err != nil {
 		c.t.Fatal(err)
@@ -221,7 +222,7 @@ func (c *turn) write(b []byte) {
 }
 
 // once sends a request and returns its answer, or nil where none came.
-func (c *turn) once(method stun.Method, attrs ...stun.Setter) *stun.Message {
+func (c *tester) once(method stun.Method, attrs ...stun.Setter) *stun.Message {
 	c.t.Helper()
 	m, err := stun.Build(append([]stun.Setter{stun.NewType(method, stun.ClassRequest), stun.TransactionID}, attrs...)...)
 	if err != nil {
@@ -230,7 +231,7 @@ func (c *turn) once(method stun.Method, attrs ...stun.Setter) *stun.Message {
 	return c.exchange(m)
 }
 
-func (c *turn) exchange(m *stun.Message) *stun.Message {
+func (c *tester) exchange(m *stun.Message) *stun.Message {
 	c.t.Helper()
 	c.write(m.Raw)
 	end := time.Now().Add(2 * time.Second)
@@ -248,12 +249,12 @@ func (c *turn) exchange(m *stun.Message) *stun.Message {
 	return nil
 }
 
-func (c *turn) key() stun.MessageIntegrity {
+func (c *tester) key() stun.MessageIntegrity {
 	return stun.NewLongTermIntegrity(c.username, wire.Realm, c.password)
 }
 
 // do sends an authenticated request, once more after a challenge, and returns the answer or nil.
-func (c *turn) do(method stun.Method, attrs ...stun.Setter) *stun.Message {
+func (c *tester) do(method stun.Method, attrs ...stun.Setter) *stun.Message {
 	c.t.Helper()
 	for try := 0; ; try++ {
 		all := append([]stun.Setter{}, attrs...)
@@ -292,7 +293,7 @@ func errorCode(r *stun.Message) stun.ErrorCode {
 	return e.Code
 }
 
-func (c *turn) want(code stun.ErrorCode, r *stun.Message) *stun.Message {
+func (c *tester) want(code stun.ErrorCode, r *stun.Message) *stun.Message {
 	c.t.Helper()
 	if got := errorCode(r); got != code {
 		c.t.Fatalf("answer %d, want %d", got, code)
@@ -310,11 +311,11 @@ func (r raw) AddTo(m *stun.Message) error {
 	return nil
 }
 
-func (c *turn) requestedTransport() stun.Setter {
+func (c *tester) requestedTransport() stun.Setter {
 	return raw{stun.AttrRequestedTransport, []byte{c.transport, 0, 0, 0}}
 }
 
-func (c *turn) tryAllocate(attrs ...stun.Setter) *stun.Message {
+func (c *tester) tryAllocate(attrs ...stun.Setter) *stun.Message {
 	c.t.Helper()
 	r := c.do(stun.MethodAllocate, append([]stun.Setter{c.requestedTransport()}, attrs...)...)
 	if errorCode(r) == 0 {
@@ -330,7 +331,7 @@ func (c *turn) tryAllocate(attrs ...stun.Setter) *stun.Message {
 	return r
 }
 
-func (c *turn) allocate() {
+func (c *tester) allocate() {
 	c.t.Helper()
 	c.want(0, c.tryAllocate())
 }
@@ -341,12 +342,12 @@ func numberAttr(n uint16) stun.Setter {
 	return raw{stun.AttrChannelNumber, []byte{byte(n >> 8), byte(n), 0, 0}}
 }
 
-func (c *turn) bind(n uint16, peer netip.AddrPort) *stun.Message {
+func (c *tester) bind(n uint16, peer netip.AddrPort) *stun.Message {
 	c.t.Helper()
 	return c.do(stun.MethodChannelBind, numberAttr(n), peerAttr(peer))
 }
 
-func (c *turn) permit(peer netip.AddrPort) *stun.Message {
+func (c *tester) permit(peer netip.AddrPort) *stun.Message {
 	c.t.Helper()
 	return c.do(stun.MethodCreatePermission, peerAttr(peer))
 }
@@ -358,7 +359,7 @@ func channelData(n uint16, payload string) []byte {
 }
 
 // next returns the next message that is not an answer.
-func (c *turn) next(d time.Duration) ([]byte, bool) {
+func (c *tester) next(d time.Duration) ([]byte, bool) {
 	if len(c.waiting) > 0 {
 		b := c.waiting[0]
 		c.waiting = c.waiting[1:]
@@ -368,7 +369,7 @@ func (c *turn) next(d time.Duration) ([]byte, bool) {
 }
 
 // wantData waits for ChannelData on number n.
-func (c *turn) wantData(n uint16, payload string) {
+func (c *tester) wantData(n uint16, payload string) {
 	c.t.Helper()
 	b, ok := c.next(5 * time.Second)
 	if !ok {
@@ -380,7 +381,7 @@ func (c *turn) wantData(n uint16, payload string) {
 }
 
 // wantNothing waits a little and fails if anything comes.
-func (c *turn) wantNothing() {
+func (c *tester) wantNothing() {
 	c.t.Helper()
 	if b, ok := c.next(150 * time.Millisecond); ok {
 		c.t.Fatalf("got % x, want silence", b)
@@ -388,7 +389,7 @@ func (c *turn) wantNothing() {
 }
 
 // indication waits for an indication of the method.
-func (c *turn) indication(method stun.Method) *stun.Message {
+func (c *tester) indication(method stun.Method) *stun.Message {
 	c.t.Helper()
 	end := time.Now().Add(5 * time.Second)
 	for time.Now().Before(end) {
@@ -439,4 +440,9 @@ func TestChannelToChannel(t *testing.T) {
 	if m, ok := a.next(5 * time.Second); !ok || !bytes.Equal(m, channelData(0x4001, "padded")) {
 		t.Errorf("padded message arrived as % x", m)
 	}
+}
+
+// message describes a read of n bytes, one datagram, from a source.
+func message(n int, from netip.AddrPort) udpio.Message {
+	return udpio.Message{N: n, Segment: n, From: from}
 }

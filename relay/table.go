@@ -125,13 +125,13 @@ func (t *table) newest(n identity.Node) *allocation {
 // takePortLocked reserves a random port that is neither in use nor quarantined, and that try, which may open a socket, accepts.
 func (t *table) takePortLocked(now int64, try func(port uint16) bool) (uint16, bool) {
 	n := int(t.maxPort) - int(t.minPort) + 1
-	const attempts = 64 // sockets that other programs hold are skipped this often before giving up
+	const attempts = 128 // ports that try refuses, as sockets of other programs, are skipped this often before giving up
+	const random = 32    // tries at random, which nearly always hit; then one by one from a random start
 	refused := 0
 	start := rand.IntN(n)
-	for i := range n {
-		// Random while that is likely to hit, then one by one from a random start.
+	for i := range n + random {
 		at := (start + i) % n
-		if i < 32 {
+		if i < random {
 			at = rand.IntN(n)
 		}
 		p := uint16(int(t.minPort) + at)
