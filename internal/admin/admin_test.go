@@ -160,8 +160,9 @@ func TestVerbs(t *testing.T) {
 			out:    []string{"organization acme created", "--org acme"}},
 		{args: "organization list", script: []exchange{{"GET", "/api/v1/orgs?limit=200", "", 0, list1(orgJSON)}}, out: []string{"NAME", "acme", "100.112.0.0/12, fd00::/48"}},
 		{args: "organization show", script: []exchange{{"GET", base, "", 0, orgJSON}}, out: []string{"2026-01-02 03:04:05 UTC"}},
-		{args: "organization delete acme", code: 2, errs: []string{"--yes"}},
-		{args: "organization delete acme --yes", script: []exchange{{"DELETE", base, "", 204, ""}}, out: []string{"deleted"}},
+		{args: "organization delete acme", code: 1, errs: []string{"it has 2 gateways", "delete them first"},
+			script: []exchange{{"DELETE", base, "", 409, `{"detail":"it has 2 gateways","code":"conflict","remedy":"delete them first"}`}}},
+		{args: "organization delete acme", script: []exchange{{"DELETE", base, "", 204, ""}}, out: []string{"deleted"}},
 
 		{args: "gateway create office", script: []exchange{{"POST", base + "/gateways", `{"name":"office"}`, 201, createdJSON}},
 			out: []string{"gateway office created (g-1)", "sudo gatewayd install --token-file - <<'END'\nswe1.secret\nEND", "  sudo gatewayd up"}},

@@ -284,13 +284,9 @@ func (a *app) organization() *cobra.Command {
 			})
 		},
 	}
-	var yes bool
 	del := &cobra.Command{
-		Use: "delete NAME --yes", Short: "Delete an organization with all that is in it", Args: one("the organization's name"),
+		Use: "delete NAME", Aliases: []string{"rm"}, Short: "Delete an empty organization and its keys", Args: one("the organization's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if !yes {
-				return daemon.Usagef("deleting organization %s deletes its relays, gateways, clients, resources, policies and keys for good\nif that is meant: sallyway organization delete %[1]s --yes", args[0])
-			}
 			return a.do(cmd, "delete organization "+args[0], func(ctx context.Context, c *Client) error {
 				c.org = args[0]
 				if err := c.remove(ctx, c.path()); err != nil {
@@ -300,7 +296,6 @@ func (a *app) organization() *cobra.Command {
 			})
 		},
 	}
-	del.Flags().BoolVar(&yes, "yes", false, "yes, with all that is in it")
 	c := group("organization", "Tenants: each with nodes, policies and a PKI of its own", `  sallyway organization create acme
   sallyway --org acme gateway create office`, create, ls, show, del)
 	c.Aliases = []string{"org"}

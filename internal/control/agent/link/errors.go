@@ -68,7 +68,7 @@ func (p *Problem) Error() string {
 			s += "; " + part.Message
 		}
 	}
-	if p.Clock != nil {
+	if p.Clock != nil && !strings.Contains(s, "clock") { // the platform may have named both clocks itself
 		s += "; " + p.Clock.Error()
 	}
 	return s
