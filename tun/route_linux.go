@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -66,9 +67,29 @@ func (d *Device) SetAddresses(addrs []netip.Prefix) error {
 		a.Flags |= unix.IFA_F_NOPREFIXROUTE
 		if err := d.nl.AddrAdd(d.link, a); err != nil && !errors.Is(err, unix.EEXIST) {
 			errs = append(errs, fmt.Errorf("add address %v: %w", p, permission(err)))
+			continue
+		}
+		if p.Addr().Is6() {
+			d.awaitLocal(p.Addr())
 		}
 	}
 	return errors.Join(errs...)
+}
+
+const (
+	localPoll = time.Millisecond
+	localWait = time.Second
+)
+
+// awaitLocal waits until the kernel takes packets to a new IPv6 address: it makes the local route on a work queue, and
+// answers with unreachable until then.
+func (d *Device) awaitLocal(a netip.Addr) {
+	for end := time.Now().Add(localWait); time.Now().Before(end); time.Sleep(localPoll) {
+		rs, err := d.nl.RouteGet(a.AsSlice())
+		if err == nil && len(rs) > 0 && rs[0].Type == unix.RTN_LOCAL {
+			return
+		}
+	}
 }
 
 // SetOwnResolvers says which resolvers of the host are our own, as split DNS has named them there: routes may cover these.
