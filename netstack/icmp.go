@@ -129,11 +129,6 @@ func parseQuoted(b []byte) (packet, error) {
 	return packet{}, errMalformed
 }
 
-func quotedDestination(b []byte) (netip.Addr, bool) {
-	p, err := parseQuoted(b)
-	return p.dst, err == nil
-}
-
 // Echo is an ICMP (RFC 792) or ICMPv6 (RFC 4443 section 4) echo request or reply.
 type Echo struct {
 	Src, Dst netip.Addr // of one family, which says which ICMP

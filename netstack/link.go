@@ -12,6 +12,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
@@ -28,7 +29,8 @@ const (
 type link struct {
 	s         *Stack
 	headerLen int
-	outboxes  sync.Pool // of *outbox
+	outboxes  sync.Pool     // of *outbox
+	lastID    atomic.Uint32 // of an IPv4 packet that may be fragmented
 
 	dispatcher atomic.Pointer[stack.NetworkDispatcher]
 }
@@ -385,19 +387,12 @@ func (q *quote) set(parts ...[]byte) {
 	}
 }
 
-// reject sends the ICMP error for r about the quoted packet. Refused is port unreachable here.
-func (l *link) reject(q *quote, r Reason) {
-	dst, ok := quotedDestination(q.b[:q.n])
-	if !ok {
-		return
-	}
-	o := l.outbox()
-	o.scratch = AppendUnreachable(o.scratch[:0], q.b[:q.n], l.s.errorSource(dst), r)
-	if len(o.scratch) == 0 {
-		l.outboxes.Put(o)
-		return
-	}
-	_ = l.write(o, vnetHeader{}, o.scratch)
+// mayFragment lets the routers of a LAN behind the device fragment a packet, of which b is the IPv4 header: nobody would
+// get their ICMP errors. So it needs an identification of its own (RFC 6864 section 4.3).
+func (l *link) mayFragment(b []byte) {
+	binary.BigEndian.PutUint16(b[4:], uint16(l.lastID.Add(1)))
+	b[6], b[10], b[11] = 0, 0, 0
+	binary.BigEndian.PutUint16(b[10:], ^checksum.Checksum(b, 0))
 }
 
 // udpChecksumOffset is where the checksum is in a UDP header.
@@ -409,6 +404,9 @@ func (l *link) writeUDP(f *UDPFlow, payload []byte) error {
 	n := udpHeaderLen + len(payload)
 	o.scratch = appendIP(o.scratch[:0], f.Dst.Addr(), f.Src.Addr(), protoUDP, defaultTTL, n)
 	l4 := len(o.scratch)
+	if l4 == ipv4HeaderLen {
+		l.mayFragment(o.scratch)
+	}
 	o.scratch = binary.BigEndian.AppendUint16(o.scratch, f.Dst.Port())
 	o.scratch = binary.BigEndian.AppendUint16(o.scratch, f.Src.Port())
 	o.scratch = binary.BigEndian.AppendUint16(o.scratch, uint16(n))

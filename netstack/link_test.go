@@ -143,6 +143,68 @@ func TestSorting(t *testing.T) {
 	}
 }
 
+// synPacket is a SYN from port 1 to port 2.
+func synPacket(seq byte) []byte {
+	b := append(appendIP(nil, app4, dst4, protoTCP, 64, 20), 0, 1, 0, 2, 0, 0, 0, seq, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0)
+	binary.BigEndian.PutUint16(b[36:], ^checksum.Checksum(b[20:], pseudoHeader(app4, dst4, protoTCP, 20)))
+	return b
+}
+
+// TestSilentRemembers: a repeated SYN is no request, a new one from the same port is, and the memory ends.
+func TestSilentRemembers(t *testing.T) {
+	dev := newFakeDevice(0)
+	s := start(t, Config{Device: dev, HandleTCP: func(_ context.Context, r *TCPRequest) { r.Reject(Silent) }})
+	step := func(what string, requests uint64, send byte) {
+		t.Helper()
+		in := s.Stats().PacketsIn
+		dev.in <- synPacket(send)
+		wait(t, func() bool {
+			st := s.Stats()
+			return st.PacketsIn == in+1 && st.TCPRequests >= requests && st.TCPFlows == 0
+		})
+		// A sentinel behind it: what the SYN began has begun.
+		dev.in <- udpPacket(app4, broadcast, 1, 2, nil)
+		wait(t, func() bool { return s.Stats().PacketsIn == in+2 && s.Stats().TCPFlows == 0 })
+		if n := s.Stats().TCPRequests; n != requests {
+			t.Errorf("%s: %d requests, want %d", what, n, requests)
+		}
+	}
+	step("first", 1, 9)
+	step("repeated", 1, 9)
+	step("another from the same port", 2, 10)
+	step("repeated", 2, 10)
+	s.tcp.sweep(time.Now().Add(silentFor + time.Second))
+	step("forgotten", 3, 10)
+	select {
+	case b := <-dev.out:
+		t.Errorf("silence was broken: %x", b)
+	default:
+	}
+}
+
+// TestRejectPacket: the errors about raw packets come from our own address.
+func TestRejectPacket(t *testing.T) {
+	dev := newFakeDevice(vnetHeaderLen)
+	s := start(t, Config{Device: dev})
+	s.SetAddresses([]netip.Addr{dst6, netip.MustParseAddr("10.98.0.1")})
+	echo := Echo{Src: app4, Dst: dst4, ID: 1}.AppendPacket(nil)
+	for _, send := range []func() error{
+		func() error { return s.Reject(echo, AdminProhibited) },
+		func() error { return s.RejectTooBig(echo, 1300) },
+	} {
+		if err := send(); err != nil {
+			t.Fatal(err)
+		}
+		p, err := parsePacket((<-dev.out)[vnetHeaderLen:])
+		if err != nil || p.src != netip.MustParseAddr("10.98.0.1") || p.dst != app4 || p.proto != protoICMP {
+			t.Errorf("%+v %v", p, err)
+		}
+	}
+	if err := s.Reject([]byte("x"), Refused); err == nil {
+		t.Error("an error about garbage")
+	}
+}
+
 func wait(t *testing.T, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(10 * time.Second); !ok(); {
@@ -219,7 +281,10 @@ func TestUDPFlowBytes(t *testing.T) {
 		if header > 0 && !parseVnet(got).complete(got[header:]) {
 			t.Errorf("%x", got)
 		}
-		if want := udpPacket(dst4, app4, 53, 1000, []byte("answer")); !bytes.Equal(got[header:], want) {
+		want := udpPacket(dst4, app4, 53, 1000, []byte("answer"))
+		s.link.lastID.Store(0)
+		s.link.mayFragment(want[:20])
+		if !bytes.Equal(got[header:], want) || want[5] != 1 || want[6] != 0 {
 			t.Errorf("%x\nwant %x", got[header:], want)
 		}
 		if err := f.WritePacket(make([]byte, maxDatagram+1)); err == nil {
@@ -296,9 +361,7 @@ func TestRunEndsDuringHandshake(t *testing.T) {
 	}
 	ran := make(chan error, 1)
 	go func() { ran <- s.Run(context.Background()) }()
-	syn := append(appendIP(nil, app4, dst4, protoTCP, 64, 20), 0, 1, 0, 2, 0, 0, 0, 9, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0)
-	binary.BigEndian.PutUint16(syn[36:], ^checksum.Checksum(syn[20:], pseudoHeader(app4, dst4, protoTCP, 20)))
-	dev.in <- syn
+	dev.in <- synPacket(9)
 	if synAck := <-dev.out; synAck[33] != tcpFlagSYN|tcpFlagACK {
 		t.Errorf("%x", synAck)
 	}

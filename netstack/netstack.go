@@ -307,6 +307,31 @@ func (s *Stack) Inject(pkt []byte) error {
 	return s.link.writeRaw(pkt)
 }
 
+// Reject tells the sender of a raw packet, such as HandlePacket gets, of r by an ICMP error. Where there must be none about
+// the packet (see AppendUnreachable) it does nothing.
+func (s *Stack) Reject(pkt []byte, r Reason) error {
+	return s.sendError(pkt, func(b []byte, src netip.Addr) []byte { return AppendUnreachable(b, pkt, src, r) })
+}
+
+// RejectTooBig tells the sender of a raw packet that only mtu bytes pass (see AppendTooBig).
+func (s *Stack) RejectTooBig(pkt []byte, mtu int) error {
+	return s.sendError(pkt, func(b []byte, src netip.Addr) []byte { return AppendTooBig(b, pkt, src, mtu) })
+}
+
+func (s *Stack) sendError(pkt []byte, build func(b []byte, src netip.Addr) []byte) error {
+	p, err := parseQuoted(pkt)
+	if err != nil {
+		return err
+	}
+	o := s.link.outbox()
+	o.scratch = build(o.scratch[:0], s.errorSource(p.dst))
+	if len(o.scratch) == 0 {
+		s.link.outboxes.Put(o)
+		return nil
+	}
+	return s.link.write(o, vnetHeader{}, o.scratch)
+}
+
 // newGVisor returns the stack below: one interface that takes every packet and sends from every address.
 func (s *Stack) newGVisor() (*stack.Stack, error) {
 	gv := stack.New(stack.Options{

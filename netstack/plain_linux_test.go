@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"testing"
 	"time"
@@ -18,17 +19,24 @@ import (
 )
 
 // plainTUN is a TUN without offloads as a PacketConn: each packet by itself, as in a CONNECT-IP session.
-type plainTUN struct{ *os.File }
+type plainTUN struct {
+	*os.File
+	pathMTU int // larger packets get an ICMP error
+}
 
 func (p plainTUN) ReadPacket(b []byte) (int, error) { return p.Read(b) }
 
 func (p plainTUN) WritePacket(b []byte) ([]byte, error) {
+	if len(b) > p.pathMTU {
+		router := map[byte]netip.Addr{4: netip.MustParseAddr("10.98.0.1"), 6: netip.MustParseAddr("fd98::1")}[b[0]>>4]
+		return netstack.AppendTooBig(nil, b, router, p.pathMTU), nil
+	}
 	_, err := p.Write(b)
 	return nil, err
 }
 
 // newPlainLab is a namespace whose 10.99.0.0/16 and fd99::/64 lead to a stack on a PacketConn.
-func newPlainLab(t *testing.T, c netstack.Config) *namespace {
+func newPlainLab(t *testing.T, pathMTU int, c netstack.Config) *namespace {
 	n := newNamespace(t)
 	var f *os.File
 	n.do(func() {
@@ -68,7 +76,7 @@ func newPlainLab(t *testing.T, c netstack.Config) *namespace {
 	if t.Failed() {
 		t.FailNow()
 	}
-	c.Conn, c.MTU = plainTUN{f}, 1500
+	c.Conn, c.MTU = plainTUN{f, pathMTU}, 1500
 	s, err := netstack.New(c)
 	if err != nil {
 		t.Fatal(err)
@@ -92,7 +100,7 @@ func TestPacketConn(t *testing.T) {
 	addr := serveTCP(t, func(c *net.TCPConn) {
 		io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
 	})
-	n := newPlainLab(t, netstack.Config{HandleTCP: spliceTo(addr), HandleUDP: func(_ context.Context, f *netstack.UDPFlow) {
+	n := newPlainLab(t, 1500, netstack.Config{HandleTCP: spliceTo(addr), HandleUDP: func(_ context.Context, f *netstack.UDPFlow) {
 		b := make([]byte, 65535)
 		for {
 			n, err := f.ReadPacket(b)
@@ -136,5 +144,27 @@ func TestPacketConn(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPacketConnPathMTU: the stack hears that its packets are too big for the session, and sends smaller ones.
+func TestPacketConnPathMTU(t *testing.T) {
+	const size = 1 << 20
+	n := newPlainLab(t, 1300, netstack.Config{HandleTCP: func(_ context.Context, r *netstack.TCPRequest) {
+		if c, err := r.Accept(); err == nil {
+			c.Write(make([]byte, size))
+			c.Close()
+		}
+	}})
+	for _, f := range families {
+		c, err := n.dial("tcp", net.JoinHostPort(f.dst, "80"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(testTimeout))
+		if m, err := io.Copy(io.Discard, c); m != size || err != nil {
+			t.Errorf("%s: %d bytes, %v", f.name, m, err)
+		}
 	}
 }

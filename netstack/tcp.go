@@ -238,7 +238,7 @@ func (r *TCPRequest) Reject(reason Reason) {
 	}
 	r.req.Complete(reason == Refused)
 	if reason != Refused && reason != Silent {
-		r.t.s.link.reject(&r.quote, reason)
+		_ = r.t.s.Reject(r.quote.b[:r.quote.n], reason) // counted, and the app asks again
 	}
 }
 

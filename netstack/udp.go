@@ -313,7 +313,7 @@ func (f *UDPFlow) Reject(r Reason) {
 	default:
 	}
 	f.u.s.stats.udpRejected.Add(1)
-	f.u.s.link.reject(&f.first, r)
+	_ = f.u.s.Reject(f.first.b[:f.first.n], r) // counted, and the app asks again
 	f.end(net.ErrClosed)
 }
 

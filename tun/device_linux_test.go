@@ -221,6 +221,27 @@ func TestSetAddresses(t *testing.T) {
 	})
 }
 
+func TestIPv6Off(t *testing.T) {
+	inNamespace(t, func() {
+		if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0); err != nil {
+			t.Error(err)
+			return
+		}
+		d := open(t)
+		defer d.Close()
+		if d.IPv6() {
+			t.Error("IPv6 is said to be on")
+		}
+		if err := d.SetAddresses(prefixes("100.112.0.7/32", "fd77::7/128")); err != nil {
+			t.Error(err)
+		}
+		skipped, err := d.SetRoutes(prefixes("10.1.0.0/16", "fd99::/64"), nil)
+		if err != nil || len(skipped) != 1 || skipped[0].String() != "fd99::/64: IPv6 is off on this host" {
+			t.Error(skipped, err)
+		}
+	})
+}
+
 func TestSetRoutes(t *testing.T) {
 	inNamespace(t, func() {
 		// A host with a LAN, a default gateway, and a subnet that somebody else has routed.
