@@ -377,7 +377,7 @@ func TestPlatformNotTrusted(t *testing.T) {
 			if !errors.As(err, &e) || e.Kind != tt.kind || e.Remedy == "" {
 				t.Fatalf("error %v (%+v), want kind %s with a remedy", err, e, tt.kind)
 			}
-			for _, w := range tt.want {
+			for _, w := range append(tt.want, "enrol gateway the-g-1: ", "\n"+e.Remedy) {
 				if !strings.Contains(err.Error(), w) {
 					t.Errorf("error lacks %q: %v", w, err)
 				}

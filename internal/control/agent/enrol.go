@@ -205,7 +205,7 @@ func (a *Agent) spend(ctx context.Context, l *link.Link, t control.Token, key cr
 			}
 			return nil, nil, refusal(t, p)
 		case errors.As(err, &e) && (e.Kind == link.Pin || e.Kind == link.Clock || e.Kind == link.TLS || e.Kind == link.NotPlatform):
-			return nil, nil, err // trying again changes nothing
+			return nil, nil, unreached(t, err) // trying again changes nothing
 		case errors.As(err, &e) && (e.Kind == link.Timeout || e.Kind == link.Broken):
 			uncertain = true
 		}
@@ -213,12 +213,20 @@ func (a *Agent) spend(ctx context.Context, l *link.Link, t control.Token, key cr
 			if last == nil {
 				last = err
 			}
-			return nil, nil, fmt.Errorf("enrol %v: %w", t.Node, last)
+			return nil, nil, unreached(t, last)
 		}
 		last = err
 		a.log.Warn("the platform is not reached; trying again", "platform", t.URL, "error", err, "remedy", link.Remedy(err))
 		_ = sleep(ctx, b.next()) // the next try says why it ended
 	}
+}
+
+// unreached adds to an error of the way to the platform whom it kept from enrolling, and what to do.
+func unreached(t control.Token, err error) error {
+	if remedy := link.Remedy(err); remedy != "" {
+		return fmt.Errorf("enrol %s %s: %w\n%s", t.Node.Kind, t.Name, err, remedy)
+	}
+	return fmt.Errorf("enrol %s %s: %w", t.Node.Kind, t.Name, err)
 }
 
 // refusal words the platform's no.
