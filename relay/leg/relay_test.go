@@ -91,8 +91,13 @@ type lab struct {
 
 func startRelay(t testing.TB, p *pki) *lab {
 	t.Helper()
+	return startRelayOn(t, p, netip.MustParseAddr("127.0.0.1"))
+}
+
+func startRelayOn(t testing.TB, p *pki, ip netip.Addr) *lab {
+	t.Helper()
 	s, err := relay.New(relay.Config{
-		Listen: netip.MustParseAddrPort("127.0.0.1:0"), Keys: [][]byte{credentialKey},
+		Listen: netip.AddrPortFrom(ip, 0), Keys: [][]byte{credentialKey},
 		Organizations: map[string]relay.Organization{"acme": {}, "other": {}},
 		Certificate:   func() (*tls.Certificate, error) { return p.leaf, nil },
 	})
