@@ -100,15 +100,23 @@ func (o *options) run(cmd *cobra.Command) error {
 	if err != nil {
 		return daemon.Usagef("%w", err)
 	}
+	log, err := daemon.NewLogger(cmd.ErrOrStderr(), o.LogLevel, o.LogFormat)
+	if err != nil {
+		return err
+	}
+	token, err := o.Token.Read(cmd, log)
+	if err != nil {
+		return err
+	}
+	// A fresh host is told what is missing before anything on it is touched.
+	if token.Reveal() == "" && !agent.Enrolled(o.State) {
+		return enrolError(agent.ErrNotEnrolled, "client", "sallyway connect")
+	}
 	sh, err := daemon.Open(spec, &o.Options, cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}
 	defer sh.Close()
-	token, err := o.Token.Read(cmd, sh.Log)
-	if err != nil {
-		return err
-	}
 	c, err := open(cmd.Context(), Config{StateDir: sh.State.Dir(), Token: token.Reveal(), Logger: sh.Log, Standby: standby(o.standby)})
 	if err != nil {
 		return enrolError(err, "client", "sallyway connect")

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -87,7 +85,7 @@ func (o *options) run(cmd *cobra.Command) error {
 		return err
 	}
 	// A fresh host is told what is missing before anything on it is touched.
-	if _, err := os.Stat(filepath.Join(o.State, "node.json")); errors.Is(err, os.ErrNotExist) && token.Reveal() == "" {
+	if token.Reveal() == "" && !agent.Enrolled(o.State) {
 		return enrolError(agent.ErrNotEnrolled)
 	}
 	sh, err := daemon.Open(spec, &o.Options, cmd.ErrOrStderr())

@@ -94,15 +94,23 @@ type relayDaemon struct {
 }
 
 func (o *options) run(cmd *cobra.Command) error {
+	log, err := daemon.NewLogger(cmd.ErrOrStderr(), o.LogLevel, o.LogFormat)
+	if err != nil {
+		return err
+	}
+	token, err := o.Token.Read(cmd, log)
+	if err != nil {
+		return err
+	}
+	// A fresh host is told what is missing before anything on it is touched.
+	if token.Reveal() == "" && !agent.Enrolled(o.State) {
+		return enrolError(agent.ErrNotEnrolled)
+	}
 	sh, err := daemon.Open(spec, &o.Options, cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}
 	defer sh.Close()
-	token, err := o.Token.Read(cmd, sh.Log)
-	if err != nil {
-		return err
-	}
 	d := &relayDaemon{opts: o, sh: sh}
 	d.agent, err = agent.Open(cmd.Context(), agent.Config{
 		StateDir: sh.State.Dir(), Kind: identity.Relay, Token: token.Reveal(), Version: version.Version, Logger: sh.Log, Heartbeat: d.heartbeat,
@@ -356,4 +364,3 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 	_, err := fmt.Fprintf(w, "relayed    %d bytes in %d datagrams, %d dropped\n", st.Relay.Bytes, st.Relay.Datagrams, st.Relay.Dropped)
 	return err
 }
-
