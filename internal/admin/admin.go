@@ -25,6 +25,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent/link"
 	"sallyway/internal/daemon"
+	"sallyway/internal/identity"
 )
 
 // defaultOrg is the organization that a platform makes at its first start.
@@ -32,13 +33,15 @@ const defaultOrg = "default"
 
 // app is what the verbs share: the flags that all have.
 type app struct {
-	org  string
-	json bool
+	org    string
+	shared bool // relays of the platform instead of an organization's
+	json   bool
+	poll   time.Duration // of audit tail -f
 }
 
 // Command returns the root command with every verb for administrators.
 func Command() *cobra.Command {
-	a := new(app)
+	a := &app{poll: auditPoll}
 	root := &cobra.Command{
 		Use:   "sallyway",
 		Short: "Reach private resources, and say who may",
@@ -88,6 +91,8 @@ func (a *app) connect() (*Client, error) {
 
 func (a *app) organizationName(cred credential) string {
 	switch {
+	case a.shared:
+		return identity.SharedOrg
 	case a.org != "":
 		return a.org
 	case os.Getenv("SALLYWAY_ORG") != "":
@@ -265,7 +270,7 @@ func join[T any](items []T) string {
 	return strings.Join(s, ", ")
 }
 
-// noArgs, one and some are cobra's checks with errors that name what is missing.
+// one is cobra's check for one argument with errors that name what is missing.
 func one(what string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		switch {

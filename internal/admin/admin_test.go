@@ -2,6 +2,7 @@ package admin
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -12,7 +13,9 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
+	"github.com/spf13/cobra"
 	"go.uber.org/goleak"
 
 	"sallyway/internal/control"
@@ -191,6 +194,9 @@ func TestVerbs(t *testing.T) {
 		{args: "relay show fra-1", script: []exchange{{"GET", base + "/relays/fra-1", "", 0, relayJSON}}, out: []string{"allocations 3, bytes_per_second 1000"}},
 		{args: "relay update fra-1 --host new.example --port 5350 --peer=", script: []exchange{{"PATCH", base + "/relays/fra-1", `{"host":"new.example","port":5350,"peers":[]}`, 0, relayJSON}}, out: []string{"updated"}},
 		{args: "relay drain fra-1", script: []exchange{{"POST", base + "/relays/fra-1/drain", "", 0, relayJSON}}, out: []string{"draining"}},
+		{args: "relay create eu-1 --shared --host eu.example", script: []exchange{{"POST", "/api/v1/shared/relays", `{"name":"eu-1","host":"eu.example"}`, 201, createdJSON}}, out: []string{"swe1.secret"}},
+		{args: "--org platform.shared relay token eu-1", script: []exchange{{"POST", "/api/v1/shared/relays/eu-1/token", "", 201, createdJSON}}, out: []string{"swe1.secret"}},
+		{args: "gateway list --shared", code: 2, errs: []string{"unknown flag: --shared"}},
 		{args: "gateway drain office", code: 2, errs: []string{`unknown command "drain"`}},
 		{args: "relay credential fra-1", code: 2, errs: []string{"--client"}},
 		{args: "relay credential fra-1 --client laptop --ttl 25h", code: 2, errs: []string{"24h"}},
@@ -354,12 +360,13 @@ func TestAuditExport(t *testing.T) {
 	}
 }
 
-// `audit tail -f` prints what comes, once, and ends with code 0 when interrupted.
+// `audit tail -f` prints what comes, once, and ends without an error when it is interrupted.
 func TestAuditFollow(t *testing.T) {
 	entry := func(seq int) string {
-		return fmt.Sprintf(`{"seq":%d,"at":"2026-01-02T03:04:05Z","action":"a%d"}`, seq, seq)
+		return fmt.Sprintf(`{"seq":%d,"at":"2026-01-02T03:04:05Z","action":"action-%d"}`, seq, seq)
 	}
 	f := newFakeAPI(t,
+		exchange{"GET", "/api/v1/orgs/acme/audit?limit=200", "", 0, list1(entry(1))},
 		exchange{"GET", "/api/v1/orgs/acme/audit?limit=200", "", 0, list1(entry(1))},
 		exchange{"GET", "/api/v1/orgs/acme/audit?limit=200", "", 0, `{"items":[` + entry(1) + `,` + entry(2) + `]}`},
 	)
@@ -368,21 +375,33 @@ func TestAuditFollow(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	r := auditReader{c: c}
-	var out bytes.Buffer
-	a := new(app)
-	for range 2 {
-		entries, err := r.next(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := a.printEntries(&out, entries); err != nil {
-			t.Fatal(err)
-		}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	out := &stopper{word: "action-2", stop: cancel}
+	cmd := &cobra.Command{}
+	cmd.SetContext(ctx)
+	cmd.SetOut(out)
+	a := &app{poll: time.Millisecond}
+	if err := a.follow(cmd, &auditReader{c: c}, nil); err != nil {
+		t.Error(err)
 	}
-	if strings.Count(out.String(), "a1") != 1 || strings.Count(out.String(), "a2") != 1 {
-		t.Errorf("printed\n%s", &out)
+	if got := out.String(); strings.Count(got, "action-1") != 1 || strings.Count(got, "action-2") != 1 {
+		t.Errorf("printed\n%s", got)
 	}
+}
+
+// stopper is an output that calls stop once word was written.
+type stopper struct {
+	bytes.Buffer
+	word string
+	stop func()
+}
+
+func (s *stopper) Write(b []byte) (int, error) {
+	if bytes.Contains(b, []byte(s.word)) {
+		s.stop()
+	}
+	return s.Buffer.Write(b)
 }
 
 func TestNotLoggedIn(t *testing.T) {

@@ -87,7 +87,7 @@ func (a *app) auditTail() *cobra.Command {
 // follow prints entries as they come until the command is interrupted. A platform that is away for a while is waited for.
 func (a *app) follow(cmd *cobra.Command, r *auditReader, entries []control.AuditEntry) error {
 	ctx := cmd.Context()
-	t := time.NewTicker(auditPoll)
+	t := time.NewTicker(a.poll)
 	defer t.Stop()
 	away := false
 	for {

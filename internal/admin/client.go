@@ -8,6 +8,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent/link"
+	"sallyway/internal/identity"
 	"sallyway/internal/version"
 )
 
@@ -33,16 +34,22 @@ func NewClient(c control.AdminCredential, org string) (*Client, error) {
 // Close closes idle connections.
 func (c *Client) Close() { c.link.Close() }
 
-// path joins the organization's path with escaped segments.
+// path joins the organization's path with escaped segments. Relays that organizations share have a path of their own.
 func (c *Client) path(segments ...string) string {
 	p := orgsPath + "/" + url.PathEscape(c.org)
+	if c.org == identity.SharedOrg {
+		p = sharedPath
+	}
 	for _, s := range segments {
 		p += "/" + url.PathEscape(s)
 	}
 	return p
 }
 
-const orgsPath = "/api/v1/orgs"
+const (
+	orgsPath   = "/api/v1/orgs"
+	sharedPath = "/api/v1/shared"
+)
 
 // send makes one request. in and out may be nil.
 func (c *Client) send(ctx context.Context, method, path string, in, out any) error {

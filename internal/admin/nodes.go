@@ -24,7 +24,8 @@ type nodeKind struct {
 var (
 	relays = nodeKind{"relay", "relays", "Relays: hosts that both ends can reach", `  sallyway relay create fra-1 --host relay.example
   sallyway relay drain fra-1
-  sallyway relay credential fra-1 --client laptop      # for standard TURN software`}
+  sallyway relay credential fra-1 --client laptop      # for standard TURN software
+  sallyway relay create eu-1 --shared --host eu.example # for every organization of the platform`}
 	gateways = nodeKind{"gateway", "gateways", "Gateways: hosts in the private network", `  sallyway gateway create office
   sallyway gateway token office                        # a fresh token, for a new host or after a loss
   sallyway gateway create office --json | jq -r .token | ssh office sudo gatewayd install --token-file -`}
@@ -55,7 +56,11 @@ func (a *app) node(k nodeKind) *cobra.Command {
 	if k == relays {
 		verbs = append(verbs, a.nodeAction(k, "drain", "Move everybody off a relay, without a break", "draining"), a.relayCredential())
 	}
-	return group(k.name, k.short, k.example, verbs...)
+	cmd := group(k.name, k.short, k.example, verbs...)
+	if k == relays {
+		cmd.PersistentFlags().BoolVar(&a.shared, "shared", false, "relays of the platform, which organizations share")
+	}
+	return cmd
 }
 
 func (a *app) nodeCreate(k nodeKind) *cobra.Command {
