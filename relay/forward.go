@@ -17,6 +17,10 @@ const channelHeader = 4
 // datagrams relays the ChannelData messages at the start of b, a coalesced read of datagrams stride bytes apart, that src sent. It takes the
 // datagrams of one channel that belong together and returns how many bytes that was. It rewrites b in place.
 func (s *Server) datagrams(src *allocation, b []byte, stride int, ecn datagram.ECN, now int64) int {
+	if len(b) < channelHeader {
+		s.count.malformed.Add(1)
+		return len(b)
+	}
 	number, end := binary.BigEndian.Uint16(b), 0
 	for end < len(b) {
 		d := b[end:min(end+stride, len(b))]

@@ -105,6 +105,8 @@ type Limits struct {
 	Permissions, Channels int
 	// HalfOpen handshakes (DTLS, and TCP connections not authenticated yet) in all and from one source; 1024 and 64.
 	HalfOpen, SourceHalfOpen int
+	// SourceHandshakes is how many TCP connections and DTLS handshakes one source may begin per second; 50, and twice as many at once.
+	SourceHandshakes int
 	// Connections (DTLS, TCP, TLS) in all; 16 000.
 	Connections int
 }
@@ -197,7 +199,7 @@ func New(cfg Config) (*Server, error) {
 	s.conns.init(cfg.Limits)
 	s.replies.init(50*time.Millisecond, 100)
 	s.excess.init(time.Second/256, 8<<10)
-	s.handshake.init(20*time.Millisecond, 100)
+	s.handshake.init(time.Second/time.Duration(cfg.Limits.SourceHandshakes), 2*int64(cfg.Limits.SourceHandshakes))
 	s.suspects.init(20*time.Millisecond, 20)
 	if cfg.Certificate != nil {
 		s.tlsConfig = &tls.Config{
@@ -258,7 +260,7 @@ func (c *Config) fill() error {
 		value int
 	}{
 		{&l.Allocations, 16000}, {&l.SourceAllocations, 1024}, {&l.NodeAllocations, 16}, {&l.Permissions, 64}, {&l.Channels, 2048},
-		{&l.HalfOpen, 1024}, {&l.SourceHalfOpen, 64}, {&l.Connections, 16000},
+		{&l.HalfOpen, 1024}, {&l.SourceHalfOpen, 64}, {&l.Connections, 16000}, {&l.SourceHandshakes, 50},
 	} {
 		if *f.field < 0 {
 			return errors.New("a limit of the relay is negative")

@@ -169,6 +169,10 @@ func dial(t testing.TB, l *lab, n identity.Node) *tester {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
+	// A large receive buffer, so that a burst is not lost in the test itself.
+	if _, _, err := udpio.New(c.(*net.UDPConn), udpio.Config{NoOffload: true}); err != nil {
+		t.Fatal(err)
+	}
 	return &tester{t: t, conn: c, username: name, password: password, transport: protocolUDP}
 }
 
@@ -376,7 +380,7 @@ func (c *tester) wantData(n uint16, payload string) {
 		c.t.Fatalf("no data on channel %#x, want %q", n, payload)
 	}
 	if want := channelData(n, payload); !bytes.HasPrefix(b, want) || len(b)-len(want) > 3 {
-		c.t.Fatalf("got % x, want % x", b, want)
+		c.t.Fatalf("got %d bytes % .60x, want %d bytes % .60x", len(b), b, len(want), want)
 	}
 }
 
