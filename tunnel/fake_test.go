@@ -1,13 +1,13 @@
 package tunnel
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"errors"
 	"io"
 	"log/slog"
 	"math/big"
@@ -16,6 +16,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -285,6 +286,14 @@ type world struct {
 }
 
 func newWorld(t testing.TB, change func(*ServeConfig)) *world {
+	return newWorldFunc(t, func(_ *world, c *ServeConfig) {
+		if change != nil {
+			change(c)
+		}
+	})
+}
+
+func newWorldFunc(t testing.TB, change func(*world, *ServeConfig)) *world {
 	w := &world{
 		t: t, ca: newTestCA(t, "acme"), handler: &testHandler{},
 		gateway: identity.Node{Org: "acme", Kind: identity.Gateway, ID: "g-one"},
@@ -305,9 +314,7 @@ func newWorld(t testing.TB, change func(*ServeConfig)) *world {
 		},
 		StatelessResetKey: [32]byte{1}, TokenKey: [32]byte{2}, Logger: testLogger(t),
 	}
-	if change != nil {
-		change(&w.serve)
-	}
+	change(w, &w.serve)
 	if w.server, err = Listen(w.merged, w.serve); err != nil {
 		t.Fatal(err)
 	}
@@ -404,4 +411,22 @@ func eventually(t testing.TB, what string, f func() bool) {
 	t.Fatalf("timed out: %s", what)
 }
 
-var errTest = errors.New("test")
+// logBuffer keeps what is logged.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+func (l *logBuffer) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
+
+func (l *logBuffer) contains(s string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Contains(l.b.String(), s)
+}

@@ -113,6 +113,9 @@ func (s *Session) Standby(ctx context.Context, l datagram.Link, info LinkInfo) e
 	}
 	s.validating.Lock()
 	defer s.validating.Unlock()
+	// HTTP/3 asked for the connection's state when the settings came, which reads what a move writes. Asking once more, before the first
+	// move, orders the two by the lock inside.
+	s.settled.Do(func() { s.conn.ConnectionState() })
 	s.mu.Lock()
 	if s.err != nil {
 		defer s.mu.Unlock()

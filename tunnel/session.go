@@ -58,6 +58,7 @@ type Session struct {
 	flows meter
 
 	validating sync.Mutex // held while a path is being validated; taken before mu
+	settled    sync.Once
 
 	mu         sync.Mutex // guards what follows
 	slots      [slots]*slot
