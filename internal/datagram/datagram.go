@@ -81,7 +81,7 @@ func (b *Batch) Next() (payload []byte, ok bool) {
 
 // Count returns how many datagrams are left.
 func (b *Batch) Count() int {
-	if b.Stride <= 0 || len(b.Data) <= b.Skip {
+	if b.Stride <= b.Skip || len(b.Data) <= b.Skip {
 		return 0
 	}
 	n := len(b.Data) / b.Stride
