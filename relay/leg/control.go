@@ -21,8 +21,10 @@ const (
 	// (RFC 8489 §6.2.1). Afterwards it is three round-trip times, at least leastRTO.
 	firstRTO = 500 * time.Millisecond
 	leastRTO = 50 * time.Millisecond
-	// patience is how long an ordinary request may go unanswered before the relay counts as gone.
-	patience = 5 * time.Second
+	// patience is how long an ordinary request may go unanswered before the relay counts as gone; streamPatience is that on TLS, where
+	// it waits behind what TCP has taken already.
+	patience       = 5 * time.Second
+	streamPatience = 10 * time.Second
 	// quickInterval and quickAttempts are the checks of a relay that is said to be gone; after the last, quickGrace or what the
 	// round-trip time and its deviation suggest passes before they count as unanswered.
 	quickInterval = 20 * time.Millisecond
@@ -58,7 +60,7 @@ type schedule struct {
 // patient is the schedule of ordinary requests.
 func (l *Leg) patient() schedule {
 	if l.car.reliable() {
-		return schedule{first: patience, most: patience, total: patience, attempts: 1}
+		return schedule{first: streamPatience, most: streamPatience, total: streamPatience, attempts: 1}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -161,8 +161,8 @@ type upcalls interface {
 	data(number uint16, b datagram.Batch)
 	// malformed counts a datagram that nobody can read.
 	malformed()
-	// suspect reports a sign, which anybody could have forged, that the relay is gone.
-	suspect(sign error)
+	// suspect reports a reason, which anybody could have forged, to think that the relay is gone.
+	suspect(reason error)
 	// broken reports that the carrier can not go on.
 	broken(err error)
 }
@@ -179,7 +179,8 @@ type Leg struct {
 	done     chan struct{}
 	draining chan struct{}
 	drain    sync.Once
-	suspects chan error      // signs that wait to be checked; one is enough
+	signs    chan error      // that the relay is gone, to be checked at once; one is enough
+	doubts   chan error      // whether it is there, to be checked calmly; one is enough
 	asked    chan indication // rendezvous that wait to be answered
 	stats    Metrics
 
@@ -210,7 +211,7 @@ func newLeg(cfg Config) *Leg {
 	l := &Leg{
 		cfg: cfg, log: cfg.Logger.With("relay", cfg.Relay.String(), "transport", string(cfg.Transport)),
 		done: make(chan struct{}), draining: make(chan struct{}),
-		suspects: make(chan error, 1), asked: make(chan indication, askedQueue),
+		signs: make(chan error, 1), doubts: make(chan error, 1), asked: make(chan indication, askedQueue),
 		pending:  map[[stun.TransactionIDSize]byte]chan *stun.Message{},
 		bindings: map[netip.AddrPort]*binding{}, peers: map[identity.Node][]*Channel{},
 		next: minChannel,
@@ -371,8 +372,8 @@ func (l *Leg) Draining() <-chan struct{} { return l.draining }
 
 // Suspect has the leg check at once whether its relay still knows it; if not, Done is closed half a second later (on UDP with a long
 // round-trip time, or on TLS, within about a second). Path probes that go unanswered are a reason to call it. It is patient because what
-// goes unanswered may be stuck in a full queue; ICMP refusals and Unknown indications, which the leg sees by itself, are decided upon in
-// 65 ms or 40 ms and about two round-trip times.
+// goes unanswered may be stuck in a full queue. Closed ports and Unknown indications, which the leg sees by itself, are decided upon in
+// 65 ms, or 40 ms and about two round-trip times.
 func (l *Leg) Suspect() { l.suspect(errSuspected) }
 
 // Close ends the allocation, closes every channel, and waits for the leg's goroutines. It may be called more than once.
@@ -444,10 +445,16 @@ func (l *Leg) data(number uint16, b datagram.Batch) {
 // malformed implements upcalls.
 func (l *Leg) malformed() { count(&l.stats.DroppedMalformed, &l.cfg.Metrics.DroppedMalformed, 1) }
 
-// suspect implements upcalls.
-func (l *Leg) suspect(sign error) {
+// suspect implements upcalls. That the port is closed or the allocation unknown are signs; that there is no route, or that somebody's probes
+// go unanswered, are doubts.
+func (l *Leg) suspect(reason error) {
+	var refused *Error
+	to := l.doubts
+	if errors.Is(reason, syscall.ECONNREFUSED) || errors.Is(reason, errUnknown) || errors.As(reason, &refused) {
+		to = l.signs
+	}
 	select {
-	case l.suspects <- sign:
+	case to <- reason:
 	default: // a check is due already
 	}
 }

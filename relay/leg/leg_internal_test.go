@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -279,6 +280,53 @@ func TestFailureDetection(t *testing.T) {
 			if l.Err() != nil {
 				t.Errorf("late answers brought the leg down: %v", l.Err())
 			}
+		})
+	})
+	t.Run("a sign during a calm check", func(t *testing.T) {
+		bubble(t, fakeConfig(), func(t *testing.T, f *fakeRelay, l *Leg) {
+			f.die()
+			l.Suspect()
+			time.Sleep(50 * time.Millisecond)
+			l.suspect(fmt.Errorf("read: %w", syscall.ECONNREFUSED))
+			lostWithin(t, l, 40*time.Millisecond, 70*time.Millisecond)
+		})
+	})
+	t.Run("a forged sign during a calm check", func(t *testing.T) {
+		bubble(t, fakeConfig(), func(t *testing.T, f *fakeRelay, l *Leg) {
+			f.setRTT(30 * time.Millisecond)
+			l.Suspect()
+			time.Sleep(10 * time.Millisecond)
+			l.suspect(errUnknown)
+			time.Sleep(time.Second)
+			if l.Err() != nil || l.Stats().Checks != 2 {
+				t.Errorf("%v after %d checks, want 2", l.Err(), l.Stats().Checks)
+			}
+		})
+	})
+	t.Run("no route for a moment", func(t *testing.T) {
+		bubble(t, fakeConfig(), func(t *testing.T, f *fakeRelay, l *Leg) {
+			n := 0
+			f.on(stun.MethodRefresh, func(m *stun.Message) *stun.Message {
+				if n++; n <= 5 { // 20, 40, 80, 125 ms apart: 265 ms
+					return nil
+				}
+				return reply(m, stun.ClassSuccessResponse, lifetimeAttr(time.Minute))
+			})
+			l.suspect(syscall.ENETUNREACH)
+			time.Sleep(time.Second)
+			if l.Err() != nil {
+				t.Error(l.Err())
+			}
+		})
+	})
+	t.Run("silent, idle, TLS", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFakeRelay(t)
+			f.stream = true
+			l := up(t, f, fakeConfig())
+			f.die()
+			lostWithin(t, l, 0, DefaultKeepalive+streamPatience)
+			_ = l.Close()
 		})
 	})
 	t.Run("forged signs", func(t *testing.T) {

@@ -112,31 +112,58 @@ func (l *Leg) maintain() {
 	}
 }
 
-// watch checks a suspect relay: an authenticated Refresh in quick succession. Signs can be forged; no answer to these can not.
+// watch checks a suspect relay: an authenticated Refresh in quick succession where there is a sign that it is gone, in calmer succession
+// where there is only a doubt. Signs can be forged; that nothing answers these can not.
 func (l *Leg) watch() {
 	for {
+		var sign error
 		select {
 		case <-l.ctx.Done():
 			return
-		case sign := <-l.suspects:
-			count(&l.stats.Checks, &l.cfg.Metrics.Checks, 1)
-			s := l.quick()
-			if sign == errSuspected {
-				s = l.calm()
-			}
-			if _, err := l.refresh(l.ctx, s, l.cfg.Lifetime); err != nil {
-				if errors.Is(err, errNoAnswer) {
-					err = fmt.Errorf("%w (%w)", err, sign)
-				}
-				if !l.refused(err) {
-					return
-				}
-			}
-			if !l.sleep(checkPause) {
+		case sign = <-l.signs:
+		case doubt := <-l.doubts:
+			var lives bool
+			if lives, sign = l.doubt(doubt); !lives {
 				return
 			}
 		}
+		if sign != nil && !l.check(l.ctx, l.quick(), sign) {
+			return
+		}
+		if !l.sleep(checkPause) {
+			return
+		}
 	}
+}
+
+// doubt checks calmly, until a sign comes that calls for a quick check, which it returns.
+func (l *Leg) doubt(doubt error) (lives bool, sign error) {
+	ctx, cancel := context.WithCancel(l.ctx)
+	defer cancel()
+	done := make(chan bool, 1)
+	go func() { done <- l.check(ctx, l.calm(), doubt) }()
+	select {
+	case lives = <-done:
+		return lives, nil
+	case sign = <-l.signs:
+		cancel()
+		return <-done, sign
+	}
+}
+
+// check asks the relay whether it knows this leg and reports whether the leg lives on. A check that ctx broke off says yes.
+func (l *Leg) check(ctx context.Context, s schedule, sign error) (lives bool) {
+	count(&l.stats.Checks, &l.cfg.Metrics.Checks, 1)
+	_, err := l.refresh(ctx, s, l.cfg.Lifetime)
+	switch {
+	case err == nil:
+		return true
+	case l.ctx.Err() == nil && errors.Is(err, context.Canceled):
+		return true
+	case errors.Is(err, errNoAnswer):
+		err = fmt.Errorf("%w (%w)", err, sign)
+	}
+	return l.refused(err)
 }
 
 // sleep waits; it reports false when the leg ended.

@@ -19,6 +19,8 @@ import (
 const (
 	// maxStreamPayload is the largest payload of a datagram on a TLS leg, in bytes.
 	maxStreamPayload = 16 << 10
+	// maxUnsent bounds what the kernel holds beyond what is on its way, in bytes; control waits behind it.
+	maxUnsent = 64 << 10
 	// controlQueue bounds the control messages that wait to be written, in bytes; it is apart from data, which can not starve it.
 	controlQueue = 64 << 10
 )
@@ -45,7 +47,7 @@ func dialTLS(ctx context.Context, cfg *Config, addr netip.AddrPort, up upcalls, 
 	if err != nil {
 		return nil, err
 	}
-	_ = limitUnsent(nc.(*net.TCPConn), cfg.Queue)
+	_ = limitUnsent(nc.(*net.TCPConn), maxUnsent)
 	tc := identity.TLSConfig(func() (*tls.Certificate, error) { return new(tls.Certificate), nil }, false, nil, nil)
 	tc.VerifyConnection = func(cs tls.ConnectionState) error { return verifyChain(cfg, cs.PeerCertificates) }
 	tc.ServerName = cfg.Relay.ServerName()
