@@ -34,6 +34,7 @@ type View struct {
 	nodes       map[string]*store.Node // live ones, by id
 	sorted      []*store.Node          // by name
 	keys        map[string]*store.Key  // newest good key, by node
+	good        map[identity.KeyHash]string
 	resources   []*store.Resource
 	policies    []*store.Policy
 	groups      map[string]*store.Group
@@ -67,6 +68,7 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 	}
 	v := &View{
 		Org: o, nodes: make(map[string]*store.Node), keys: make(map[string]*store.Key), groups: make(map[string]*store.Group),
+		good:      make(map[identity.KeyHash]string),
 		relayKeys: make(map[string][]control.RelayKey),
 	}
 	if v.Trust, err = LoadTrust(ctx, tx, org, now); err != nil {
@@ -83,8 +85,13 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 		return nil, err
 	}
 	for _, k := range keys { // newest first
-		if n := v.nodes[k.Node]; n != nil && v.keys[k.Node] == nil && !k.Denied && k.Enrolment == n.Enrolment {
-			v.keys[k.Node] = k
+		n := v.nodes[k.Node]
+		if n == nil || n.Status != store.Active || k.Denied || k.Enrolment != n.Enrolment {
+			continue
+		}
+		v.good[k.Hash] = n.ID
+		if v.keys[n.ID] == nil {
+			v.keys[n.ID] = k
 		}
 	}
 	if v.denied, err = deniedNodes(ctx, tx, org, v.sorted, keys, now); err != nil {
@@ -319,6 +326,9 @@ func (v *View) rules() map[string][]policy.Rule {
 	}
 	return out
 }
+
+// Speaks reports whether a key speaks for a live node that has its rights.
+func (v *View) Speaks(node string, key identity.KeyHash) bool { return v.good[key] == node }
 
 // Version is the organization's version.
 func (v *View) Version() uint64 { return v.Org.Version }

@@ -1,0 +1,245 @@
+// Package api is the platform's HTTP API: the admin API, described by OpenAPI 3.1 that is made from the code, and the endpoints of nodes.
+// It decides who may call what; what is done is package registry's.
+//
+// Who calls is known from the bearer token alone, and the organization in a path is held against it before a handler runs: a token of one
+// organization gets 404 for every other, as if it did not exist.
+package api
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/danielgtaylor/huma/v2/adapters/humago"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyway/internal/control"
+	"sallyway/internal/version"
+	"sallyway/platform/push"
+	"sallyway/platform/registry"
+	"sallyway/platform/store"
+)
+
+// Limits of requests.
+const (
+	maxBody      = 1 << 20 // bytes
+	defaultLimit = 100
+	maxLimit     = 1000
+)
+
+// CodeUnavailable says that the database can not be used.
+const CodeUnavailable = "storage_unavailable"
+
+// CodeReadOnly says that a read-only token was used to change something.
+const CodeReadOnly = "read_only_token"
+
+// Config is what the API needs.
+type Config struct {
+	Registry *registry.Registry
+	Hub      *push.Hub
+	Log      *slog.Logger
+	// Unavailable is told of a database that can not be used. It must not block.
+	Unavailable func(error)
+	Metrics     prometheus.Registerer
+}
+
+type server struct {
+	reg     *registry.Registry
+	hub     *push.Hub
+	log     *slog.Logger
+	cfg     Config
+	api     huma.API
+	mux     *http.ServeMux
+	limiter limiter
+	refused *prometheus.CounterVec
+}
+
+// New returns the handler of everything under /api/v1.
+func New(cfg Config) http.Handler {
+	useProblems()
+	s := &server{reg: cfg.Registry, hub: cfg.Hub, log: cfg.Log, cfg: cfg, mux: http.NewServeMux()}
+	s.refused = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sallyway_platform_refusals_total", Help: "Requests that were refused, by code.",
+	}, []string{"code"})
+	cfg.Metrics.MustRegister(s.refused)
+
+	c := huma.DefaultConfig("Sallyway platform", version.Get().Version)
+	c.CreateHooks = nil // no $schema members in answers
+	c.DocsPath, c.SchemasPath = "", ""
+	c.OpenAPIPath = "/api/v1/openapi"
+	c.Info.Description = "Admin API and node endpoints of a Sallyway platform. Errors are problem+json (RFC 9457) with a stable code and a remedy."
+	c.Components.SecuritySchemes = map[string]*huma.SecurityScheme{
+		"token": {Type: "http", Scheme: "bearer", Description: "API token, as `platformd admin token` prints it"},
+		"node":  {Type: "http", Scheme: "bearer", Description: "access token of a node, from /api/v1/node/token"},
+	}
+	s.api = humago.New(s.mux, c)
+	s.api.UseMiddleware(s.authorize)
+	s.orgRoutes()
+	s.nodeRoutes()
+	s.accessRoutes()
+	s.nodeEndpoints()
+	s.mux.HandleFunc("/api/", func(w http.ResponseWriter, r *http.Request) {
+		write(w, &control.Problem{Status: http.StatusNotFound, Code: control.CodeNotFound, Detail: "there is no " + clip(r.Method+" "+r.URL.Path), Remedy: "see /api/v1/openapi.json"})
+	})
+	return http.MaxBytesHandler(s.mux, maxBody)
+}
+
+func clip(s string) string {
+	const most = 100
+	if len(s) > most {
+		return s[:most] + "…"
+	}
+	return s
+}
+
+// problem is control.Problem as huma answers it.
+type problem struct{ control.Problem }
+
+var _ huma.StatusError = (*problem)(nil)
+
+// Error implements error.
+func (p *problem) Error() string { return p.Detail }
+
+// GetStatus implements huma.StatusError.
+func (p *problem) GetStatus() int { return p.Status }
+
+// ContentType implements huma.ContentTypeFilter.
+func (p *problem) ContentType(string) string { return "application/problem+json" }
+
+// useProblems has huma's own errors (validation) be problems of ours. huma keeps the constructor in a variable of its package.
+var useProblems = sync.OnceFunc(func() {
+	huma.NewError = func(status int, msg string, errs ...error) huma.StatusError {
+		p := &problem{control.Problem{Status: status, Title: http.StatusText(status), Detail: msg}}
+		switch {
+		case status == http.StatusNotFound:
+			p.Code = control.CodeNotFound
+		case status >= 400 && status < 500:
+			p.Code = control.CodeInvalid
+			p.Remedy = "correct the request; /api/v1/openapi.json describes it"
+		}
+		for _, err := range errs {
+			part := control.ProblemPart{Message: err.Error()}
+			var d *huma.ErrorDetail
+			if errors.As(err, &d) {
+				part = control.ProblemPart{Message: d.Message, Location: d.Location} // never the value: it may be a secret
+			}
+			p.Errors = append(p.Errors, part)
+		}
+		if len(p.Errors) > 0 {
+			p.Detail += ": " + strings.TrimSpace(p.Errors[0].Location+" "+p.Errors[0].Message)
+		}
+		return p
+	}
+})
+
+// fail turns an error of the registry into what the caller is told.
+func (s *server) fail(ctx context.Context, err error) *problem {
+	var e *registry.Error
+	switch {
+	case errors.As(err, &e):
+		s.refused.WithLabelValues(e.Problem.Code).Inc()
+		return &problem{e.Problem}
+	case errors.Is(err, store.ErrUnavailable):
+		if s.cfg.Unavailable != nil {
+			s.cfg.Unavailable(err)
+		}
+		s.log.Error("database unavailable", "error", err)
+		return &problem{control.Problem{
+			Status: http.StatusServiceUnavailable, Title: http.StatusText(http.StatusServiceUnavailable), Code: CodeUnavailable, Detail: err.Error(),
+			Remedy: "on the platform's host, make room on the disk of its data folder and see that it can be written (df -h; platformd doctor); what runs goes on meanwhile",
+		}}
+	case ctx.Err() != nil:
+		return &problem{control.Problem{Status: http.StatusServiceUnavailable, Title: "interrupted", Detail: "the request was interrupted", Remedy: "try again"}}
+	}
+	s.log.Error("request failed", "error", err)
+	return &problem{control.Problem{
+		Status: http.StatusInternalServerError, Title: http.StatusText(http.StatusInternalServerError), Detail: "the platform failed at this request",
+		Remedy: "its log says more: journalctl -u sallyway-platform",
+	}}
+}
+
+// adminKey is the key of the caller in a context.
+type adminKey struct{}
+
+func caller(ctx context.Context) *registry.Administrator {
+	a, _ := ctx.Value(adminKey{}).(*registry.Administrator)
+	return a
+}
+
+// reads marks operations that change nothing although they are not GET.
+const reads = "reads"
+
+// authorize runs before every operation of the admin API.
+func (s *server) authorize(ctx huma.Context, next func(huma.Context)) {
+	op := ctx.Operation()
+	admin, p := s.authenticate(ctx)
+	if p == nil {
+		p = s.permit(admin, ctx.Param("org"), strings.Contains(op.Path, "{org}"), op)
+	}
+	if p != nil {
+		answer(ctx, p)
+		return
+	}
+	c := context.WithValue(ctx.Context(), adminKey{}, admin)
+	next(huma.WithContext(ctx, registry.WithActor(c, "token:"+admin.Name)))
+}
+
+func (s *server) authenticate(ctx huma.Context) (*registry.Administrator, *problem) {
+	r, _ := humago.Unwrap(ctx)
+	from := source(r)
+	if !s.limiter.allow(from, s.reg.Now()) {
+		return nil, tooMany()
+	}
+	token, ok := strings.CutPrefix(ctx.Header("Authorization"), "Bearer ")
+	if !ok {
+		return nil, &problem{control.Problem{
+			Status: http.StatusUnauthorized, Title: http.StatusText(http.StatusUnauthorized), Code: control.CodeTokenUnknown, Detail: "no API token in the request",
+			Remedy: "sallyway login --url URL --token-file FILE; a token is in admin.token in the platform's data folder, or printed by platformd admin token",
+		}}
+	}
+	admin, err := s.reg.Administrator(ctx.Context(), token)
+	if err != nil {
+		if code := registry.Code(err); code != "" {
+			s.limiter.failed(from, s.reg.Now())
+			err = errors.Join(err, s.reg.APITokenRefused(ctx.Context(), code, from))
+		}
+		return nil, s.fail(ctx.Context(), err)
+	}
+	return admin, nil
+}
+
+// permit holds the caller's scope against the operation. An organization that is not the caller's is not found.
+func (s *server) permit(a *registry.Administrator, org string, inOrg bool, op *huma.Operation) *problem {
+	if a.Org != "" {
+		if inOrg && org != a.Org {
+			return &problem{control.Problem{
+				Status: http.StatusNotFound, Title: http.StatusText(http.StatusNotFound), Code: control.CodeNotFound, Detail: "there is no organization " + clip(org),
+				Remedy: "this token is for organization " + a.Org + ": use --org " + a.Org,
+			}}
+		}
+		if !inOrg && op.Metadata["own"] == nil || inOrg && op.Metadata["platform"] != nil {
+			return &problem{control.Problem{
+				Status: http.StatusForbidden, Title: http.StatusText(http.StatusForbidden), Code: control.CodeForbidden, Detail: "a token of organization " + a.Org + " may not do this",
+				Remedy: "use a token of the platform: platformd admin token",
+			}}
+		}
+	}
+	if a.Scope != store.ScopeAdmin && op.Method != http.MethodGet && op.Metadata[reads] == nil {
+		return &problem{control.Problem{
+			Status: http.StatusForbidden, Title: http.StatusText(http.StatusForbidden), Code: CodeReadOnly, Detail: "this API token may only read",
+			Remedy: "use a token with the scope admin: platformd admin token",
+		}}
+	}
+	return nil
+}
+
+func tooMany() *problem {
+	return &problem{control.Problem{
+		Status: http.StatusTooManyRequests, Title: http.StatusText(http.StatusTooManyRequests), Code: control.CodeRateLimited,
+		Detail: "too many refused requests from this address", Remedy: "wait a minute and try again",
+	}}
+}

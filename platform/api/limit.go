@@ -1,0 +1,107 @@
+package api
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Limits of refused requests from one source: an address, or a /64 of IPv6.
+const (
+	failureBurst   = 20
+	failureRefill  = 3 * time.Second // one more failure is allowed after this
+	limiterSources = 4096            // told apart; when there are more, the one that waited longest is forgotten
+)
+
+// limiter counts failures by source. The zero value is ready.
+type limiter struct {
+	mu      sync.Mutex
+	sources map[string]*bucket // guarded by mu
+}
+
+type bucket struct {
+	tokens float64
+	at     time.Time
+}
+
+func (b *bucket) fill(now time.Time) {
+	b.tokens = min(failureBurst, b.tokens+max(0, now.Sub(b.at).Seconds())/failureRefill.Seconds())
+	b.at = now
+}
+
+// allow says whether a source may try.
+func (l *limiter) allow(source string, now time.Time) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	b := l.sources[source]
+	if b == nil {
+		return true
+	}
+	b.fill(now)
+	if b.tokens >= failureBurst {
+		delete(l.sources, source)
+	}
+	return b.tokens >= 1
+}
+
+// failed counts a failure.
+func (l *limiter) failed(source string, now time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.sources == nil {
+		l.sources = make(map[string]*bucket)
+	}
+	b := l.sources[source]
+	if b == nil {
+		if len(l.sources) >= limiterSources {
+			oldest := ""
+			for s, c := range l.sources {
+				if oldest == "" || c.at.Before(l.sources[oldest].at) {
+					oldest = s
+				}
+			}
+			delete(l.sources, oldest)
+		}
+		b = &bucket{tokens: failureBurst, at: now}
+		l.sources[source] = b
+	}
+	b.fill(now)
+	b.tokens--
+}
+
+// forwardedKey is the key of a mark in a context: the listener stands behind a load balancer.
+type forwardedKey struct{}
+
+// Forwarded marks connections of the plain HTTP listener: a load balancer before it says where requests come from.
+func Forwarded(ctx context.Context) context.Context {
+	return context.WithValue(ctx, forwardedKey{}, true)
+}
+
+// source is where a request comes from, as a key for limits and the audit: an IPv4 address or a /64. The last entry of X-Forwarded-For
+// counts behind a load balancer, which is the one that it wrote itself.
+func source(r *http.Request) string {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		host = r.RemoteAddr
+	}
+	if on, _ := r.Context().Value(forwardedKey{}).(bool); on {
+		if f := r.Header.Values("X-Forwarded-For"); len(f) > 0 {
+			entries := strings.Split(f[len(f)-1], ",")
+			host = strings.TrimSpace(entries[len(entries)-1])
+		}
+	}
+	a, err := netip.ParseAddr(host)
+	if err != nil {
+		return "unknown"
+	}
+	a = a.Unmap().WithZone("")
+	if a.Is6() {
+		p, _ := a.Prefix(64) // never fails for IPv6
+		return p.String()
+	}
+	return a.String()
+}

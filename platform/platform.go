@@ -1,0 +1,394 @@
+// Package platform is the control plane: it joins the store, the PKI, the registry, the control streams and the HTTP API into one server.
+//
+//	srv, err := platform.Open(ctx, platform.Config{Data: dir, Listen: ":443", Log: log})
+//	if err != nil {
+//		return err
+//	}
+//	return srv.Run(ctx) // until ctx ends
+//
+// Everything it keeps lies in one folder:
+//
+//	platform.db   organizations, nodes, policies, certificates of CAs, their keys sealed, hashes of tokens, the audit chains
+//	master.key    what seals the keys, 0600: back it up apart from the database
+//	admin.token   credential for `sallyway login`, made at the first start, 0600
+package platform
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"sallyway/internal/control"
+	"sallyway/platform/api"
+	"sallyway/platform/presence"
+	"sallyway/platform/push"
+	"sallyway/platform/registry"
+	"sallyway/platform/store"
+)
+
+// Names in the data folder.
+const (
+	databaseFile = "platform.db"
+	masterFile   = "master.key"
+	adminFile    = "admin.token"
+)
+
+// Limits of the HTTP servers.
+const (
+	headerTimeout = 10 * time.Second
+	readTimeout   = 30 * time.Second
+	writeTimeout  = 60 * time.Second
+	idleTimeout   = 2 * time.Minute
+	maxHeader     = 32 << 10 // bytes
+	maxStreams    = 64       // HTTP/2 requests of one connection at once
+	stopTimeout   = 5 * time.Second
+	probeInterval = 5 * time.Second // the database is tried for writing
+	probeTimeout  = 15 * time.Second
+)
+
+// Config is what a platform needs. Only Data is required.
+type Config struct {
+	Data string // folder
+	// Listen is the HTTPS address; empty is none. HTTPListen is a plain one for a load balancer that ends TLS; empty is none.
+	Listen, HTTPListen string
+	// AdvertiseURL is the URL under which nodes and administrators reach the platform; empty is made from the listen address.
+	AdvertiseURL string
+	// TLSCert and TLSKey are files of a certificate chain and its key; empty means a certificate by the platform's own CA.
+	TLSCert, TLSKey string
+	// DocumentLife is how long snapshots and grants are valid, KeyRotation the age at which TURN keys change: zero is 24 h.
+	DocumentLife, KeyRotation time.Duration
+
+	Log     *slog.Logger          // nil discards
+	Metrics prometheus.Registerer // nil is a registry of its own
+	Now     func() time.Time      // nil is time.Now
+	// Health is told of conditions: nil is good. Nil is nobody.
+	Health func(condition string, err error)
+}
+
+// Server is a platform. Open makes it, Run serves, and Close gives back what Open took when Run was never called.
+type Server struct {
+	cfg     Config
+	store   *store.SQLite
+	reg     *registry.Registry
+	hub     *push.Hub
+	url     string
+	pin     string
+	https   net.Listener // nil when off
+	plain   net.Listener // nil when off
+	certs   *certificates
+	handler http.Handler
+
+	mu  sync.Mutex
+	bad map[string]error // conditions that are not good; guarded by mu
+
+	closing sync.Once
+}
+
+// Open prepares a platform: data folder, database, PKI, listeners. It starts nothing.
+func Open(ctx context.Context, cfg Config) (*Server, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Metrics == nil {
+		cfg.Metrics = prometheus.NewRegistry()
+	}
+	switch {
+	case cfg.Listen == "" && cfg.HTTPListen == "":
+		return nil, errors.New("neither an HTTPS nor an HTTP address to listen on")
+	case (cfg.TLSCert == "") != (cfg.TLSKey == ""):
+		return nil, errors.New("a TLS certificate and its key go together: give both or none")
+	}
+	s := &Server{cfg: cfg, bad: make(map[string]error)}
+	if err := s.open(ctx); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+func (s *Server) open(ctx context.Context) (err error) {
+	var first bool
+	if s.store, s.reg, first, err = openRegistry(ctx, s.cfg.Data, s.cfg.Log, s.cfg.Now); err != nil {
+		return err
+	}
+	if s.cfg.Listen != "" {
+		if s.https, err = net.Listen("tcp", s.cfg.Listen); err != nil {
+			return listenError(s.cfg.Listen, "--listen", err)
+		}
+	}
+	if s.cfg.HTTPListen != "" {
+		if s.plain, err = net.Listen("tcp", s.cfg.HTTPListen); err != nil {
+			return listenError(s.cfg.HTTPListen, "--http-listen", err)
+		}
+	}
+	if err := s.address(ctx); err != nil {
+		return err
+	}
+	s.hub = push.New(push.Config{Registry: s.reg, Log: s.cfg.Log, DocumentLife: s.cfg.DocumentLife, KeyRotation: s.cfg.KeyRotation}, s.cfg.Metrics)
+	s.handler = s.routes()
+	if err := s.remembered(ctx); err != nil {
+		return err
+	}
+	return s.adminToken(ctx, first)
+}
+
+// openRegistry opens the database and the keys in a data folder, and makes what is missing.
+func openRegistry(ctx context.Context, dir string, log *slog.Logger, now func() time.Time) (*store.SQLite, *registry.Registry, bool, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, nil, false, fmt.Errorf("data folder: %w", err)
+	}
+	path := filepath.Join(dir, databaseFile)
+	_, err := os.Stat(path)
+	seal, err := openSealer(dir, errors.Is(err, fs.ErrNotExist))
+	if err != nil {
+		return nil, nil, false, err
+	}
+	st, err := store.OpenSQLite(ctx, path)
+	if err != nil {
+		return nil, nil, false, err
+	}
+	reg := &registry.Registry{Store: st, Seal: seal, Board: new(presence.Board), Log: log, Now: now}
+	first, err := reg.Bootstrap(ctx)
+	if err != nil {
+		return nil, nil, false, errors.Join(err, st.Close())
+	}
+	return st, reg, first, nil
+}
+
+// adminToken writes the first administrator's credential, and shows how to log in.
+func (s *Server) adminToken(ctx context.Context, first bool) error {
+	path := filepath.Join(s.cfg.Data, adminFile)
+	if !first {
+		return nil
+	}
+	token, err := s.reg.CreateAPIToken(ctx, "admin", "", store.ScopeAdmin, 0)
+	if err != nil {
+		return err
+	}
+	if err := writeCredential(path, control.AdminCredential{URL: s.url, Pin: s.pin, Token: token}); err != nil {
+		return err
+	}
+	pin := ""
+	if s.pin != "" {
+		pin = " --ca-pin " + s.pin
+	}
+	s.cfg.Log.Info("first start: organization default made; log in where you are admin with the line in login",
+		"login", fmt.Sprintf("sallyway login --url %s --token-file %s%s", s.url, path, pin))
+	return nil
+}
+
+func writeCredential(path string, c control.AdminCredential) error {
+	b, err := json.MarshalIndent(c, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeFile(path, append(b, '\n'))
+}
+
+// URL is the URL under which nodes and administrators reach the platform.
+func (s *Server) URL() string { return s.url }
+
+// Pin is the key hash of the CA of the platform's certificate, "" when the system's roots vouch for it.
+func (s *Server) Pin() string { return s.pin }
+
+// Registry is what the API does; for the process's own commands and for tests.
+func (s *Server) Registry() *registry.Registry { return s.reg }
+
+// AdminFile is the path of the first administrator's credential (control.AdminCredential).
+func (s *Server) AdminFile() string { return filepath.Join(s.cfg.Data, adminFile) }
+
+func (s *Server) routes() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/api/", api.New(api.Config{
+		Registry: s.reg, Hub: s.hub, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
+		Unavailable: func(err error) { s.condition("database", err) },
+	}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = fmt.Fprintln(w, "ok") // the peer has gone: nobody is left to tell
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		reasons := s.Conditions()
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Cache-Control", "no-store")
+		if len(reasons) > 0 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+		_ = json.NewEncoder(w).Encode(map[string]any{"ready": len(reasons) == 0, "reasons": reasons}) // as above
+	})
+	return mux
+}
+
+// condition records whether something works.
+func (s *Server) condition(name string, err error) {
+	s.mu.Lock()
+	_, was := s.bad[name]
+	if err == nil {
+		delete(s.bad, name)
+	} else {
+		s.bad[name] = err
+	}
+	s.mu.Unlock()
+	switch {
+	case err != nil && !was:
+		s.cfg.Log.Error("not ready", "condition", name, "error", err)
+	case err == nil && was:
+		s.cfg.Log.Info("ready again", "condition", name)
+	}
+	if s.cfg.Health != nil {
+		s.cfg.Health(name, err)
+	}
+}
+
+// Conditions are what does not work now, with why.
+func (s *Server) Conditions() map[string]string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make(map[string]string, len(s.bad))
+	for name, err := range s.bad {
+		out[name] = err.Error()
+	}
+	return out
+}
+
+// Run serves until ctx ends; then control streams end, requests in flight get a few seconds, and the database is closed.
+func (s *Server) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	if s.https != nil {
+		g.Go(func() error { return s.serve(ctx, s.https, true) })
+	}
+	if s.plain != nil {
+		g.Go(func() error { return s.serve(ctx, s.plain, false) })
+	}
+	g.Go(func() error { return s.hub.Run(ctx) })
+	g.Go(func() error { s.probe(ctx); return nil })
+	s.cfg.Log.Info("platform serves", "url", s.url, "listen", s.cfg.Listen, "http_listen", s.cfg.HTTPListen)
+	return errors.Join(g.Wait(), s.Close())
+}
+
+// probe tries the database, so that readiness tells of a full disk before a user does.
+func (s *Server) probe(ctx context.Context) {
+	t := time.NewTicker(probeInterval)
+	defer t.Stop()
+	for {
+		try, cancel := context.WithTimeout(ctx, probeTimeout)
+		err := s.store.Writable(try)
+		cancel()
+		if ctx.Err() != nil {
+			return
+		}
+		s.condition("database", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+func (s *Server) serve(ctx context.Context, l net.Listener, withTLS bool) error {
+	srv := &http.Server{
+		Handler:           s.handler,
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams, SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second, WriteByteTimeout: 30 * time.Second},
+		ErrorLog:          slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
+		// Requests end with ctx, so that control streams do not hold up the stop.
+		BaseContext: func(net.Listener) context.Context {
+			if withTLS {
+				return ctx
+			}
+			return api.Forwarded(ctx)
+		},
+	}
+	failed := make(chan error, 1)
+	go func() {
+		if withTLS {
+			srv.TLSConfig = s.certs.config()
+			failed <- srv.ServeTLS(l, "", "")
+			return
+		}
+		failed <- srv.Serve(l)
+	}()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve %v: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	if err := srv.Shutdown(stop); err != nil {
+		_ = srv.Close() // what outlives the grace is cut; Serve's error says the rest
+	}
+	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// Close gives back what Open took. It is idempotent and not called while Run runs.
+func (s *Server) Close() error {
+	var err error
+	s.closing.Do(func() {
+		for _, l := range []net.Listener{s.https, s.plain} {
+			if l == nil {
+				continue
+			}
+			if e := l.Close(); e != nil && !errors.Is(e, net.ErrClosed) {
+				err = errors.Join(err, e)
+			}
+		}
+		if s.store != nil {
+			err = errors.Join(err, s.store.Close())
+		}
+	})
+	return err
+}
+
+// urlsMeta is the key under which the database has every URL that the platform ever had: nodes that enrolled under an old one still
+// name it in their assertions.
+const urlsMeta = "urls"
+
+// remember adds the platform's URLs to those that it had before, and returns all.
+func remember(ctx context.Context, st store.Store, urls []string) ([]string, error) {
+	var all []string
+	err := st.Update(ctx, func(tx store.Tx) error {
+		all = nil
+		b, err := tx.Meta(ctx, urlsMeta)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		if err == nil {
+			if err := json.Unmarshal(b, &all); err != nil {
+				return fmt.Errorf("remembered URLs: %w", err)
+			}
+		}
+		for _, u := range urls {
+			if !slices.Contains(all, u) {
+				all = append(all, u)
+			}
+		}
+		if b, err = json.Marshal(all); err != nil {
+			return err
+		}
+		return tx.PutMeta(ctx, urlsMeta, b)
+	})
+	return all, err
+}

@@ -1,0 +1,322 @@
+// Package push keeps nodes up to date: one control stream for each, which gets a node's whole configuration at once and again whenever its
+// content changes, a ping when nothing does, and its end when the node loses its rights. It also runs what changes by itself: relays
+// assigned by health, TURN keys rotated, housekeeping.
+package push
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyway/internal/control"
+	"sallyway/internal/policy"
+	"sallyway/platform/pki"
+	"sallyway/platform/presence"
+	"sallyway/platform/registry"
+	"sallyway/platform/store"
+	"sallyway/platform/view"
+)
+
+// Intervals.
+const (
+	settle        = 50 * time.Millisecond // changes that follow each other are pushed as one
+	sweepInterval = 2 * time.Second       // relays are looked at for silence
+	flushInterval = 10 * time.Second      // counted refusals go to the audit
+	houseInterval = time.Minute
+	// refreshMost is when credentials and documents are made anew at the latest although nothing changed.
+	refreshMost = time.Hour
+)
+
+// Config is what a Hub needs. Zero durations mean the defaults.
+type Config struct {
+	Registry *registry.Registry
+	Log      *slog.Logger
+	// DocumentLife is how long snapshots and grants are valid: 24 h. They are made anew after an hour, or half of it if that is less.
+	DocumentLife time.Duration
+	// KeyRotation is the age at which a relay's TURN key is followed by a new one: 24 h.
+	KeyRotation time.Duration
+}
+
+// Hub serves all streams.
+type Hub struct {
+	cfg     Config
+	reg     *registry.Registry
+	started time.Time
+	kick    chan struct{} // capacity 1: something changed that may move relays
+
+	mu      sync.Mutex
+	orgs    map[string]*org    // guarded by mu
+	streams map[string]*stream // newest stream, by node id; guarded by mu
+
+	metrics metrics
+}
+
+// org is what is cached of an organization.
+type org struct {
+	load sync.Mutex // held while the view is loaded, so that one load serves all; taken before Hub.mu
+
+	// Guarded by Hub.mu:
+	changed    chan struct{} // closed at the next change
+	generation uint64
+	view       *view.View // nil when it is out of date
+	signer     *policy.Signer
+	renew      time.Time // when the signer is replaced
+}
+
+type stream struct{ cancel context.CancelCauseFunc }
+
+type metrics struct {
+	pushes  prometheus.Counter
+	streams prometheus.Gauge
+}
+
+// ErrReplaced ends a stream whose node opened a newer one.
+var ErrReplaced = errors.New("replaced by a newer stream of the same node")
+
+// ErrDropped ends the stream of a node that lost its rights.
+var ErrDropped = errors.New("the node was deleted, disabled, revoked, or enrolled anew")
+
+// New returns a hub that is told of changes by cfg.Registry. It starts nothing.
+func New(cfg Config, metricsTo prometheus.Registerer) *Hub {
+	if cfg.DocumentLife == 0 {
+		cfg.DocumentLife = 24 * time.Hour
+	}
+	if cfg.KeyRotation == 0 {
+		cfg.KeyRotation = 24 * time.Hour
+	}
+	h := &Hub{
+		cfg: cfg, reg: cfg.Registry, started: cfg.Registry.Now(), kick: make(chan struct{}, 1),
+		orgs: make(map[string]*org), streams: make(map[string]*stream),
+		metrics: metrics{
+			pushes:  prometheus.NewCounter(prometheus.CounterOpts{Name: "sallyway_platform_config_pushes_total", Help: "Configurations sent to nodes."}),
+			streams: prometheus.NewGauge(prometheus.GaugeOpts{Name: "sallyway_platform_control_streams", Help: "Nodes with an open control stream."}),
+		},
+	}
+	metricsTo.MustRegister(h.metrics.pushes, h.metrics.streams)
+	cfg.Registry.Changed, cfg.Registry.Dropped = h.changed, h.dropped
+	return h
+}
+
+func (h *Hub) orgLocked(name string) *org {
+	o := h.orgs[name]
+	if o == nil {
+		o = &org{changed: make(chan struct{})}
+		h.orgs[name] = o
+	}
+	return o
+}
+
+// changed wakes the streams of an organization.
+func (h *Hub) changed(name string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	o := h.orgLocked(name)
+	o.generation++
+	o.view = nil
+	close(o.changed)
+	o.changed = make(chan struct{})
+	h.wakeAllocation()
+}
+
+func (h *Hub) wakeAllocation() {
+	select {
+	case h.kick <- struct{}{}:
+	default: // one wake-up waits already
+	}
+}
+
+// dropped ends a node's stream.
+func (h *Hub) dropped(node string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if s := h.streams[node]; s != nil {
+		s.cancel(ErrDropped)
+	}
+}
+
+// Heartbeat records what a node says of itself.
+func (h *Hub) Heartbeat(node string, beat control.Heartbeat) {
+	before, known := h.reg.Board.Get(node)
+	now := h.reg.Now()
+	h.reg.Board.Put(node, presence.Beat{At: now, Heartbeat: beat})
+	if !known || before.State != beat.State || len(before.Problems) != len(beat.Problems) || now.Sub(before.At) > presence.Timeout {
+		h.wakeAllocation()
+	}
+}
+
+// current returns an organization's view and signer, and a channel that closes at its next change.
+func (h *Hub) current(ctx context.Context, name string) (*view.View, *policy.Signer, <-chan struct{}, error) {
+	h.mu.Lock()
+	o := h.orgLocked(name)
+	h.mu.Unlock()
+	o.load.Lock()
+	defer o.load.Unlock()
+	h.mu.Lock()
+	v, signer, renew, changed, generation := o.view, o.signer, o.renew, o.changed, o.generation
+	h.mu.Unlock()
+	now := h.reg.Now()
+	if signer == nil || !now.Before(renew) {
+		var err error
+		if signer, err = h.reg.Signer(ctx, name); err != nil {
+			return nil, nil, nil, err
+		}
+		renew = now.Add(pki.PolicyLife / 2)
+	}
+	if v == nil {
+		if err := h.reg.Store.View(ctx, func(tx store.Tx) (err error) {
+			v, err = view.Load(ctx, tx, h.reg.Seal, name, now)
+			return err
+		}); err != nil {
+			return nil, nil, nil, err
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	o.signer, o.renew = signer, renew
+	if o.generation == generation {
+		o.view = v // else a change came meanwhile; changed is closed, so the caller comes back
+	}
+	return v, signer, changed, nil
+}
+
+// Serve runs a node's control stream until ctx ends, the node loses its rights, a newer stream takes its place, or send fails. send is
+// called from this goroutine alone and returns when the event is written.
+func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(control.Event) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s := &stream{cancel: cancel}
+	h.mu.Lock()
+	if old := h.streams[who.Node.ID]; old != nil {
+		old.cancel(ErrReplaced)
+	}
+	h.streams[who.Node.ID] = s
+	h.mu.Unlock()
+	h.metrics.streams.Inc()
+	defer func() {
+		h.metrics.streams.Dec()
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.streams[who.Node.ID] == s {
+			delete(h.streams, who.Node.ID)
+		}
+	}()
+
+	ping := time.NewTicker(control.PingInterval)
+	defer ping.Stop()
+	refresh := time.NewTimer(h.refreshIn())
+	defer refresh.Stop()
+	var last [sha256.Size]byte // of what the node has; zero is nothing
+	for {
+		v, signer, changed, err := h.current(ctx, who.Node.Org)
+		if err != nil {
+			return err
+		}
+		plan := v.Plan(who.Node.ID)
+		if plan == nil || !v.Speaks(who.Node.ID, who.Key) {
+			return ErrDropped
+		}
+		sum, err := plan.Hash()
+		if err != nil {
+			return err
+		}
+		if sum != last {
+			c, err := plan.Sign(signer, h.reg.Now(), h.cfg.DocumentLife)
+			if err != nil {
+				return err
+			}
+			if err := send(control.Event{Type: control.EventConfig, Config: c}); err != nil {
+				return err
+			}
+			last = sum
+			h.metrics.pushes.Inc()
+		}
+		for wait := true; wait; {
+			select {
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			case <-ping.C:
+				if err := send(control.Event{Type: control.EventPing}); err != nil {
+					return err
+				}
+			case <-refresh.C:
+				last, wait = [sha256.Size]byte{}, false // credentials and documents anew, although nothing changed
+				refresh.Reset(h.refreshIn())
+			case <-changed:
+				select {
+				case <-time.After(settle):
+				case <-ctx.Done():
+				}
+				wait = false
+			}
+		}
+	}
+}
+
+// refreshIn is when a stream makes its node's documents anew, spread so that not all do at once.
+func (h *Hub) refreshIn() time.Duration {
+	d := min(refreshMost, h.cfg.DocumentLife/2)
+	return d - rand.N(d/10+1)
+}
+
+// Run does what happens by itself, until ctx ends. Errors of the database are logged and tried again: the platform goes on from what it has.
+func (h *Hub) Run(ctx context.Context) error {
+	sweep, flush, house := time.NewTicker(sweepInterval), time.NewTicker(flushInterval), time.NewTicker(houseInterval)
+	defer sweep.Stop()
+	defer flush.Stop()
+	defer house.Stop()
+	h.rotate(ctx)
+	for {
+		select {
+		case <-ctx.Done():
+			stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			defer cancel()
+			return errors.Join(h.reg.FlushRefusals(stop, true), h.reg.Housekeeping(stop))
+		case <-h.kick:
+			h.allocate(ctx)
+		case <-sweep.C:
+			h.allocate(ctx)
+		case <-flush.C:
+			h.note(ctx, "audit refusals", h.reg.FlushRefusals(ctx, false))
+		case <-house.C:
+			h.note(ctx, "housekeeping", h.reg.Housekeeping(ctx))
+			h.rotate(ctx)
+		}
+	}
+}
+
+func (h *Hub) note(ctx context.Context, what string, err error) {
+	if err != nil && ctx.Err() == nil {
+		h.cfg.Log.Error("background work failed, it is tried again", "what", what, "error", err)
+	}
+}
+
+func (h *Hub) allocate(ctx context.Context) {
+	orgs, err := h.reg.OrgNames(ctx)
+	h.note(ctx, "list organizations", err)
+	for _, o := range orgs {
+		h.note(ctx, "assign relays", h.reg.Allocate(ctx, o, h.started))
+	}
+}
+
+func (h *Hub) rotate(ctx context.Context) {
+	orgs, err := h.reg.OrgNames(ctx)
+	h.note(ctx, "list organizations", err)
+	for _, o := range orgs {
+		h.note(ctx, "rotate TURN keys", h.reg.RotateRelayKeys(ctx, o, h.cfg.KeyRotation))
+	}
+}
+
+// Status is the HTTP status that tells why Serve ended before it sent anything.
+func Status(err error) int {
+	if errors.Is(err, ErrDropped) {
+		return http.StatusForbidden
+	}
+	return http.StatusInternalServerError
+}

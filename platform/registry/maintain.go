@@ -1,0 +1,261 @@
+package registry
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"slices"
+	"time"
+
+	"sallyway/internal/control"
+	"sallyway/internal/identity"
+	"sallyway/internal/policy"
+	"sallyway/platform/allocation"
+	"sallyway/platform/audit"
+	"sallyway/platform/pki"
+	"sallyway/platform/store"
+	"sallyway/platform/view"
+)
+
+// Signer makes a signer of org's snapshots and grants, good for pki.PolicyLife, and has the chain audited. The caller keeps it.
+func (r *Registry) Signer(ctx context.Context, org string) (*policy.Signer, error) {
+	leaf, ca, err := r.newPolicyLeaf(ctx, org, pki.PolicyLife)
+	if err != nil {
+		return nil, err
+	}
+	err = r.update(ctx, func(c *change) error {
+		return c.audit(ctx, org, "certificate.issue", "policy key", audit.OK, map[string]any{
+			"key": identity.CertificateKeyHash(leaf.Certificate).String(), "not_after": leaf.Certificate.NotAfter.UTC().Format(time.RFC3339),
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &policy.Signer{Key: leaf.Key, Chain: []*x509.Certificate{leaf.Certificate, ca}}, nil
+}
+
+// newRelayKey adds a TURN key to a relay, sealed.
+func (c *change) newRelayKey(ctx context.Context, relay string) error {
+	secret := make([]byte, 32)
+	if _, err := rand.Read(secret); err != nil {
+		return err
+	}
+	id := identity.NewID("key")
+	return c.InsertRelayKey(ctx, &store.RelayKey{Relay: relay, ID: id, Secret: c.r.Seal.Seal(view.RelayKeyLabel(relay, id), secret), Created: c.now})
+}
+
+// liveRelayKeys is how many TURN keys of a relay work at once: the newest, and the one before for credentials that are out.
+const liveRelayKeys = 2
+
+// RotateRelayKeys gives every relay of org whose newest key is older than age a new one, and takes away all but the newest two.
+func (r *Registry) RotateRelayKeys(ctx context.Context, org string, age time.Duration) error {
+	return r.update(ctx, func(c *change) error {
+		relays, err := c.Nodes(ctx, org, identity.Relay, store.Page{})
+		if err != nil {
+			return err
+		}
+		for _, n := range relays {
+			keys, err := c.RelayKeys(ctx, n.ID)
+			if err != nil {
+				return err
+			}
+			if len(keys) > 0 && c.now.Sub(keys[0].Created) < age {
+				continue
+			}
+			if err := c.newRelayKey(ctx, n.ID); err != nil {
+				return err
+			}
+			for i, k := range keys {
+				if i < liveRelayKeys-1 {
+					continue
+				}
+				if err := c.DeleteRelayKey(ctx, n.ID, k.ID); err != nil {
+					return err
+				}
+			}
+			if err := c.audit(ctx, org, "relay.key.rotate", n.Identity().String(), audit.OK, nil); err != nil {
+				return err
+			}
+			if err := c.bump(ctx, org); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// Allocate assigns relays to org's gateways by what is known of them now. started is when this process began to listen for heartbeats:
+// what was not heard since may just not have had the time.
+func (r *Registry) Allocate(ctx context.Context, org string, started time.Time) error {
+	if org == identity.SharedOrg {
+		return nil
+	}
+	want, same, err := r.assignments(ctx, r.Store.View, org, started)
+	if err != nil || same {
+		return err
+	}
+	return r.update(ctx, func(c *change) error {
+		// Once more inside of the transaction: what was read before may be old.
+		in := func(_ context.Context, fn func(store.Tx) error) error { return fn(c.Tx) }
+		var current map[string][]string
+		if want, same, err = r.assignments(ctx, in, org, started); err != nil || same {
+			return err
+		}
+		if current, err = c.Assignments(ctx, org); err != nil {
+			return err
+		}
+		for gateway, relays := range want {
+			if slices.Equal(current[gateway], relays) {
+				continue
+			}
+			if err := c.PutAssignment(ctx, gateway, relays); err != nil {
+				return err
+			}
+			r.Log.Info("relays assigned", "org", org, "gateway", gateway, "relays", relays, "before", current[gateway])
+		}
+		return c.bump(ctx, org)
+	})
+}
+
+func (r *Registry) assignments(ctx context.Context, read func(context.Context, func(store.Tx) error) error, org string, started time.Time) (want map[string][]string, same bool, err error) {
+	err = read(ctx, func(tx store.Tx) error {
+		nodes, err := tx.Nodes(ctx, org, "", store.Page{})
+		if err != nil {
+			return err
+		}
+		shared, err := tx.Nodes(ctx, identity.SharedOrg, identity.Relay, store.Page{})
+		if err != nil {
+			return err
+		}
+		current, err := tx.Assignments(ctx, org)
+		if err != nil {
+			return err
+		}
+		var gateways []string
+		var relays []allocation.Relay
+		for _, n := range slices.Concat(nodes, shared) {
+			switch {
+			case n.Status != store.Active:
+			case n.Kind == identity.Gateway:
+				gateways = append(gateways, n.ID)
+			case n.Kind == identity.Relay && !n.Enrolled.IsZero():
+				relays = append(relays, r.candidate(n, started))
+			}
+		}
+		want = allocation.Assign(gateways, relays, current)
+		same = true
+		for g, rs := range want {
+			same = same && slices.Equal(rs, current[g])
+		}
+		return nil
+	})
+	return want, same, err
+}
+
+// candidate is what allocation is told of a relay.
+func (r *Registry) candidate(n *store.Node, started time.Time) allocation.Relay {
+	now := r.Now()
+	c := allocation.Relay{ID: n.ID}
+	state := r.Board.State(n, now)
+	switch state {
+	case control.StateHealthy:
+		c.Healthy = true
+	case control.StateDegraded:
+		c.Degraded = true
+	case control.StateDraining:
+		c.Draining = true
+	case control.StateUnreachable:
+		// It became unreachable when its last heartbeat turned too old, but nobody listened before started.
+		seen := r.Board.LastSeen(n)
+		if seen.Before(started) {
+			seen = started
+		}
+		c.Silent = max(now.Sub(seen)-presenceTimeout, 1)
+		if n.Draining {
+			c.Draining = true
+		}
+	}
+	if beat, ok := r.Board.Get(n.ID); ok {
+		c.Load = beat.Load["load"]
+	}
+	return c
+}
+
+// Housekeeping writes down when nodes were seen and removes what has lost its use.
+func (r *Registry) Housekeeping(ctx context.Context) error {
+	return r.update(ctx, func(c *change) error {
+		orgs, err := c.Orgs(ctx, store.Page{})
+		if err != nil {
+			return err
+		}
+		for _, o := range orgs {
+			nodes, err := c.Nodes(ctx, o.Name, "", store.Page{})
+			if err != nil {
+				return err
+			}
+			for _, n := range nodes {
+				if beat, ok := r.Board.Get(n.ID); ok && beat.At.After(n.LastSeen) {
+					if err := c.TouchNode(ctx, n.ID, beat.At, clip(beat.Version, 64)); err != nil {
+						return err
+					}
+				}
+			}
+			if err := c.purgeDeleted(ctx, o.Name); err != nil {
+				return err
+			}
+		}
+		return c.Purge(ctx, c.now, c.now.Add(-control.LeafLife-view.DeniedMargin))
+	})
+}
+
+// purgeDeleted forgets deleted nodes whose certificates are all long over.
+func (c *change) purgeDeleted(ctx context.Context, org string) error {
+	gone, err := c.DeletedNodes(ctx, org)
+	if err != nil {
+		return err
+	}
+	for _, n := range gone {
+		keys, err := c.Keys(ctx, n.ID)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(keys, func(k *store.Key) bool { return k.NotAfter.Add(view.DeniedMargin).After(c.now) }) {
+			continue
+		}
+		if err := c.PurgeNode(ctx, n.ID); err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+	}
+	return nil
+}
+
+// clip bounds foreign text.
+func clip(s string, n int) string {
+	if len(s) > n {
+		return s[:n]
+	}
+	return s
+}
+
+// Restored raises the versions of all organizations after a backup was put in place: nodes may have seen higher ones than it holds, and
+// refuse to go back.
+func (r *Registry) Restored(ctx context.Context, backup string) error {
+	// What the organizations may have got to since the backup: far more changes than one a second for as long as it is old.
+	const leap = 1_000_000
+	return r.update(ctx, func(c *change) error {
+		orgs, err := c.Orgs(ctx, store.Page{})
+		if err != nil {
+			return err
+		}
+		for _, o := range orgs {
+			if _, err := c.BumpVersion(ctx, o.Name, max(o.Version, uint64(c.now.Unix()))+leap); err != nil {
+				return err
+			}
+			if err := c.audit(ctx, o.Name, "database.restore", o.Name, audit.OK, map[string]any{"backup": backup}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

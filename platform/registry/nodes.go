@@ -1,0 +1,551 @@
+package registry
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"sallyway/internal/control"
+	"sallyway/internal/identity"
+	"sallyway/platform/audit"
+	"sallyway/platform/presence"
+	"sallyway/platform/store"
+	"sallyway/platform/view"
+	"sallyway/relay/wire"
+)
+
+const presenceTimeout = presence.Timeout
+
+// record is a node as administrators see it. keys are its keys, newest first; relays the names of those assigned to it.
+func (r *Registry) record(ctx context.Context, tx store.Tx, o *store.Org, n *store.Node) (*control.NodeRecord, error) {
+	rec := &control.NodeRecord{
+		ID: n.ID, Name: n.Name, Kind: n.Kind, State: r.Board.State(n, r.Now()), Created: n.Created, Version: n.Version,
+		Virtual: view.Addresses(o, n.Address), Host: n.Host, Port: n.Port, Peers: n.Peers,
+	}
+	if !n.Enrolled.IsZero() {
+		rec.Enrolled = &n.Enrolled
+	}
+	if seen := r.Board.LastSeen(n); !seen.IsZero() {
+		rec.LastSeen = &seen
+	}
+	if beat, ok := r.Board.Get(n.ID); ok {
+		rec.Version, rec.Problems, rec.Load = clip(beat.Version, 64), beat.Problems, beat.Load
+	}
+	keys, err := tx.Keys(ctx, n.ID)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range keys {
+		if k.Enrolment == n.Enrolment {
+			rec.Key, rec.NotAfter = &k.Hash, &k.NotAfter
+			break
+		}
+	}
+	if n.Kind == identity.Gateway {
+		all, err := tx.Assignments(ctx, n.Org)
+		if err != nil {
+			return nil, err
+		}
+		for _, id := range all[n.ID] {
+			if relay, err := tx.Node(ctx, id); err == nil && relay.Deleted.IsZero() {
+				rec.Relays = append(rec.Relays, relay.Name)
+			}
+		}
+	}
+	return rec, nil
+}
+
+// Nodes lists the nodes of a kind.
+func (r *Registry) Nodes(ctx context.Context, org string, kind identity.Kind, p store.Page) (*control.List[control.NodeRecord], error) {
+	out := &control.List[control.NodeRecord]{Items: []control.NodeRecord{}}
+	err := r.Store.View(ctx, func(tx store.Tx) error {
+		o, err := findOrg(ctx, tx, org)
+		if err != nil {
+			return err
+		}
+		ns, err := tx.Nodes(ctx, org, kind, more(p))
+		if err != nil {
+			return err
+		}
+		ns, out.NextCursor = trim(ns, p.Limit, func(n *store.Node) string { return n.Name })
+		for _, n := range ns {
+			rec, err := r.record(ctx, tx, o, n)
+			if err != nil {
+				return err
+			}
+			out.Items = append(out.Items, *rec)
+		}
+		return nil
+	})
+	return out, err
+}
+
+// Node returns a node by name or id.
+func (r *Registry) Node(ctx context.Context, org string, kind identity.Kind, name string) (*control.NodeRecord, error) {
+	var out *control.NodeRecord
+	err := r.Store.View(ctx, func(tx store.Tx) error {
+		o, err := findOrg(ctx, tx, org)
+		if err != nil {
+			return err
+		}
+		n, err := tx.FindNode(ctx, org, kind, name)
+		if err != nil {
+			return notFound(err, string(kind), name, org)
+		}
+		out, err = r.record(ctx, tx, o, n)
+		return err
+	})
+	return out, err
+}
+
+// change finds a node and lets fn alter it; what fn altered is written, audited as action and pushed.
+func (r *Registry) changeNode(ctx context.Context, org string, kind identity.Kind, name, action string,
+	fn func(c *change, n *store.Node) (map[string]any, error),
+) (*control.NodeRecord, error) {
+	var out *control.NodeRecord
+	err := r.update(ctx, func(c *change) error {
+		o, err := c.org(ctx, org)
+		if err != nil {
+			return err
+		}
+		n, err := c.FindNode(ctx, org, kind, name)
+		if err != nil {
+			return notFound(err, string(kind), name, org)
+		}
+		detail, err := fn(c, n)
+		if err != nil {
+			return err
+		}
+		if err := c.UpdateNode(ctx, n); err != nil {
+			return taken(err, string(kind), n.Name, org)
+		}
+		if detail == nil {
+			detail = map[string]any{}
+		}
+		detail["name"] = n.Name
+		if err := c.audit(ctx, org, action, n.Identity().String(), audit.OK, detail); err != nil {
+			return err
+		}
+		if err := c.bump(ctx, org); err != nil {
+			return err
+		}
+		out, err = r.record(ctx, c.Tx, o, n)
+		return err
+	})
+	return out, err
+}
+
+// CreateNode makes a node and its first enrolment token.
+func (r *Registry) CreateNode(ctx context.Context, org string, kind identity.Kind, req control.CreateNode) (*control.CreatedNode, error) {
+	if err := checkName(string(kind), req.Name); err != nil {
+		return nil, err
+	}
+	if kind != identity.Relay && (req.Host != "" || req.Port != 0 || len(req.Peers) > 0) {
+		return nil, invalid("body.host", "leave out host, port and peers", "only relays have a host, a port and peers")
+	}
+	if kind == identity.Relay {
+		if err := checkHost(req.Host); err != nil {
+			return nil, err
+		}
+		if err := checkPeers(req.Peers); err != nil {
+			return nil, err
+		}
+		if req.Port == 0 {
+			req.Port = wire.Port
+		}
+	}
+	var out *control.CreatedNode
+	err := r.update(ctx, func(c *change) error {
+		o, err := c.org(ctx, org)
+		if err != nil {
+			return err
+		}
+		n := &store.Node{
+			ID: identity.NewID(kind), Org: org, Kind: kind, Name: req.Name, Status: store.Active, Host: req.Host, Port: req.Port, Peers: req.Peers, Created: c.now,
+		}
+		if kind != identity.Relay {
+			if n.Address, err = c.address(ctx, org); err != nil {
+				return err
+			}
+		}
+		if err := c.InsertNode(ctx, n); err != nil {
+			return taken(err, string(kind), req.Name, org)
+		}
+		if kind == identity.Relay {
+			if err := c.newRelayKey(ctx, n.ID); err != nil {
+				return err
+			}
+		}
+		if err := c.audit(ctx, org, "node.create", n.Identity().String(), audit.OK, map[string]any{"name": n.Name, "host": n.Host}); err != nil {
+			return err
+		}
+		if out, err = c.issueToken(ctx, o, n); err != nil {
+			return err
+		}
+		return c.bump(ctx, org)
+	})
+	return out, err
+}
+
+// issueToken makes an enrolment token for a node and drops the ones that were not used.
+func (c *change) issueToken(ctx context.Context, o *store.Org, n *store.Node) (*control.CreatedNode, error) {
+	secret := make([]byte, 32)
+	if _, err := rand.Read(secret); err != nil {
+		return nil, err
+	}
+	if err := c.DropEnrolmentTokens(ctx, n.ID); err != nil {
+		return nil, err
+	}
+	t := &store.EnrolmentToken{
+		Hash: sha256.Sum256(secret), Node: n.ID, Org: n.Org, Kind: n.Kind, Created: c.now, Expires: c.now.Add(control.TokenLife),
+	}
+	if err := c.InsertEnrolmentToken(ctx, t); err != nil {
+		return nil, err
+	}
+	err := c.audit(ctx, n.Org, "token.issue", n.Identity().String(), audit.OK, map[string]any{"name": n.Name, "expires": t.Expires.Format(time.RFC3339)})
+	if err != nil {
+		return nil, err
+	}
+	rec, err := c.r.record(ctx, c.Tx, o, n)
+	if err != nil {
+		return nil, err
+	}
+	token := control.Token{URL: c.r.URL, Pin: c.r.Pin, Node: n.Identity(), Name: n.Name, Secret: secret}.String()
+	out := &control.CreatedNode{NodeRecord: *rec, Token: token, Expires: t.Expires}
+	out.Command, out.Foreground = commands(n.Kind, token)
+	return out, nil
+}
+
+// commands are the deploy commands of a node: the token goes in on standard input, so that it is in no argument list.
+func commands(k identity.Kind, token string) (production, foreground string) {
+	feed := " --token-file - <<< '" + token + "'"
+	switch k {
+	case identity.Relay:
+		return "sudo relayd install" + feed, "relayd start" + feed
+	case identity.Gateway:
+		return "sudo gatewayd install" + feed, "sudo gatewayd up" + feed
+	}
+	return "sudo sallyway connect" + feed, "sallyway connect" + feed
+}
+
+// ReissueToken makes a new enrolment token for a node. A revoked node may enrol again with it, by a new key.
+func (r *Registry) ReissueToken(ctx context.Context, org string, kind identity.Kind, name string) (*control.CreatedNode, error) {
+	var out *control.CreatedNode
+	err := r.update(ctx, func(c *change) error {
+		o, err := c.org(ctx, org)
+		if err != nil {
+			return err
+		}
+		n, err := c.FindNode(ctx, org, kind, name)
+		if err != nil {
+			return notFound(err, string(kind), name, org)
+		}
+		switch n.Status {
+		case store.Disabled:
+			return refuse(http.StatusConflict, control.CodeNodeDisabled, fmt.Sprintf("sallyway --org %s %s enable %s", org, kind, n.Name),
+				"%s %q is disabled and can not enrol", kind, n.Name)
+		case store.Revoked:
+			n.Status, n.Enrolled = store.Active, time.Time{}
+			n.Enrolment++ // none of its old keys belongs to this one
+			if err := c.UpdateNode(ctx, n); err != nil {
+				return err
+			}
+			if err := c.bump(ctx, org); err != nil {
+				return err
+			}
+		}
+		out, err = c.issueToken(ctx, o, n)
+		return err
+	})
+	return out, err
+}
+
+// UpdateNode changes what is not nil.
+func (r *Registry) UpdateNode(ctx context.Context, org string, kind identity.Kind, name string, req control.UpdateNode) (*control.NodeRecord, error) {
+	return r.changeNode(ctx, org, kind, name, "node.update", func(_ *change, n *store.Node) (map[string]any, error) {
+		detail := map[string]any{}
+		if req.Name != nil {
+			if err := checkName(string(kind), *req.Name); err != nil {
+				return nil, err
+			}
+			detail["old_name"] = n.Name
+			n.Name = *req.Name
+		}
+		if kind != identity.Relay && (req.Host != nil || req.Port != nil || req.Peers != nil) {
+			return nil, invalid("body.host", "leave out host, port and peers", "only relays have a host, a port and peers")
+		}
+		if req.Host != nil {
+			if err := checkHost(*req.Host); err != nil {
+				return nil, err
+			}
+			n.Host = *req.Host
+			detail["host"] = n.Host
+		}
+		if req.Port != nil {
+			if *req.Port == 0 {
+				return nil, invalid("body.port", "leave it out for the default", "port 0 is not a port")
+			}
+			n.Port = *req.Port
+			detail["port"] = n.Port
+		}
+		if req.Peers != nil {
+			if err := checkPeers(*req.Peers); err != nil {
+				return nil, err
+			}
+			n.Peers = *req.Peers
+			detail["peers"] = n.Peers
+		}
+		return detail, nil
+	})
+}
+
+// DisableNode takes a node its rights until EnableNode.
+func (r *Registry) DisableNode(ctx context.Context, org string, kind identity.Kind, name string) (*control.NodeRecord, error) {
+	return r.changeNode(ctx, org, kind, name, "node.disable", func(c *change, n *store.Node) (map[string]any, error) {
+		if n.Status == store.Revoked {
+			return nil, refuse(http.StatusConflict, control.CodeNodeRevoked, "nothing is left to disable", "%s %q is revoked", kind, n.Name)
+		}
+		n.Status = store.Disabled
+		c.dropped = append(c.dropped, n.ID)
+		return nil, nil
+	})
+}
+
+// EnableNode undoes DisableNode and DrainNode.
+func (r *Registry) EnableNode(ctx context.Context, org string, kind identity.Kind, name string) (*control.NodeRecord, error) {
+	return r.changeNode(ctx, org, kind, name, "node.enable", func(_ *change, n *store.Node) (map[string]any, error) {
+		if n.Status == store.Revoked {
+			return nil, refuse(http.StatusConflict, control.CodeNodeRevoked, fmt.Sprintf("give it a new key with a new token: sallyway --org %s %s token %s", org, kind, n.Name),
+				"%s %q is revoked, and a revoked key stays revoked", kind, n.Name)
+		}
+		n.Status, n.Draining = store.Active, false
+		return nil, nil
+	})
+}
+
+// RevokeNode denies all keys of a node for good.
+func (r *Registry) RevokeNode(ctx context.Context, org string, kind identity.Kind, name string) (*control.NodeRecord, error) {
+	return r.changeNode(ctx, org, kind, name, "node.revoke", func(c *change, n *store.Node) (map[string]any, error) {
+		keys, err := c.denyKeys(ctx, n.ID)
+		if err != nil {
+			return nil, err
+		}
+		n.Status = store.Revoked
+		c.dropped = append(c.dropped, n.ID)
+		return map[string]any{"keys": keys}, nil
+	})
+}
+
+// denyKeys puts all keys of a node on the deny list for good, and returns their hashes.
+func (c *change) denyKeys(ctx context.Context, node string) ([]string, error) {
+	keys, err := c.Keys(ctx, node)
+	if err != nil {
+		return nil, err
+	}
+	var hashes []string
+	for _, k := range keys {
+		k.Denied = true
+		if err := c.PutKey(ctx, k); err != nil {
+			return nil, err
+		}
+		hashes = append(hashes, k.Hash.String())
+	}
+	return hashes, nil
+}
+
+// DrainNode has a relay take no new allocations; EnableNode ends it.
+func (r *Registry) DrainNode(ctx context.Context, org string, kind identity.Kind, name string) (*control.NodeRecord, error) {
+	if kind != identity.Relay {
+		return nil, invalid("path.name", fmt.Sprintf("sallyway %s disable NAME", kind), "only relays drain")
+	}
+	return r.changeNode(ctx, org, kind, name, "node.drain", func(_ *change, n *store.Node) (map[string]any, error) {
+		if n.Status != store.Active {
+			return nil, refuse(http.StatusConflict, control.CodeConflict, "", "relay %q is %s", n.Name, n.Status)
+		}
+		n.Draining = true
+		return nil, nil
+	})
+}
+
+// DeleteNode deletes a node: its keys are denied, policies for it go, and no resource is served by it any more.
+func (r *Registry) DeleteNode(ctx context.Context, org string, kind identity.Kind, name string) error {
+	_, err := r.changeNode(ctx, org, kind, name, "node.delete", func(c *change, n *store.Node) (map[string]any, error) {
+		keys, err := c.denyKeys(ctx, n.ID)
+		if err != nil {
+			return nil, err
+		}
+		policies, err := c.Policies(ctx, org, store.Page{})
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range policies {
+			if p.SubjectKind != subjectGroup && p.Subject == n.ID {
+				if err := c.DeletePolicy(ctx, p.ID); err != nil {
+					return nil, err
+				}
+			}
+		}
+		resources, err := c.Resources(ctx, org, store.Page{})
+		if err != nil {
+			return nil, err
+		}
+		for _, v := range resources {
+			if i := slices.Index(v.Gateways, n.ID); i >= 0 {
+				v.Gateways = slices.Delete(v.Gateways, i, i+1)
+				if err := c.UpdateResource(ctx, v); err != nil {
+					return nil, err
+				}
+			}
+		}
+		if err := c.dropAssignments(ctx, n); err != nil {
+			return nil, err
+		}
+		if err := c.DropEnrolmentTokens(ctx, n.ID); err != nil {
+			return nil, err
+		}
+		n.Deleted = c.now
+		c.dropped = append(c.dropped, n.ID)
+		return map[string]any{"keys": keys}, nil
+	})
+	return err
+}
+
+// dropAssignments takes a deleted relay from all gateways that it was assigned to, and a deleted gateway its relays.
+func (c *change) dropAssignments(ctx context.Context, n *store.Node) error {
+	if n.Kind == identity.Gateway {
+		return c.PutAssignment(ctx, n.ID, nil)
+	}
+	if n.Kind != identity.Relay {
+		return nil
+	}
+	orgs, err := c.Orgs(ctx, store.Page{})
+	if err != nil {
+		return err
+	}
+	for _, o := range orgs {
+		if n.Org != identity.SharedOrg && o.Name != n.Org {
+			continue
+		}
+		all, err := c.Assignments(ctx, o.Name)
+		if err != nil {
+			return err
+		}
+		for g, relays := range all {
+			if i := slices.Index(relays, n.ID); i >= 0 {
+				if err := c.PutAssignment(ctx, g, slices.Delete(relays, i, i+1)); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// maxHost is the longest host name (RFC 1035 §3.1 without the final dot).
+const maxHost = 253
+
+// validHost reports whether s is a DNS name of at least one label; wildcard allows "*." before it.
+func validHost(s string, wildcard bool) bool {
+	if wildcard {
+		s = strings.TrimPrefix(s, "*.")
+	}
+	s = strings.TrimSuffix(s, ".")
+	if s == "" || len(s) > maxHost {
+		return false
+	}
+	for l := range strings.SplitSeq(strings.ToLower(s), ".") {
+		// Underscores stand in names such as _dmarc, which hosts have too.
+		if l = strings.ReplaceAll(l, "_", "a"); !identity.ValidLabel(l) {
+			return false
+		}
+	}
+	return true
+}
+
+func checkHost(h string) error {
+	if a, err := netip.ParseAddr(h); err == nil && !a.IsUnspecified() && !a.IsMulticast() && a.Zone() == "" {
+		return nil
+	} else if err != nil && validHost(h, false) && !allDigits(h) {
+		return nil
+	}
+	return invalid("body.host", "give the address or DNS name under which nodes reach the relay, without port: --host relay1.example.com",
+		"relay host %.80q is neither an IP address nor a DNS name", h)
+}
+
+// allDigits reports whether s is made of digits and dots: a mistyped address rather than a name.
+func allDigits(s string) bool { return strings.Trim(s, "0123456789.") == "" }
+
+func checkPeers(peers []netip.AddrPort) error {
+	const most = 256
+	if len(peers) > most {
+		return invalid("body.peers", "", "%d configured peers, limit %d", len(peers), most)
+	}
+	for _, p := range peers {
+		if !p.IsValid() || p.Port() == 0 || p.Addr().IsUnspecified() || p.Addr().IsMulticast() || p.Addr().Is4In6() {
+			return invalid("body.peers", "give address:port, such as 192.0.2.7:4433", "configured peer %v is not an address with a port", p)
+		}
+	}
+	return nil
+}
+
+// TURNCredential makes a credential for standard TURN software, as a client of the organization.
+func (r *Registry) TURNCredential(ctx context.Context, org, relay string, req control.CreateTURNCredential) (*control.TURNCredential, error) {
+	const most = 24 * time.Hour
+	ttl := time.Duration(req.TTL) * time.Second
+	if req.TTL < 0 || ttl > most {
+		return nil, invalid("body.ttl", "between 1 and 86400; 0 is one hour", "a credential can not live %d seconds", req.TTL)
+	}
+	if ttl == 0 {
+		ttl = time.Hour
+	}
+	var out *control.TURNCredential
+	err := r.update(ctx, func(c *change) error {
+		if _, err := c.org(ctx, org); err != nil {
+			return err
+		}
+		n, err := c.FindNode(ctx, org, identity.Relay, relay)
+		if errors.Is(err, store.ErrNotFound) && org != identity.SharedOrg {
+			n, err = c.FindNode(ctx, identity.SharedOrg, identity.Relay, relay)
+		}
+		if err != nil {
+			return notFound(err, "relay", relay, org)
+		}
+		client, err := c.FindNode(ctx, org, identity.Client, req.Client)
+		if err != nil {
+			return notFound(err, "client", req.Client, org)
+		}
+		if client.Status != store.Active || n.Status != store.Active {
+			return refuse(http.StatusConflict, control.CodeConflict, "enable both first", "relay %q is %s, client %q is %s", n.Name, n.Status, client.Name, client.Status)
+		}
+		keys, err := view.RelayKeys(ctx, c.Tx, r.Seal, n.ID)
+		if err != nil {
+			return err
+		}
+		if len(keys) == 0 {
+			return fmt.Errorf("relay %s has no key", n.ID)
+		}
+		u := wire.Username{Expiry: c.now.Add(ttl), Node: client.Identity()}
+		host := n.Host
+		if strings.Contains(host, ":") {
+			host = "[" + host + "]"
+		}
+		out = &control.TURNCredential{
+			Username: u.String(), Password: wire.Password(keys[0].Secret, u.String()), Realm: wire.Realm, Expires: time.Unix(u.Expiry.Unix(), 0).UTC(),
+			URIs: []string{
+				fmt.Sprintf("turn:%s:%d?transport=udp", host, n.Port), fmt.Sprintf("turn:%s:%d?transport=tcp", host, n.Port),
+				fmt.Sprintf("turns:%s:%d?transport=tcp", host, n.Port), fmt.Sprintf("turns:%s:%d?transport=udp", host, n.Port),
+			},
+		}
+		return c.audit(ctx, org, "relay.credential.issue", n.Identity().String(), audit.OK, map[string]any{
+			"client": client.Identity().String(), "expires": out.Expires.Format(time.RFC3339),
+		})
+	})
+	return out, err
+}

@@ -1,0 +1,206 @@
+// Package registry is what administrators and nodes may do to what the platform keeps: organizations, nodes, resources, policies,
+// tokens, enrolment. Every method is one transaction with its audit entry; what was committed is announced by Changed and Dropped, so
+// that the control streams push it. It knows nothing of HTTP: refusals are *Error, a control.Problem with its status.
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"regexp"
+	"slices"
+	"time"
+
+	"sallyway/internal/control"
+	"sallyway/internal/identity"
+	"sallyway/platform/audit"
+	"sallyway/platform/pki"
+	"sallyway/platform/presence"
+	"sallyway/platform/store"
+)
+
+// Registry serves all organizations. The fields are set before its first use; methods may be called concurrently.
+type Registry struct {
+	Store store.Store
+	Seal  *pki.Sealer
+	Board *presence.Board
+	Log   *slog.Logger
+	Now   func() time.Time
+	// URL and Pin are what enrolment tokens carry.
+	URL, Pin string
+	// Audiences are the URLs under which the platform may be addressed by assertions, canonical (see CanonicalURL).
+	Audiences []string
+	// Changed is called after a commit that changed what nodes of org are told. It must not block.
+	Changed func(org string)
+	// Dropped is called after a commit that took a node its right to talk to the platform. It must not block.
+	Dropped func(node string)
+
+	access accessKey
+	failed aggregate
+}
+
+// Error is a refusal that the caller is told.
+type Error struct{ control.Problem }
+
+// Error implements error.
+func (e *Error) Error() string { return e.Detail }
+
+// Code of a refusal, "" when err is none.
+func Code(err error) string {
+	var e *Error
+	if errors.As(err, &e) {
+		return e.Problem.Code
+	}
+	return ""
+}
+
+func refuse(status int, code, remedy, format string, args ...any) *Error {
+	return &Error{control.Problem{Status: status, Code: code, Title: http.StatusText(status), Detail: fmt.Sprintf(format, args...), Remedy: remedy}}
+}
+
+func invalid(location, remedy, format string, args ...any) *Error {
+	e := refuse(http.StatusUnprocessableEntity, control.CodeInvalid, remedy, format, args...)
+	e.Errors = []control.ProblemPart{{Message: e.Detail, Location: location}}
+	return e
+}
+
+// actorKey is the key of the actor in a context.
+type actorKey struct{}
+
+// WithActor says in a context who does what follows: it stands in the audit.
+func WithActor(ctx context.Context, actor string) context.Context {
+	return context.WithValue(ctx, actorKey{}, actor)
+}
+
+func actor(ctx context.Context) string {
+	if a, ok := ctx.Value(actorKey{}).(string); ok {
+		return a
+	}
+	return "platform"
+}
+
+// change is a transaction of the registry.
+type change struct {
+	store.Tx
+	r       *Registry
+	now     time.Time
+	bumped  []string
+	dropped []string
+}
+
+// update runs fn in a transaction and announces what it changed.
+func (r *Registry) update(ctx context.Context, fn func(c *change) error) error {
+	var last *change
+	err := r.Store.Update(ctx, func(tx store.Tx) error {
+		last = &change{Tx: tx, r: r, now: r.Now().UTC().Truncate(time.Microsecond)}
+		return fn(last)
+	})
+	if err != nil {
+		return err
+	}
+	for _, org := range last.bumped {
+		if r.Changed != nil {
+			r.Changed(org)
+		}
+	}
+	for _, id := range last.dropped {
+		r.Board.Drop(id)
+		if r.Dropped != nil {
+			r.Dropped(id)
+		}
+	}
+	return nil
+}
+
+// audit adds to the organization's chain in the same transaction.
+func (c *change) audit(ctx context.Context, org, action, object, result string, detail map[string]any) error {
+	return audit.Append(ctx, c.Tx, org, c.now, audit.Entry{Actor: actor(ctx), Action: action, Object: object, Result: result, Detail: detail})
+}
+
+// bump raises the version of what the nodes of org are told. Versions follow the clock in seconds where that is ahead, so that they grow
+// even past a restored backup. Shared relays serve every organization: either's change concerns the other.
+func (c *change) bump(ctx context.Context, org string) error {
+	orgs := []string{org}
+	if org != identity.SharedOrg {
+		orgs = append(orgs, identity.SharedOrg)
+	} else {
+		all, err := c.Orgs(ctx, store.Page{})
+		if err != nil {
+			return err
+		}
+		for _, o := range all {
+			orgs = append(orgs, o.Name)
+		}
+	}
+	for _, o := range orgs {
+		if slices.Contains(c.bumped, o) {
+			continue
+		}
+		if _, err := c.BumpVersion(ctx, o, uint64(c.now.Unix())); err != nil {
+			return err
+		}
+		c.bumped = append(c.bumped, o)
+	}
+	return nil
+}
+
+// notFound words ErrNotFound; other errors pass.
+func notFound(err error, what, name, org string) error {
+	if errors.Is(err, store.ErrNotFound) {
+		return refuse(http.StatusNotFound, control.CodeNotFound, fmt.Sprintf("see `sallyway --org %s %s list`", org, what),
+			"organization %s has no %s %.80q", org, what, name)
+	}
+	return err
+}
+
+// taken words ErrExists; other errors pass.
+func taken(err error, what, name, org string) error {
+	if errors.Is(err, store.ErrExists) {
+		return refuse(http.StatusConflict, control.CodeConflict, "choose another name, or delete the old one first",
+			"organization %s already has a %s named %.80q", org, what, name)
+	}
+	return err
+}
+
+// idLike matches ids as identity.NewID makes them: not allowed as names, because everything may be addressed by either.
+var idLike = regexp.MustCompile(`^[a-z]-[a-z2-7]{12}$`)
+
+func checkName(what, name string) error {
+	if !identity.ValidLabel(name) || idLike.MatchString(name) {
+		return invalid("body.name", "use lower-case letters, digits and hyphens, such as db-1",
+			"%s name %.80q is not a DNS label in lower case (a-z, 0-9, hyphen; at most 63), or looks like an id", what, name)
+	}
+	return nil
+}
+
+// org reads an organization for a public method.
+func (c *change) org(ctx context.Context, name string) (*store.Org, error) {
+	return findOrg(ctx, c.Tx, name)
+}
+
+func findOrg(ctx context.Context, tx store.Tx, name string) (*store.Org, error) {
+	o, err := tx.Org(ctx, name)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, refuse(http.StatusNotFound, control.CodeNotFound, "see `sallyway organization list`", "there is no organization %.80q", name)
+	}
+	return o, err
+}
+
+// trim cuts a list that was read with one row more than asked, and returns the cursor of the next page.
+func trim[T any](items []T, limit int, name func(T) string) ([]T, string) {
+	if limit <= 0 || len(items) <= limit {
+		return items, ""
+	}
+	items = items[:limit]
+	return items, name(items[limit-1])
+}
+
+// more asks for one row more than a page has, to know whether another follows.
+func more(p store.Page) store.Page {
+	if p.Limit > 0 {
+		p.Limit++
+	}
+	return p
+}
