@@ -177,6 +177,7 @@ func (h *Host) apply(ctx context.Context, d *control.Dialling) {
 	}
 	st := HostStatus{TUN: h.dev.Name(), Addresses: d.Virtual}
 	if h.cfg.Routes != Off {
+		h.dev.SetOwnResolvers(t.stubAddrs()) // which DNS below names on the host, and which lie in our routes
 		skipped, err := h.dev.SetRoutes(t.routes(), h.protected(ctx, d))
 		if err != nil {
 			h.cfg.Logger.Warn("routes into the TUN device", "err", err)

@@ -350,13 +350,13 @@ func TestResolversAreHazards(t *testing.T) {
 	old := resolvConfs
 	defer func() { resolvConfs = old }()
 	resolvConfs = []string{filepath.Join(t.TempDir(), "resolv.conf"), "/nowhere"}
-	if err := os.WriteFile(resolvConfs[0], []byte("nameserver 100.112.0.1\nnameserver 127.0.0.1\nnameserver 10.1.0.53\n"), 0o644); err != nil {
+	if err := os.WriteFile(resolvConfs[0], []byte("nameserver 100.96.0.9 # sallyway sally1\nnameserver 100.112.0.1\nnameserver 127.0.0.1\nnameserver 10.1.0.53\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	inNamespace(t, func() {
 		d := open(t)
 		defer d.Close()
-		wanted := prefixes("100.112.0.0/12", "10.1.0.0/16")
+		wanted := prefixes("100.96.0.0/12", "100.112.0.0/12", "10.1.0.0/16")
 		if skipped, err := d.SetRoutes(wanted, nil); len(skipped) != 2 || err != nil {
 			t.Error(skipped, err)
 		}

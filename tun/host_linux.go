@@ -20,6 +20,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"sallyway/tun/splitdns"
 )
 
 const (
@@ -116,13 +118,13 @@ func (d *Device) resolvers() []netip.Addr {
 	return as
 }
 
-// nameservers returns the addresses of the nameserver lines of a resolv.conf(5).
+// nameservers returns the addresses of the nameserver lines of a resolv.conf(5), without those that split DNS has put there.
 func nameservers(r io.Reader) []netip.Addr {
 	var as []netip.Addr
 	sc := bufio.NewScanner(r)
 	for sc.Scan() {
 		f := strings.Fields(sc.Text())
-		if len(f) < 2 || f[0] != "nameserver" {
+		if len(f) < 2 || f[0] != "nameserver" || strings.Contains(sc.Text(), splitdns.Mark) {
 			continue
 		}
 		if a, err := netip.ParseAddr(f[1]); err == nil {

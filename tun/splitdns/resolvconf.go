@@ -18,8 +18,9 @@ import (
 const (
 	journalName = "resolv.conf.journal"
 
-	// marker ends every line of ours, so that it is found again in a file that others have rewritten.
-	marker = "# sallyway"
+	// Mark and the name of the interface end every line of ours, so that it is found again in a file that others have
+	// rewritten, and so that two daemons on one host do not take each other's lines for their own.
+	Mark = "# sallyway "
 
 	maxResolvConf = 1 << 20 // bytes; a file beyond is not one
 )
@@ -27,6 +28,7 @@ const (
 // journal is what undoes an edit. It is on the disk before the edit is.
 type journal struct {
 	Path     string      `json:"path"`
+	Marker   string      `json:"marker"` // at the end of our lines
 	Existed  bool        `json:"existed"`
 	Link     string      `json:"link,omitempty"` // where Path led as a symbolic link
 	Original []byte      `json:"original"`
@@ -42,6 +44,8 @@ func (j *journal) torn(b []byte) bool {
 
 // ours reports whether b is what we have written.
 func (j *journal) ours(b []byte) bool { return slices.Contains(j.Written, hash(b)) || j.torn(b) }
+
+func (d *DNS) marker() string { return Mark + d.cfg.Interface }
 
 func (d *DNS) journalPath() string { return filepath.Join(d.cfg.StateDir, journalName) }
 
@@ -60,17 +64,19 @@ func (d *DNS) setResolvConfLocked(servers []netip.Addr) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	if upstreams, ok := inForce(current, servers, d.marker()); ok && j != nil {
+		d.upstreams = upstreams
+		return nil
+	}
 	if j == nil || !j.ours(current) {
 		// The first edit, or somebody has written the file since: what is there now is the original.
 		if j, err = snapshot(d.cfg.ResolvConf); err != nil {
 			return err
 		}
-		j.Original = withoutOurs(j.Original)
+		j.Marker = d.marker()
+		j.Original = withoutOurs(j.Original, j.Marker)
 	}
-	edited := edit(j.Original, servers)
-	if bytes.Equal(edited, current) {
-		return nil
-	}
+	edited := edit(j.Original, servers, j.Marker)
 	j.Written, j.Edited = append(j.Written, hash(edited)), edited
 	if err := writeJournal(d.journalPath(), j); err != nil {
 		return err
@@ -78,8 +84,30 @@ func (d *DNS) setResolvConfLocked(servers []netip.Addr) error {
 	if err := replaceFile(d.cfg.ResolvConf, edited, j.Mode); err != nil {
 		return err
 	}
-	d.upstreams = slices.DeleteFunc(nameservers(j.Original), func(a netip.Addr) bool { return slices.Contains(servers, a) })
+	d.upstreams, _ = inForce(edited, servers, j.Marker)
 	return nil
+}
+
+// inForce reports whether servers are the first in a resolv.conf but for those of other daemons of ours, which forward to
+// them, and which servers follow.
+func inForce(b []byte, servers []netip.Addr, marker string) (upstreams []netip.Addr, ok bool) {
+	var own []netip.Addr
+	for line := range bytes.Lines(b) {
+		as := nameservers(line)
+		line = bytes.TrimRight(line, "\r\n")
+		switch {
+		case len(as) == 0:
+		case bytes.HasSuffix(line, []byte(marker)):
+			own = append(own, as...)
+		case len(own) > 0:
+			if !slices.Contains(servers, as[0]) {
+				upstreams = append(upstreams, as...)
+			}
+		case !bytes.Contains(line, []byte(Mark)):
+			return nil, false
+		}
+	}
+	return upstreams, len(own) > 0 && slices.Equal(own, servers)
 }
 
 // snapshot is a journal that leads back to the file as it is.
@@ -108,7 +136,7 @@ func snapshot(path string) (*journal, error) {
 }
 
 // edit puts servers before the first nameserver of a resolv.conf.
-func edit(original []byte, servers []netip.Addr) []byte {
+func edit(original []byte, servers []netip.Addr, marker string) []byte {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "# Edited by Sallyway, which puts its resolver first and undoes that when it ends. %s\n", marker)
 	for _, s := range servers {
@@ -131,10 +159,10 @@ func edit(original []byte, servers []netip.Addr) []byte {
 }
 
 // withoutOurs is b without the lines that edit adds.
-func withoutOurs(b []byte) []byte {
+func withoutOurs(b []byte, marker string) []byte {
 	var out []byte
 	for line := range bytes.Lines(b) {
-		if !bytes.HasSuffix(bytes.TrimRight(line, "\n"), []byte(marker)) {
+		if !bytes.HasSuffix(bytes.TrimRight(line, "\r\n"), []byte(marker)) {
 			out = append(out, line...)
 		}
 	}
@@ -163,10 +191,10 @@ func undo(path string) (bool, error) {
 		default:
 			err = replaceFile(j.Path, j.Original, j.Mode)
 		}
-	case err == nil && bytes.Contains(current, []byte(marker)):
+	case err == nil && j.Marker != "" && !bytes.Equal(withoutOurs(current, j.Marker), current):
 		// Somebody has edited it around our lines: only they go.
 		changed = true
-		err = replaceFile(j.Path, withoutOurs(current), j.Mode)
+		err = replaceFile(j.Path, withoutOurs(current, j.Marker), j.Mode)
 	default:
 		err = nil // never edited, or written anew by somebody else
 	}

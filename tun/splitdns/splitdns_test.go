@@ -216,6 +216,69 @@ func TestRewrittenWhileActive(t *testing.T) {
 	h.wantUndone("nameserver 10.1.1.1\n")
 }
 
+// TestTwoDaemons: each keeps to its own lines, the later one is first, neither forwards in a circle, and whatever the order
+// of their ends, the original is what is left.
+func TestTwoDaemons(t *testing.T) {
+	for _, ends := range [][]int{{0, 1}, {1, 0}} {
+		h := newHost(t, strings.Replace(original, " rotate", "", 1))
+		var ds [2]*DNS
+		servers := [2][]netip.Addr{{netip.MustParseAddr("100.112.0.1")}, {netip.MustParseAddr("100.96.0.1")}}
+		configs := [2]Config{}
+		for i := range ds {
+			state := filepath.Join(h.dir, "state", string(rune('a'+i)))
+			os.Mkdir(state, 0o755)
+			configs[i] = Config{Interface: "sally" + string(rune('0'+i)), StateDir: state, ResolvConf: h.conf, root: h.dir}
+			var err error
+			if ds[i], err = New(configs[i]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var first string
+		for range 3 {
+			for i := range ds {
+				if err := ds[i].Set(servers[i], []string{"x.example"}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if first == "" {
+				first = h.read()
+			}
+		}
+		if h.read() != first {
+			t.Errorf("they fight: %q, then %q", first, h.read())
+		}
+		ns := nameservers([]byte(first))
+		if len(ns) != 4 || ns[0] != servers[1][0] || ns[1] != servers[0][0] {
+			t.Error(ns)
+		}
+		if up := ds[0].Upstreams(); !slices.Equal(up, ns[2:]) {
+			t.Error("of the first:", up)
+		}
+		if up := ds[1].Upstreams(); !slices.Equal(up, ns[1:]) {
+			t.Error("of the second:", up)
+		}
+		for n, i := range ends {
+			if n == 0 {
+				if err := ds[i].Close(); err != nil {
+					t.Fatal(err)
+				}
+				// The one that is left goes on.
+				if err := ds[1-i].Set(servers[1-i], []string{"x.example"}); err != nil {
+					t.Fatal(err)
+				}
+				if up := ds[1-i].Upstreams(); !slices.Equal(up, ns[2:]) {
+					t.Error("of the one that is left:", up)
+				}
+			} else if _, err := New(configs[i]); err != nil { // after a crash
+				t.Fatal(err)
+			}
+		}
+		if got := h.read(); got != strings.Replace(original, " rotate", "", 1) {
+			t.Errorf("left: %q", got)
+		}
+	}
+}
+
 func TestResolved(t *testing.T) {
 	h := newHost(t, "nameserver 127.0.0.53\n")
 	os.MkdirAll(filepath.Join(h.dir, "run/systemd/resolve"), 0o755)
@@ -363,13 +426,17 @@ func FuzzEdit(f *testing.F) {
 	f.Add([]byte("nameserver"))
 	f.Add([]byte("options rotate\r\noptions  rotate ndots:1"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		e := edit(b, ours)
+		b = withoutOurs(b, Mark+"sally0")
+		e := edit(b, ours, Mark+"sally0")
 		ns := nameservers(e)
 		if len(ns) == 0 || ns[0] != ours[0] || !slices.Equal(ns[1:], nameservers(b)) {
 			t.Errorf("%q → %q: nameservers %v", b, e, ns)
 		}
-		if nameservers(withoutOurs(e)); !slices.Equal(nameservers(withoutOurs(e)), nameservers(withoutOurs(b))) {
-			t.Errorf("%q → %q → %q", b, e, withoutOurs(e))
+		if _, ok := inForce(e, ours, Mark+"sally0"); !ok {
+			t.Errorf("%q → %q is not in force", b, e)
+		}
+		if !slices.Equal(nameservers(withoutOurs(e, Mark+"sally0")), nameservers(withoutOurs(b, Mark+"sally0"))) {
+			t.Errorf("%q → %q → %q", b, e, withoutOurs(e, Mark+"sally0"))
 		}
 	})
 }
