@@ -97,13 +97,20 @@ func ParseNode(s string) (Node, error) {
 	return n, n.Validate()
 }
 
-// ParseURI reads a SPIFFE URI of ours.
+// ParseURI reads a SPIFFE URI of ours. A node has one spelling: no percent-encoding, no query, not even an empty one (SPIFFE-ID §2).
 func ParseURI(u *url.URL) (Node, error) {
 	org, ours := strings.CutSuffix(u.Host, ".sallyway")
-	if u.Scheme != "spiffe" || !ours || u.User != nil || u.RawQuery != "" || u.Fragment != "" || !strings.HasPrefix(u.Path, "/") {
+	if !ours || !strings.HasPrefix(u.Path, "/") {
 		return Node{}, fmt.Errorf("%q is not a SPIFFE URI of Sallyway", clip(u.String()))
 	}
-	return ParseNode(org + u.Path)
+	n, err := ParseNode(org + u.Path)
+	if err != nil {
+		return Node{}, err
+	}
+	if *u != *n.URI() {
+		return Node{}, fmt.Errorf("%q is not how %v is written", clip(u.String()), n)
+	}
+	return n, nil
 }
 
 // NewID returns a fresh random id with a one-letter prefix that tells the kind, such as g-7k3m9x2pq4ra: 60 random bits.

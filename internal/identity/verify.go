@@ -153,10 +153,13 @@ func EncodeCertificates(certs ...*x509.Certificate) []byte {
 func DecodeCertificates(b []byte) ([]*x509.Certificate, error) {
 	const most = 16
 	var certs []*x509.Certificate
-	for len(certs) < most {
+	for {
 		var block *pem.Block
 		if block, b = pem.Decode(b); block == nil {
 			break
+		}
+		if len(certs) == most {
+			return nil, fmt.Errorf("more than %d certificates", most)
 		}
 		if block.Type != "CERTIFICATE" {
 			return nil, fmt.Errorf("PEM block of type %q, want CERTIFICATE", clip(block.Type))
