@@ -82,3 +82,32 @@ func BenchmarkUDP(b *testing.B) {
 		}
 	}
 }
+
+// idleConn is a PacketConn without packets.
+type idleConn chan struct{}
+
+func (c idleConn) ReadPacket([]byte) (int, error) {
+	<-c
+	return 0, io.EOF
+}
+func (c idleConn) WritePacket([]byte) ([]byte, error) { return nil, nil }
+func (c idleConn) Close() error {
+	close(c)
+	return nil
+}
+
+// BenchmarkSession is the cost of a stack of its own for a session: made, run, ended.
+func BenchmarkSession(b *testing.B) {
+	b.ReportAllocs()
+	for b.Loop() {
+		s, err := netstack.New(netstack.Config{Conn: make(idleConn)})
+		if err != nil {
+			b.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		if err := s.Run(ctx); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -363,13 +363,8 @@ func (d *connDevice) WriteParts(parts [][]byte) (int, error) {
 // injectLater gives a packet to the stack from a goroutine of its own: the caller may hold the stack's locks.
 func (l *link) injectLater(b []byte) { go l.inject(b) }
 
-// Close ends a waiting Read, where the PacketConn can be closed.
-func (d *connDevice) Close() error {
-	if c, ok := d.conn.(interface{ Close() error }); ok {
-		return c.Close()
-	}
-	return nil
-}
+// Close ends a waiting Read.
+func (d *connDevice) Close() error { return d.conn.Close() }
 
 // quoteLen is how much of a packet an ICMP error of ours quotes, bytes: headers and what identifies the flow.
 const quoteLen = 128

@@ -48,7 +48,8 @@ import (
 )
 
 // Device carries the packets of a host. Each is preceded by HeaderLen bytes: a struct virtio_net_hdr where that is 10,
-// nothing where it is 0. Read is called by one goroutine, WriteParts by many; WriteParts keeps none of its argument.
+// nothing where it is 0. Read is called by one goroutine, WriteParts by many; WriteParts keeps none of its argument. A waiting
+// Read must end by SetReadDeadline or by Close, where the device has these methods.
 type Device interface {
 	Read(p []byte) (int, error)
 	WriteParts(parts [][]byte) (int, error)
@@ -57,10 +58,11 @@ type Device interface {
 }
 
 // PacketConn carries IP packets one by one; *connectip.Conn is one. WritePacket may return an ICMP packet for the sender
-// of what it could not take. It is not called concurrently, and keeps none of its argument.
+// of what it could not take. It is not called concurrently, and keeps none of its argument. Close ends a waiting ReadPacket.
 type PacketConn interface {
 	ReadPacket(p []byte) (int, error)
 	WritePacket(p []byte) (icmp []byte, err error)
+	Close() error
 }
 
 // Defaults and bounds of Config.
