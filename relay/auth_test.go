@@ -458,16 +458,10 @@ func TestQuotas(t *testing.T) {
 	if err := l.SetOrganizations(map[string]Organization{"acme": {}, "other": {}}); err != nil {
 		t.Fatal(err)
 	}
-	for i, a := range l.table.snapshot() {
-		if a.owner != client1 && a.owner != client2 {
-			continue
-		}
-		_ = i
-	}
 	b.want(0, b.bind(0x4000, g.relayed))
-	other := l.table.newest(gateway1)
+	var other *allocation
 	for _, x := range l.table.snapshot() {
-		if x.owner == gateway1 && x != other {
+		if x.owner == gateway1 && x.relayed != g.relayed {
 			other = x
 		}
 	}

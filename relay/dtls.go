@@ -150,7 +150,7 @@ func (s *Server) serveDTLS(from netip.AddrPort, v *virtualConn) {
 		s.count.handshakesFailed.Add(1)
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), handshakeTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.handshakeTimeout)
 	stop := context.AfterFunc(ctx, func() { v.Close() })
 	go func() { // a stopping relay does not wait for the deadline
 		select {

@@ -73,6 +73,8 @@ type Config struct {
 	Metrics prometheus.Registerer
 	// Now tells the time; nil is time.Now.
 	Now func() time.Time
+
+	handshakeTimeout time.Duration // 0 is handshakeTimeout; tests have less patience
 }
 
 // Organization is what a relay knows about a tenant.
@@ -253,6 +255,9 @@ func (c *Config) fill() error {
 	}
 	if c.Now == nil {
 		c.Now = time.Now
+	}
+	if c.handshakeTimeout == 0 {
+		c.handshakeTimeout = handshakeTimeout
 	}
 	l := &c.Limits
 	for _, f := range []struct {

@@ -73,7 +73,7 @@ func (s *Server) accept() error {
 // serve finds out what a TCP connection speaks, and serves it until it is closed.
 func (c *conn) serve(tc *net.TCPConn) {
 	var first [1]byte
-	if tc.SetDeadline(time.Now().Add(handshakeTimeout)) != nil {
+	if tc.SetDeadline(time.Now().Add(c.s.cfg.handshakeTimeout)) != nil {
 		return
 	}
 	if _, err := io.ReadFull(tc, first[:]); err != nil {
@@ -90,7 +90,7 @@ func (c *conn) serve(tc *net.TCPConn) {
 		return
 	}
 	t := tls.Server(in, c.s.tlsConfig)
-	ctx, cancel := context.WithTimeout(context.Background(), handshakeTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), c.s.cfg.handshakeTimeout)
 	err := t.HandshakeContext(ctx)
 	cancel()
 	if err != nil {
