@@ -17,7 +17,7 @@ func BenchmarkTransfer(b *testing.B) {
 		for _, segments := range []int{1, 13, 44} {
 			b.Run(fmt.Sprintf("%s/%d", tr, segments), func(b *testing.B) {
 				l := startRelay(b, newPKI(b, relayNode))
-				p := connect(b, l, l.config(clientNode, tr), l.config(gatewayNode, tr))
+				p := connect(b, l.config(clientNode, tr), l.config(gatewayNode, tr))
 				window := int64(512 << 10)
 				if tr == leg.TLS {
 					window = 128 << 10

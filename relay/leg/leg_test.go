@@ -109,7 +109,7 @@ func TestExchange(t *testing.T) {
 		t.Run(fmt.Sprintf("%s-%s-%s", tt.client, tt.gateway, tt.flags), func(t *testing.T) {
 			client, gateway := l.config(clientNode, tt.client), l.config(gatewayNode, tt.gateway)
 			client.Credentials = credentials(clientNode, tt.flags)
-			p := connect(t, l, client, gateway)
+			p := connect(t, client, gateway)
 			segment := min(p.out.MaxPayload(), p.in.MaxPayload(), 1452)
 			start := time.Now()
 			exchange(t, p.out, p.in, tt.total, tt.window, segment)
@@ -142,7 +142,7 @@ func waitFor(t testing.TB, what string, cond func() bool) {
 func TestSendTooLarge(t *testing.T) {
 	l := startRelay(t, newPKI(t, relayNode))
 	for _, tr := range []leg.Transport{leg.UDP, leg.TLS} {
-		p := connect(t, l, l.config(clientNode, tr), l.config(gatewayNode, tr))
+		p := connect(t, l.config(clientNode, tr), l.config(gatewayNode, tr))
 		before := p.client.Stats().DroppedSize
 		p.out.Send(make([]byte, 70000), 0, 0)
 		p.out.Send(make([]byte, 200000), 66000, 0)
@@ -161,7 +161,7 @@ func TestQueueFull(t *testing.T) {
 	l := startRelay(t, newPKI(t, relayNode))
 	cfg := l.config(clientNode, leg.TLS)
 	cfg.Queue = 32 << 10
-	p := connect(t, l, cfg, l.config(gatewayNode, leg.TLS))
+	p := connect(t, cfg, l.config(gatewayNode, leg.TLS))
 	b := make([]byte, 1<<20)
 	start := time.Now()
 	for range 200 {
@@ -322,7 +322,7 @@ func TestLost(t *testing.T) {
 		hop := startProxy(t, a.addr)
 		cfg := a.config(clientNode, leg.UDP)
 		cfg.Addrs = []netip.AddrPort{hop.addr}
-		p := connect(t, a, cfg, a.config(gatewayNode, leg.UDP))
+		p := connect(t, cfg, a.config(gatewayNode, leg.UDP))
 		hop.target.Store(&b.addr)
 		lost(t, p, bound)
 		if !strings.Contains(p.client.Err().Error(), "does not know") {
@@ -336,7 +336,7 @@ func TestLost(t *testing.T) {
 		hop := startProxy(t, a.addr)
 		cfg := a.config(clientNode, leg.UDP)
 		cfg.Addrs = []netip.AddrPort{hop.addr}
-		p := connect(t, a, cfg, a.config(gatewayNode, leg.UDP))
+		p := connect(t, cfg, a.config(gatewayNode, leg.UDP))
 		hop.target.Store(nil)
 		p.client.Suspect()
 		lost(t, p, bound)
@@ -346,7 +346,7 @@ func TestLost(t *testing.T) {
 		front := startProxy(t, a.addr)
 		cfg := a.config(clientNode, leg.UDP)
 		cfg.Addrs = []netip.AddrPort{front.addr}
-		p := connect(t, a, cfg, a.config(gatewayNode, leg.UDP))
+		p := connect(t, cfg, a.config(gatewayNode, leg.UDP))
 		front.close()
 		lost(t, p, bound)
 		if !errors.Is(p.client.Err(), syscall.ECONNREFUSED) {
@@ -356,13 +356,13 @@ func TestLost(t *testing.T) {
 	for _, tr := range []leg.Transport{leg.UDP, leg.TLS} {
 		t.Run(fmt.Sprintf("relay stopped/%s", tr), func(t *testing.T) {
 			a := startRelay(t, key)
-			p := connect(t, a, a.config(clientNode, tr), a.config(gatewayNode, tr))
+			p := connect(t, a.config(clientNode, tr), a.config(gatewayNode, tr))
 			a.stop()
 			lost(t, p, bound)
 		})
 		t.Run(fmt.Sprintf("revoked/%s", tr), func(t *testing.T) {
 			a := startRelay(t, key)
-			p := connect(t, a, a.config(clientNode, tr), a.config(gatewayNode, tr))
+			p := connect(t, a.config(clientNode, tr), a.config(gatewayNode, tr))
 			a.SetDenied([]identity.Node{clientNode})
 			lost(t, p, bound)
 			var e *leg.Error
@@ -378,7 +378,7 @@ func TestLost(t *testing.T) {
 		})
 		t.Run(fmt.Sprintf("drained/%s", tr), func(t *testing.T) {
 			a := startRelay(t, key)
-			p := connect(t, a, a.config(clientNode, tr), a.config(gatewayNode, tr))
+			p := connect(t, a.config(clientNode, tr), a.config(gatewayNode, tr))
 			left := make(chan int, 1)
 			go func() { left <- a.Drain(context.Background(), 5*time.Second) }()
 			for _, x := range []*leg.Leg{p.client, p.gateway} {
@@ -412,7 +412,7 @@ func TestRenewal(t *testing.T) {
 			u := wire.Username{Expiry: time.Now().Add(time.Duration(1+hours.Load()) * time.Hour), Node: clientNode, Flags: wire.FlagPlainData}.String()
 			return u, wire.Password(credentialKey, u)
 		}
-		p := connect(t, l, cfg, l.config(gatewayNode, tr))
+		p := connect(t, cfg, l.config(gatewayNode, tr))
 		hours.Add(5)
 		checks := p.client.Stats().Checks
 		p.client.Suspect()
@@ -467,7 +467,7 @@ func TestMove(t *testing.T) {
 func TestAllocs(t *testing.T) {
 	l := startRelay(t, newPKI(t, relayNode))
 	for _, tr := range []leg.Transport{leg.UDP, leg.TLS} {
-		p := connect(t, l, l.config(clientNode, tr), l.config(gatewayNode, tr))
+		p := connect(t, l.config(clientNode, tr), l.config(gatewayNode, tr))
 		super := make([]byte, 20*1200)
 		arrived := make(chan struct{}, 1)
 		var n int

@@ -22,9 +22,9 @@ func TestIPv6(t *testing.T) {
 	} else {
 		c.Close()
 	}
-	l := startRelayOn(t, newPKI(t, relayNode), netip.MustParseAddr("::1"))
+	l := startRelayOn(t, newPKI(t, relayNode), netip.MustParseAddrPort("[::1]:0"), func(f func() error) error { return f() })
 	for _, tr := range []leg.Transport{leg.UDP, leg.TLS} {
-		p := connect(t, l, l.config(clientNode, tr), l.config(gatewayNode, tr))
+		p := connect(t, l.config(clientNode, tr), l.config(gatewayNode, tr))
 		if !p.client.RelayedAddr().Addr().Is6() || !p.client.ReflexiveAddr().Addr().Is6() {
 			t.Errorf("relayed %v, reflexive %v", p.client.RelayedAddr(), p.client.ReflexiveAddr())
 		}
@@ -44,7 +44,7 @@ func (b batches) Receive(x datagram.Batch) { b <- x }
 // What the sender marks reaches the receiver, and a super-packet stays together all the way: stride, skip and count say so.
 func TestSuperPacket(t *testing.T) {
 	l := startRelay(t, newPKI(t, relayNode))
-	p := connect(t, l, l.config(clientNode, leg.UDP), l.config(gatewayNode, leg.UDP))
+	p := connect(t, l.config(clientNode, leg.UDP), l.config(gatewayNode, leg.UDP))
 	got := make(batches, 100)
 	p.in.SetReceiver(got)
 	for _, ecn := range []datagram.ECN{datagram.ECT0, datagram.CE, datagram.ECT1, datagram.NotECT} {
@@ -95,7 +95,7 @@ func TestSmallMTU(t *testing.T) {
 		l := startRelay(t, key)
 		cfg := l.config(clientNode, leg.UDP)
 		cfg.MTU = 1400
-		p := connect(t, l, cfg, l.config(gatewayNode, leg.UDP))
+		p := connect(t, cfg, l.config(gatewayNode, leg.UDP))
 		fits := p.out.MaxPayload()
 		if fits != 1400-28-4 {
 			t.Errorf("largest payload %d", fits)

@@ -91,20 +91,21 @@ type lab struct {
 
 func startRelay(t testing.TB, p *pki) *lab {
 	t.Helper()
-	return startRelayOn(t, p, netip.MustParseAddr("127.0.0.1"))
+	return startRelayOn(t, p, netip.MustParseAddrPort("127.0.0.1:0"), func(f func() error) error { return f() })
 }
 
-func startRelayOn(t testing.TB, p *pki, ip netip.Addr) *lab {
+// startRelayOn has a relay on addr of the host whose sockets are those that do's function opens.
+func startRelayOn(t testing.TB, p *pki, addr netip.AddrPort, do func(func() error) error) *lab {
 	t.Helper()
 	s, err := relay.New(relay.Config{
-		Listen: netip.AddrPortFrom(ip, 0), Keys: [][]byte{credentialKey},
+		Listen: addr, Keys: [][]byte{credentialKey},
 		Organizations: map[string]relay.Organization{"acme": {}, "other": {}},
 		Certificate:   func() (*tls.Certificate, error) { return p.leaf, nil },
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Listen(t.Context()); err != nil {
+	if err := do(func() error { return s.Listen(t.Context()) }); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -141,10 +142,18 @@ func (l *lab) config(n identity.Node, tr leg.Transport) leg.Config {
 
 func dial(t testing.TB, cfg leg.Config) *leg.Leg {
 	t.Helper()
+	return dialFrom(t, cfg, func(f func() error) error { return f() })
+}
+
+func dialFrom(t testing.TB, cfg leg.Config, do func(func() error) error) *leg.Leg {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	l, err := leg.Dial(ctx, cfg)
-	if err != nil {
+	var l *leg.Leg
+	if err := do(func() (err error) {
+		l, err = leg.Dial(ctx, cfg)
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = l.Close() })
@@ -157,7 +166,13 @@ type pair struct {
 	out, in         *leg.Channel // of client and gateway
 }
 
-func connect(t testing.TB, l *lab, client, gateway leg.Config) pair {
+func connect(t testing.TB, client, gateway leg.Config) pair {
+	t.Helper()
+	here := func(f func() error) error { return f() }
+	return connectFrom(t, client, gateway, here, here)
+}
+
+func connectFrom(t testing.TB, client, gateway leg.Config, onClient, onGateway func(func() error) error) pair {
 	t.Helper()
 	got := make(chan *leg.Channel, 1)
 	gateway.OnRendezvous = func(peer identity.Node, from netip.AddrPort, ch *leg.Channel) {
@@ -166,7 +181,7 @@ func connect(t testing.TB, l *lab, client, gateway leg.Config) pair {
 		}
 		got <- ch
 	}
-	p := pair{gateway: dial(t, gateway), client: dial(t, client)}
+	p := pair{gateway: dialFrom(t, gateway, onGateway), client: dialFrom(t, client, onClient)}
 	var err error
 	if p.out, err = p.client.Connect(t.Context(), gatewayNode); err != nil {
 		t.Fatal(err)

@@ -72,13 +72,14 @@ func tcpAddr(a net.Addr) netip.AddrPort {
 
 // read is the loop that reads the stream: frames in place, the rest of the last one moved to the next buffer.
 func (t *tlsCarrier) read() {
+	var in input = streamInput{t.up}
 	buf := datagram.NewBuffer()
 	have := 0
 	for {
 		n, err := t.conn.Read(buf.B[have:])
 		have += n
 		if have > 0 && n > 0 {
-			used, werr := walkStream(buf.B[:have], buf, streamInput{t.up})
+			used, werr := walkStream(buf.B[:have], buf, in)
 			if werr != nil {
 				err = werr
 			}
