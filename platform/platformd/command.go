@@ -1,0 +1,294 @@
+// Package platformd is the command line of the platform daemon.
+package platformd
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"sallyway/internal/daemon"
+	"sallyway/internal/identity"
+	"sallyway/platform"
+	"sallyway/platform/audit"
+	"sallyway/platform/store"
+)
+
+// defaultMetrics is where /healthz, /readyz and /metrics are served: for this host only.
+const defaultMetrics = "127.0.0.1:9430"
+
+// gcPercent trades a little CPU for a small idle footprint: the platform's load is light.
+const gcPercent = 50
+
+func spec() daemon.Spec {
+	return daemon.Spec{
+		Name: "platformd", Role: "platform", Start: []string{"serve"}, NoToken: true,
+		Capabilities: []string{"CAP_NET_BIND_SERVICE"}, StopTimeout: 30 * time.Second,
+		RenderStatus: renderStatus,
+	}
+}
+
+// Command is platformd with its subcommands.
+func Command() *cobra.Command {
+	sp := spec()
+	root := &cobra.Command{Use: sp.Name, Short: "The control plane: who may reach what, certificates, relays, audit"}
+	root.AddCommand(serveCommand(sp), adminCommand(sp))
+	root.AddCommand(daemon.Commands(sp)...)
+	// The folder is called data here: it is the platform's database, not a daemon's scratch state. --state means the same.
+	root.SetGlobalNormalizationFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		if name == "state" {
+			name = "data"
+		}
+		return pflag.NormalizedName(name)
+	})
+	return root
+}
+
+// serveOptions are the flags of serve.
+type serveOptions struct {
+	daemon   daemon.Options
+	platform platform.Config
+	database string
+	redis    string
+}
+
+func serveCommand(sp daemon.Spec) *cobra.Command {
+	o := &serveOptions{daemon: daemon.Options{MetricsListen: defaultMetrics}}
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the platform in the foreground",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return o.run(cmd.Context(), sp, cmd.ErrOrStderr()) },
+	}
+	o.daemon.Register(cmd, sp)
+	f, c := cmd.Flags(), &o.platform
+	f.StringVar(&c.Listen, "listen", ":443", "HTTPS address (empty: off)")
+	f.StringVar(&c.HTTPListen, "http-listen", "", "plain HTTP address, such as 127.0.0.1:8080, for a load balancer that ends TLS")
+	f.StringVar(&c.AdvertiseURL, "advertise-url", "", "URL under which nodes and administrators reach the platform")
+	f.StringVar(&c.TLSCert, "tls-cert", "", "certificate chain (PEM) instead of one by the platform's own CA; append a private authority's certificate")
+	f.StringVar(&c.TLSKey, "tls-key", "", "key of --tls-cert (PEM)")
+	f.DurationVar(&c.DocumentLife, "snapshot-life", 24*time.Hour, "how long policy snapshots and grants hold while the platform is away")
+	f.DurationVar(&c.KeyRotation, "turn-key-rotation", 24*time.Hour, "age at which relays get new TURN keys")
+	f.StringVar(&o.database, "database", "", "database URL: sqlite: (the default, in the data folder)")
+	f.StringVar(&o.redis, "redis", "", "not supported by this version")
+	daemon.Bind(cmd)
+	return cmd
+}
+
+// check refuses what this version can not do.
+func (o *serveOptions) check() error {
+	if o.redis != "" {
+		return daemon.Usagef("--redis is not supported by this version: one platformd serves alone and needs none\nleave it out")
+	}
+	if o.database != "" {
+		if u, err := url.Parse(o.database); err != nil || u.Scheme != "sqlite" || u.Host+u.Path+u.Opaque != "" {
+			scheme, _, _ := strings.Cut(o.database, ":") // the rest may hold a password
+			return daemon.Usagef("--database %.20s: is not supported by this version, sqlite: is\nleave it out: the database is %s in the data folder", scheme, "platform.db")
+		}
+	}
+	const shortest = time.Minute
+	if o.platform.DocumentLife < shortest || o.platform.DocumentLife > 30*24*time.Hour {
+		return daemon.Usagef("--snapshot-life %v is not between 1m and 720h", o.platform.DocumentLife)
+	}
+	if o.platform.KeyRotation < shortest {
+		return daemon.Usagef("--turn-key-rotation %v is shorter than 1m", o.platform.KeyRotation)
+	}
+	return nil
+}
+
+func (o *serveOptions) run(ctx context.Context, sp daemon.Spec, logTo io.Writer) error {
+	if err := o.check(); err != nil {
+		return err
+	}
+	daemon.Tune(daemon.Tuning{GCPercent: gcPercent})
+	sh, err := daemon.Open(sp, &o.daemon, logTo)
+	if err != nil {
+		return err
+	}
+	defer sh.Close()
+	c := o.platform
+	c.Data, c.Log, c.Metrics, c.Health = sh.State.Dir(), sh.Log, sh.Metrics, sh.Health.Set
+	srv, err := platform.Open(ctx, c)
+	switch {
+	case errors.Is(err, store.ErrUnavailable):
+		return daemon.Failf("%w\nmake room on the disk of %s and see that this user can write there", err, c.Data)
+	case err != nil:
+		return daemon.Usagef("%w", err)
+	}
+	sh.OnStatus = func(ctx context.Context) (any, error) { return srv.Status(ctx) }
+	sh.OnDoctor = func(ctx context.Context) []daemon.Check { return checks(ctx, srv) }
+	debug.FreeOSMemory() // what the first start needed (keys, migrations) is not needed again
+	return sh.Run(ctx, func(ctx context.Context) error {
+		sh.Ready("serving " + srv.URL())
+		return srv.Run(ctx)
+	})
+}
+
+// checks are what the doctor asks a running platform.
+func checks(ctx context.Context, srv *platform.Server) []daemon.Check {
+	db := daemon.Check{Check: "database", Result: daemon.Pass, Detail: "can be written"}
+	if err := srv.Registry().Store.Writable(ctx); err != nil {
+		db = daemon.Check{Check: "database", Result: daemon.Fail, Detail: err.Error(), Remedy: "make room on the disk of the data folder, and see that it can be written"}
+	}
+	out := []daemon.Check{db, {Check: "URL", Result: daemon.Pass, Detail: srv.URL()}}
+	names, err := srv.Registry().OrgNames(ctx)
+	if err != nil {
+		return append(out, daemon.Check{Check: "audit", Result: daemon.Fail, Detail: err.Error(), Remedy: "see database"})
+	}
+	for _, org := range names {
+		c := daemon.Check{Check: "audit " + org, Result: daemon.Pass}
+		v, err := audit.Verify(ctx, srv.Registry().Store, org)
+		switch {
+		case err != nil:
+			c.Result, c.Detail, c.Remedy = daemon.Fail, err.Error(), "see database"
+		case !v.OK:
+			c.Result, c.Detail, c.Remedy = daemon.Fail, v.Problem, "somebody changed the database: compare it with a backup (platformd admin restore keeps the old one)"
+		default:
+			c.Detail = fmt.Sprintf("%d entries, chain whole", v.Entries)
+		}
+		if org == identity.SharedOrg {
+			c.Check = "audit of the platform"
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+func renderStatus(w io.Writer, doc json.RawMessage) error {
+	var s platform.Status
+	if err := json.Unmarshal(doc, &s); err != nil {
+		return err
+	}
+	ready := "ready"
+	if !s.Ready {
+		ready = "not ready"
+	}
+	fmt.Fprintf(w, "platform %s: %s\n", s.URL, ready)
+	for name, why := range s.Conditions {
+		fmt.Fprintf(w, "  %s: %s\n", name, why)
+	}
+	for _, o := range s.Organizations {
+		fmt.Fprintf(w, "organization %s: relays %d/%d, gateways %d/%d, clients %d/%d reachable; %d resources, %d policies, %d sessions\n", o.Name,
+			o.Relays.Reachable, o.Relays.All, o.Gateways.Reachable, o.Gateways.All, o.Clients.Reachable, o.Clients.All, o.Resources, o.Policies, o.Sessions)
+	}
+	return nil
+}
+
+// adminOptions are the flags of admin's commands.
+type adminOptions struct {
+	data  string
+	token platform.TokenRequest
+}
+
+func (o *adminOptions) command(c *cobra.Command) *cobra.Command {
+	c.Flags().StringVar(&o.data, "data", daemon.DefaultStateDir("platformd"), "data folder of the platform")
+	daemon.Bind(c)
+	return c
+}
+
+func adminCommand(daemon.Spec) *cobra.Command {
+	c := &cobra.Command{Use: "admin", Short: "Credentials, backup and restore, on the platform's own host"}
+	c.AddCommand(tokenCommand(), backupCommand(), restoreCommand(), migrateCommand())
+	return c
+}
+
+func tokenCommand() *cobra.Command {
+	o := &adminOptions{}
+	c := o.command(&cobra.Command{
+		Use:   "token",
+		Short: "Print a fresh credential for `sallyway login --token-file -`",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cred, err := platform.AdminToken(cmd.Context(), o.data, o.token)
+			if err != nil {
+				return daemon.Failf("%w", err)
+			}
+			enc := json.NewEncoder(cmd.OutOrStdout())
+			enc.SetIndent("", "  ")
+			return enc.Encode(cred)
+		},
+	})
+	f := c.Flags()
+	f.StringVar(&o.token.Name, "name", "platformd admin token", "what the audit calls its user")
+	f.StringVar(&o.token.Org, "org", "", "one organization only")
+	f.BoolVar(&o.token.ReadOnly, "read-only", false, "may only read")
+	f.DurationVar(&o.token.Life, "expires", 0, "life, such as 720h (0: no end)")
+	f.BoolVar(&o.token.RevokeOthers, "revoke-others", false, "revoke the tokens of the same reach that exist")
+	return c
+}
+
+func backupCommand() *cobra.Command {
+	o := &adminOptions{}
+	return o.command(&cobra.Command{
+		Use:   "backup FILE",
+		Short: "Write a consistent copy of the database to a new file, also while the platform runs",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			file, err := filepath.Abs(args[0])
+			if err != nil {
+				return err
+			}
+			if err := platform.Backup(cmd.Context(), o.data, file); err != nil {
+				return daemon.Failf("%w", err)
+			}
+			_, err = fmt.Fprintf(cmd.ErrOrStderr(), "wrote %s\nthe keys in it are sealed: keep %s too, in another place\n", file, filepath.Join(o.data, "master.key"))
+			return err
+		},
+	})
+}
+
+func restoreCommand() *cobra.Command {
+	o := &adminOptions{}
+	return o.command(&cobra.Command{
+		Use:   "restore FILE",
+		Short: "Put a backup in the place of the database; the platform must be stopped",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			state, err := daemon.OpenState(o.data, "platformd")
+			if err != nil {
+				return err
+			}
+			defer state.Close()
+			old, err := platform.Restore(cmd.Context(), o.data, args[0])
+			if err != nil {
+				return daemon.Failf("%w", err)
+			}
+			if old != "" {
+				fmt.Fprintf(cmd.ErrOrStderr(), "the database from before is %s\n", old)
+			}
+			_, err = fmt.Fprintln(cmd.ErrOrStderr(), "restored; start the platform")
+			return err
+		},
+	})
+}
+
+func migrateCommand() *cobra.Command {
+	o := &adminOptions{}
+	return o.command(&cobra.Command{
+		Use:   "migrate",
+		Short: "Bring the database up to date (serve does so by itself)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			state, err := daemon.OpenState(o.data, "platformd")
+			if err != nil {
+				return err
+			}
+			defer state.Close()
+			v, err := platform.Migrate(cmd.Context(), o.data)
+			if err != nil {
+				return daemon.Failf("%w", err)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "schema %d\n", v)
+			return err
+		},
+	})
+}
