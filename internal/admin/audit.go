@@ -129,7 +129,9 @@ func (a *app) printEntries(w io.Writer, entries []control.AuditEntry) error {
 		}
 		var detail []string
 		for _, k := range sortedKeys(e.Detail) {
-			detail = append(detail, fmt.Sprintf("%s=%v", k, e.Detail[k]))
+			if v := detailText(e.Detail[k]); v != "" {
+				detail = append(detail, k+"="+v)
+			}
 		}
 		line := fmt.Sprintf("%s  %-7s  %-20s  %s  by %s  %s", e.At.UTC().Format(time.RFC3339), e.Result, e.Action, e.Object, e.Actor, strings.Join(detail, " "))
 		if _, err := fmt.Fprintln(w, strings.TrimRight(printable(line), " ")); err != nil {
@@ -137,6 +139,21 @@ func (a *app) printEntries(w io.Writer, entries []control.AuditEntry) error {
 		}
 	}
 	return nil
+}
+
+// detailText writes a value of an entry's detail: a string as it is, nothing for nothing, else JSON.
+func detailText(v any) string {
+	switch v := v.(type) {
+	case nil:
+		return ""
+	case string:
+		return v
+	}
+	b, err := json.Marshal(v)
+	if err != nil || string(b) == "[]" {
+		return ""
+	}
+	return string(b)
 }
 
 func (a *app) auditExport() *cobra.Command {

@@ -98,15 +98,19 @@ func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 // created prints what to do with a token. The commands hold it: they go to standard output and nowhere else.
 func created(w io.Writer, k nodeKind, n control.CreatedNode, done string) {
 	fmt.Fprintf(w, "%s %s %s (%s). The token works once, for %s.\n", k.name, n.Name, done, n.ID, span(time.Until(n.Expires).Round(time.Minute)))
-	fmt.Fprintf(w, "\nOn its host, for good:\n\n%s\n", indent(n.Command))
+	forGood, toTry := "On its host, for good:", "Or to try it, in the foreground:"
+	if k == clients {
+		forGood, toTry = "On its host, with names and routes to the resources (root):", "Or without root, with --socks, --http, --forward or --stdio:"
+	}
+	fmt.Fprintf(w, "\n%s\n\n%s\n", forGood, indent(n.Command))
 	if n.Foreground != "" {
-		fmt.Fprintf(w, "\nOr to try it, in the foreground:\n\n%s\n", indent(n.Foreground))
+		fmt.Fprintf(w, "\n%s\n\n%s\n", toTry, indent(n.Foreground))
 	}
 }
 
-// indent leaves a here-document's lines where they are: its end mark has to stand at the margin.
+// indent leaves commands of several lines where they are: the end mark of a here-document has to stand at the margin.
 func indent(s string) string {
-	if strings.Contains(s, "<<") {
+	if strings.Contains(s, "\n") {
 		return s
 	}
 	return "  " + s

@@ -62,9 +62,10 @@ func (p *Problem) Error() string {
 	}
 	for _, part := range p.Errors {
 		switch {
+		case strings.Contains(s, part.Message): // said already
 		case part.Location != "":
 			s += "; " + part.Location + ": " + part.Message
-		case part.Message != "":
+		default:
 			s += "; " + part.Message
 		}
 	}
@@ -90,7 +91,7 @@ func Remedy(err error) string {
 		return e.Remedy
 	}
 	if p, ok := errors.AsType[*Problem](err); ok {
-		if c, ok := errors.AsType[*Error](p.Clock); ok {
+		if c, ok := errors.AsType[*Error](p.Clock); ok && p.Remedy == "" {
 			return c.Remedy
 		}
 		return p.Remedy

@@ -101,7 +101,7 @@ func New(cfg Config) (*Link, error) {
 			DialContext:            dial,
 			TLSClientConfig:        l.tlsConfig(),
 			TLSHandshakeTimeout:    dialTimeout,
-			ResponseHeaderTimeout:  l.cfg.Timeout,
+			ResponseHeaderTimeout:  l.cfg.Timeout * 5 / 4, // of a stream; the deadline of Do ends first
 			MaxResponseHeaderBytes: 64 << 10,
 			IdleConnTimeout:        time.Minute,
 			MaxIdleConnsPerHost:    2,
