@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"sallyway/relay/wire"
 )
 
 // transport is what a connection runs over.
@@ -108,23 +110,34 @@ func (c *conn) drain() {
 	}
 }
 
+// writeAll writes queued messages: one per record over DTLS, and over TLS for standard clients, some of which take a record for a message;
+// else in one piece.
 func (c *conn) writeAll(q []byte) error {
-	if c.kind != overDTLS {
+	each := c.kind == overDTLS
+	if !each {
 		if err := c.nc.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
 			return err
 		}
-		_, err := c.nc.Write(q)
-		return err
+		if a := c.alloc.Load(); c.kind == overTLS && (a == nil || !a.flags.Has(wire.FlagPlainData)) {
+			each = true
+		}
 	}
 	for len(q) >= channelHeader {
-		n := int(binary.BigEndian.Uint16(q[2:])) + channelHeader
-		if q[0] < 64 {
-			n += stunHeader - channelHeader
+		n, padded := len(q), len(q)
+		if each {
+			n = int(binary.BigEndian.Uint16(q[2:])) + channelHeader
+			if q[0] < 64 {
+				n += stunHeader - channelHeader
+			}
+			padded = min((n+3)&^3, len(q))
+			if c.kind != overDTLS {
+				n = padded
+			}
 		}
 		if _, err := c.nc.Write(q[:n]); err != nil {
 			return err
 		}
-		q = q[min((n+3)&^3, len(q)):]
+		q = q[padded:]
 	}
 	return nil
 }
@@ -152,7 +165,7 @@ func (c *conn) close() {
 	c.closed = true
 	c.mu.Unlock()
 	if !was {
-		c.s.closing.Go(func() { nc.Close() })
+		c.s.wg.Go(func() { nc.Close() })
 	}
 }
 
@@ -265,14 +278,22 @@ func (t *connections) snapshot() []*conn {
 	return list
 }
 
-// closeAll closes every connection and lets no more in.
+// closeAll closes every connection, lets no more in, and gives the clients a moment to be told.
 func (t *connections) closeAll() {
 	t.mu.Lock()
 	t.stopped = true
 	t.mu.Unlock()
+	var told sync.WaitGroup
 	for _, c := range t.snapshot() {
-		c.close()
+		c.mu.Lock()
+		was, nc := c.closed, c.nc
+		c.closed = true
+		c.mu.Unlock()
+		if !was {
+			told.Go(func() { nc.Close() })
+		}
 	}
+	told.Wait()
 }
 
 // closeBare closes connections that have been without an allocation for authTimeout.

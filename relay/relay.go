@@ -182,7 +182,6 @@ type Server struct {
 	advertise netip.Addr
 	tlsConfig *tls.Config
 	wg        sync.WaitGroup
-	closing   sync.WaitGroup // connections being closed
 	closed    chan struct{}
 }
 
@@ -440,31 +439,15 @@ func (s *Server) Run(ctx context.Context) error {
 		s.end(a, "relay stops")
 	}
 	s.conns.closeAll()
-	s.awaitClosing()
 	for _, sh := range s.shards {
 		sh.sock.Close()
 	}
 	s.tcp.Close()
 	s.wg.Wait()
-	s.closing.Wait()
 	if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 		return nil
 	}
 	return err
-}
-
-// awaitClosing gives connections a moment to tell their clients that they are closed, before the sockets are.
-func (s *Server) awaitClosing() {
-	const patience = time.Second
-	done := make(chan struct{})
-	go func() {
-		s.closing.Wait()
-		close(done)
-	}()
-	select {
-	case <-done:
-	case <-time.After(patience):
-	}
 }
 
 // sweep removes what has expired.
