@@ -43,9 +43,17 @@ func TestAllowListEntries(t *testing.T) {
 		port uint16
 		ok   bool
 	}{
-		{"10.0.3.7", 5432, true}, {"10.0.3.7", 8050, true}, {"10.0.3.7", 80, false}, {"10.0.3.7", 0, false}, {"10.0.4.7", 5432, false},
-		{"127.0.0.1", 6379, true}, {"127.0.0.1", 22, false}, {"127.0.0.2", 6379, false},
-		{"10.9.0.1", 80, true}, {"10.9.0.1", 0, true}, {"10.9.0.1", 9465, false},
+		{"10.0.3.7", 5432, true},
+		{"10.0.3.7", 8050, true},
+		{"10.0.3.7", 80, false},
+		{"10.0.3.7", 0, false},
+		{"10.0.4.7", 5432, false},
+		{"127.0.0.1", 6379, true},
+		{"127.0.0.1", 22, false},
+		{"127.0.0.2", 6379, false},
+		{"10.9.0.1", 80, true},
+		{"10.9.0.1", 0, true},
+		{"10.9.0.1", 9465, false},
 	} {
 		if err := l.Check(netip.MustParseAddr(c.addr), c.port); (err == nil) != c.ok {
 			t.Errorf("Check(%s, %d) = %v, want allowed %v", c.addr, c.port, err, c.ok)

@@ -41,8 +41,10 @@ func (e *enforcer) current() (*policy.Snapshot, error) {
 		return nil, &tunnel.ProxyError{Type: tunnel.InternalError, Status: 503, Detail: "this gateway has no policies yet", Err: err}
 	}
 	if stale, why := e.stale(); stale && !e.keepGoing {
-		return nil, &tunnel.ProxyError{Type: tunnel.RequestDenied, Rule: policy.DefaultDeny, Err: why,
-			Detail: fmt.Sprintf("%v; new flows are refused until the gateway reaches its platform", why)}
+		return nil, &tunnel.ProxyError{
+			Type: tunnel.RequestDenied, Rule: policy.DefaultDeny, Err: why,
+			Detail: fmt.Sprintf("%v; new flows are refused until the gateway reaches its platform", why),
+		}
 	}
 	return s, nil
 }

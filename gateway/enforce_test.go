@@ -79,8 +79,10 @@ func newEnforcer(t *testing.T, z *zone, allow ...string) *enforcer {
 			{ID: "r4", Name: "evil", Address: "rebind.corp.example", TCP: all},
 		},
 		Rules: []policy.Rule{
-			{ID: "p1", Resource: "r1", Subjects: []identity.Node{client1, client2}}, {ID: "p2", Resource: "r2", Subjects: []identity.Node{client1}},
-			{ID: "p3", Resource: "r3", Subjects: []identity.Node{client1}}, {ID: "p4", Resource: "r4", Subjects: []identity.Node{client1}},
+			{ID: "p1", Resource: "r1", Subjects: []identity.Node{client1, client2}},
+			{ID: "p2", Resource: "r2", Subjects: []identity.Node{client1}},
+			{ID: "p3", Resource: "r3", Subjects: []identity.Node{client1}},
+			{ID: "p4", Resource: "r4", Subjects: []identity.Node{client1}},
 		},
 	}
 	return &enforcer{

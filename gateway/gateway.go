@@ -92,7 +92,10 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 	if err != nil {
 		return nil, enrolError(err)
 	}
-	d.legs = legs.New(legs.Config{Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: o.legTransports()})
+	d.legs = legs.New(legs.Config{
+		Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: o.legTransports(),
+		OnUp: func(identity.Node, *leg.Leg) { d.agent.HeartbeatNow() }, OnDown: func(identity.Node, error) { d.agent.HeartbeatNow() },
+	})
 	siteLog := sh.Log.With("as", "site")
 	wake := func() { d.sites.Wake() }
 	d.siteLegs = legs.New(legs.Config{
