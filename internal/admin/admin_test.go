@@ -60,7 +60,7 @@ func (f *fakeAPI) serve(w http.ResponseWriter, r *http.Request) {
 	defer f.mu.Unlock()
 	if len(f.script) == 0 {
 		f.t.Errorf("unexpected request %s %s", r.Method, r.URL)
-		w.WriteHeader(500)
+		w.WriteHeader(http.StatusInternalServerError)
 		return
 	}
 	x := f.script[0]
@@ -158,17 +158,23 @@ func TestVerbs(t *testing.T) {
 		errs   []string // parts of standard error
 		code   int
 	}{
-		{args: "organization create acme --range 100.96.0.0/12,fd00::/48",
+		{
+			args:   "organization create acme --range 100.96.0.0/12,fd00::/48",
 			script: []exchange{{"POST", "/api/v1/orgs", `{"name":"acme","range":["100.96.0.0/12","fd00::/48"]}`, 201, orgJSON}},
-			out:    []string{"organization acme created", "--org acme"}},
+			out:    []string{"organization acme created", "--org acme"},
+		},
 		{args: "organization list", script: []exchange{{"GET", "/api/v1/orgs?limit=200", "", 0, list1(orgJSON)}}, out: []string{"NAME", "acme", "100.112.0.0/12, fd00::/48"}},
 		{args: "organization show", script: []exchange{{"GET", base, "", 0, orgJSON}}, out: []string{"2026-01-02 03:04:05 UTC"}},
-		{args: "organization delete acme", code: 1, errs: []string{"it has 2 gateways", "delete them first"},
-			script: []exchange{{"DELETE", base, "", 409, `{"detail":"it has 2 gateways","code":"conflict","remedy":"delete them first"}`}}},
+		{
+			args: "organization delete acme", code: 1, errs: []string{"it has 2 gateways", "delete them first"},
+			script: []exchange{{"DELETE", base, "", 409, `{"detail":"it has 2 gateways","code":"conflict","remedy":"delete them first"}`}},
+		},
 		{args: "organization delete acme", script: []exchange{{"DELETE", base, "", 204, ""}}, out: []string{"deleted"}},
 
-		{args: "gateway create office", script: []exchange{{"POST", base + "/gateways", `{"name":"office"}`, 201, createdJSON}},
-			out: []string{"gateway office created (g-1)", "sudo gatewayd install --token-file - <<'END'\nswe1.secret\nEND", "  sudo gatewayd up"}},
+		{
+			args: "gateway create office", script: []exchange{{"POST", base + "/gateways", `{"name":"office"}`, 201, createdJSON}},
+			out: []string{"gateway office created (g-1)", "sudo gatewayd install --token-file - <<'END'\nswe1.secret\nEND", "  sudo gatewayd up"},
+		},
 		{args: "gateway create", code: 2, errs: []string{"the gateway's name is missing"}},
 		{args: "gateway create a b", code: 2, errs: []string{`"b" is too much`}},
 		{args: "gateway list", script: []exchange{{"GET", base + "/gateways?limit=200", "", 0, list1(nodeJSON)}}, out: []string{"office", "healthy", "fra-1, ams-2", "clock differs"}},
@@ -186,8 +192,10 @@ func TestVerbs(t *testing.T) {
 		{args: "client revoke laptop", script: []exchange{{"POST", base + "/clients/laptop/revoke", "", 0, nodeJSON}}, out: []string{"client laptop revoked"}},
 
 		{args: "relay create fra-1", code: 2, errs: []string{"--host"}},
-		{args: "relay create fra-1 --host relay.example --port 3478 --peer 192.0.2.7:9000", out: []string{"swe1.secret"},
-			script: []exchange{{"POST", base + "/relays", `{"name":"fra-1","host":"relay.example","port":3478,"peers":["192.0.2.7:9000"]}`, 201, createdJSON}}},
+		{
+			args: "relay create fra-1 --host relay.example --port 3478 --peer 192.0.2.7:9000", out: []string{"swe1.secret"},
+			script: []exchange{{"POST", base + "/relays", `{"name":"fra-1","host":"relay.example","port":3478,"peers":["192.0.2.7:9000"]}`, 201, createdJSON}},
+		},
 		{args: "relay create fra-1 --host relay.example --peer nonsense", code: 2, errs: []string{"--peer"}},
 		{args: "relay create fra-1 --host h --auth aws", code: 2, errs: []string{"unknown flag: --auth"}},
 		{args: "relay list", script: []exchange{{"GET", base + "/relays?limit=200", "", 0, list1(relayJSON)}}, out: []string{"relay.example:5349"}},
@@ -200,18 +208,26 @@ func TestVerbs(t *testing.T) {
 		{args: "gateway drain office", code: 2, errs: []string{`unknown command "drain"`}},
 		{args: "relay credential fra-1", code: 2, errs: []string{"--client"}},
 		{args: "relay credential fra-1 --client laptop --ttl 25h", code: 2, errs: []string{"24h"}},
-		{args: "relay credential fra-1 --client laptop --ttl 2h", script: []exchange{{"POST", base + "/relays/fra-1/credential", `{"client":"laptop","ttl":7200}`, 0, turnJSON}},
-			out: []string{"turn:relay.example:5349?transport=udp", "password:"}},
+		{
+			args: "relay credential fra-1 --client laptop --ttl 2h", script: []exchange{{"POST", base + "/relays/fra-1/credential", `{"client":"laptop","ttl":7200}`, 0, turnJSON}},
+			out: []string{"turn:relay.example:5349?transport=udp", "password:"},
+		},
 
-		{args: "resource create db --gateway office,hq --address 10.0.3.7 --tcp 5432,8000-8100 --udp all --icmp --domain corp.example", out: []string{"db.acme.sallyway.internal", "policy allow"},
-			script: []exchange{{"POST", base + "/resources", `{"name":"db","gateways":["office","hq"],"address":"10.0.3.7","tcp":["5432","8000-8100"],"udp":["all"],"icmp":true,"domains":["corp.example"]}`, 201, resJSON}}},
+		{
+			args: "resource create db --gateway office,hq --address 10.0.3.7 --tcp 5432,8000-8100 --udp all --icmp --domain corp.example", out: []string{"db.acme.sallyway.internal", "policy allow"},
+			script: []exchange{{"POST", base + "/resources", `{"name":"db","gateways":["office","hq"],"address":"10.0.3.7","tcp":["5432","8000-8100"],"udp":["all"],"icmp":true,"domains":["corp.example"]}`, 201, resJSON}},
+		},
 		{args: "resource create db --address 10.0.3.7 --tcp 1", code: 2, errs: []string{"--gateway"}},
 		{args: "resource create db --gateway g --tcp 1", code: 2, errs: []string{"--address"}},
 		{args: "resource create db --gateway g --address h", code: 2, errs: []string{"--tcp"}},
 		{args: "resource create db --gateway g --address h --tcp 80-", code: 2, errs: []string{"--tcp", "80-"}},
-		{args: "resource create db --gateway nope --address h --tcp 80", code: 2, errs: []string{`no gateway "nope"; body.gateways: unknown`, "sallyway gateway list"},
-			script: []exchange{{"POST", base + "/resources", `{"name":"db","gateways":["nope"],"address":"h","tcp":["80"]}`, 422,
-				`{"detail":"no gateway \"nope\"","errors":[{"message":"unknown","location":"body.gateways"}],"remedy":"sallyway gateway list"}`}}},
+		{
+			args: "resource create db --gateway nope --address h --tcp 80", code: 2, errs: []string{`no gateway "nope"; body.gateways: unknown`, "sallyway gateway list"},
+			script: []exchange{{
+				"POST", base + "/resources", `{"name":"db","gateways":["nope"],"address":"h","tcp":["80"]}`, 422,
+				`{"detail":"no gateway \"nope\"","errors":[{"message":"unknown","location":"body.gateways"}],"remedy":"sallyway gateway list"}`,
+			}},
+		},
 		{args: "resource list", script: []exchange{{"GET", base + "/resources?limit=200", "", 0, list1(resJSON)}}, out: []string{"tcp 5432,8000-8100 icmp", "enabled"}},
 		{args: "resource show db", script: []exchange{{"GET", base + "/resources/db", "", 0, resJSON}}, out: []string{"100.112.0.9"}},
 		{args: "resource update db --tcp 22 --udp=", script: []exchange{{"PATCH", base + "/resources/db", `{"tcp":["22"],"udp":[]}`, 0, resJSON}}, out: []string{"updated"}},
@@ -231,10 +247,14 @@ func TestVerbs(t *testing.T) {
 		{args: "policy show laptop-db", script: []exchange{{"GET", base + "/policies/laptop-db", "", 0, policyJSON}}, out: []string{"client:laptop"}},
 		{args: "policy disable laptop-db", script: []exchange{{"PATCH", base + "/policies/laptop-db", `{"disabled":true}`, 0, policyJSON}}, out: []string{"disabled"}},
 		{args: "policy delete laptop-db", script: []exchange{{"DELETE", base + "/policies/laptop-db", "", 204, ""}}, out: []string{"deleted"}},
-		{args: "policy explain --client laptop --resource db --tcp 5432", script: []exchange{{"POST", base + "/policies:explain", `{"subject":"client:laptop","resource":"db","proto":"tcp","port":5432}`, 0,
-			`{"allowed":true,"rule":"laptop-db","reason":"rule allows","gateways":["office"]}`}}, out: []string{"ALLOWED: client:laptop → db", "laptop-db", "office"}},
-		{args: "policy explain --from gateway:hq --resource db --icmp", code: 1, script: []exchange{{"POST", base + "/policies:explain", `{"subject":"gateway:hq","resource":"db","proto":"icmp"}`, 0,
-			`{"allowed":false,"rule":"default deny","reason":"no policy","remedy":"sallyway policy allow --from gateway:hq --resource db"}`}}, out: []string{"DENIED", "default deny", "sallyway policy allow"}},
+		{args: "policy explain --client laptop --resource db --tcp 5432", script: []exchange{{
+			"POST", base + "/policies:explain", `{"subject":"client:laptop","resource":"db","proto":"tcp","port":5432}`, 0,
+			`{"allowed":true,"rule":"laptop-db","reason":"rule allows","gateways":["office"]}`,
+		}}, out: []string{"ALLOWED: client:laptop → db", "laptop-db", "office"}},
+		{args: "policy explain --from gateway:hq --resource db --icmp", code: 1, script: []exchange{{
+			"POST", base + "/policies:explain", `{"subject":"gateway:hq","resource":"db","proto":"icmp"}`, 0,
+			`{"allowed":false,"rule":"default deny","reason":"no policy","remedy":"sallyway policy allow --from gateway:hq --resource db"}`,
+		}}, out: []string{"DENIED", "default deny", "sallyway policy allow"}},
 		{args: "policy explain --client a --resource db --tcp 1 --udp 2", code: 2},
 
 		{args: "group create devs --member client:a,client:b", script: []exchange{{"POST", base + "/groups", `{"name":"devs","members":["client:a","client:b"]}`, 201, groupJSON}}, out: []string{"2 members"}},
@@ -261,8 +281,10 @@ func TestVerbs(t *testing.T) {
 		{args: "relay lst", code: 2, errs: []string{`did you mean "list"?`}},
 		{args: "relay list --jsn", code: 2, errs: []string{`--json`}},
 
-		{args: "gateway list", code: 1, script: []exchange{{"GET", base + "/gateways?limit=200", "", 401, `{"detail":"the API token has expired","code":"token_expired"}`}},
-			errs: []string{"list gateways: the API token has expired", "sallyway login --url http://127.0.0.1"}},
+		{
+			args: "gateway list", code: 1, script: []exchange{{"GET", base + "/gateways?limit=200", "", 401, `{"detail":"the API token has expired","code":"token_expired"}`}},
+			errs: []string{"list gateways: the API token has expired", "sallyway login --url http://127.0.0.1"},
+		},
 		{args: "gateway list", code: 1, script: []exchange{{"GET", base + "/gateways?limit=200", "", 403, `{"detail":"scope"}`}}, errs: []string{"scope"}},
 		{args: "gateway list", code: 1, script: []exchange{{"GET", base + "/gateways?limit=200", "", 500, `nonsense`}}, errs: []string{"500", "platformd"}},
 		{args: "gateway list", code: 1, script: []exchange{{"GET", base + "/gateways?limit=200", "", 200, `<html>`}}, errs: []string{"not the platform's JSON", "check that the URL"}},

@@ -22,7 +22,7 @@ func tlsPlatform(t *testing.T, orgs string) (url, pin string) {
 	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Authorization") != "Bearer "+apiToken {
 			w.Header().Set("Content-Type", "application/problem+json")
-			w.WriteHeader(401)
+			w.WriteHeader(http.StatusUnauthorized)
 			w.Write([]byte(`{"detail":"unknown token","code":"token_unknown"}`))
 			return
 		}

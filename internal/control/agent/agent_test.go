@@ -201,7 +201,7 @@ func TestTokens(t *testing.T) {
 		t.Fatal(err)
 	}
 	key1 := identity.HashKey(a.Key().Public())
-	if a, err = open(first.String(), identity.Gateway); err != nil || read(f, &f.enrols) != 1 {
+	if _, err = open(first.String(), identity.Gateway); err != nil || read(f, &f.enrols) != 1 {
 		t.Fatalf("same token again: %v after %d enrolments", err, read(f, &f.enrols))
 	}
 	if a, err = open("", identity.Gateway); err != nil || identity.HashKey(a.Key().Public()) != key1 {
@@ -225,13 +225,13 @@ func TestTokens(t *testing.T) {
 	third := f.newToken(identity.Gateway, "g-1")
 	f.set(func() { delete(f.tokens, string(third.Secret)) })
 	refused(third.String(), identity.Gateway, "used before", "sallyway --org acme gateway token the-g-1")
-	if a, err = open("", identity.Gateway); err != nil {
+	if _, err = open("", identity.Gateway); err != nil {
 		t.Errorf("after a refused token: %v", err)
 	}
 	// Platform away: an enrolled node goes on as it was.
 	fourth := f.newToken(identity.Gateway, "g-1")
 	f.close()
-	if a, err = open(fourth.String(), identity.Gateway); err != nil {
+	if _, err = open(fourth.String(), identity.Gateway); err != nil {
 		t.Errorf("newer token while the platform is away: %v", err)
 	}
 	// Another kind of daemon on this folder.

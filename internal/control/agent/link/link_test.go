@@ -78,7 +78,9 @@ func TestAnswers(t *testing.T) {
 		{"problem", problem(403, `{"detail":"gateway office is disabled","code":"node_disabled","remedy":"enable it"}`), "", 403, "gateway office is disabled", "enable it"},
 		{"parts", problem(422, `{"detail":"invalid","errors":[{"message":"is no port","location":"body.tcp"},{"message":"again"}]}`), "", 422, "invalid; body.tcp: is no port; again", ""},
 		{"problem that is none", problem(502, `<html>bad gateway`), "", 502, "the platform answered 502 bad gateway", ""},
-		{"plain error", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "secret internals", 500) }, "", 500, "500 internal server error", ""},
+		{"plain error", func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "secret internals", http.StatusInternalServerError)
+		}, "", 500, "500 internal server error", ""},
 		{"redirect", func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "https://evil.example/x", http.StatusFound)
 		}, NotPlatform, 0, "evil.example", "URL"},
