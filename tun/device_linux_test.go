@@ -486,6 +486,19 @@ func TestNameservers(t *testing.T) {
 	}
 }
 
+func FuzzHostFiles(f *testing.F) {
+	f.Add("nameserver 10.0.0.53\nnameserver fe80::1%eth0 # x\n")
+	f.Add("   1: 0200A8C0:0016 0900A8C0:C350 01 00000000:00000000\n")
+	f.Add("   3: B80D0120000000000000000001000000:0016 B80D0120000000000000000002000000:C351 01 0 0\n")
+	f.Fuzz(func(t *testing.T, s string) {
+		for _, a := range append(nameservers(strings.NewReader(s)), sshPeers(strings.NewReader(s))...) {
+			if !a.IsValid() || a.Zone() != "" || a.Is4In6() {
+				t.Errorf("%q: %v", s, a)
+			}
+		}
+	})
+}
+
 func TestOpenWithoutDeviceNode(t *testing.T) {
 	inNamespace(t, func() {
 		// In a mount namespace of this thread /dev/net is empty.
