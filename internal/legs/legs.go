@@ -63,8 +63,9 @@ type Config struct {
 
 // Keeper holds the legs. Its methods may be called concurrently.
 type Keeper struct {
-	cfg  Config
-	wake chan struct{} // 1 place: the set of wanted relays changed
+	cfg            Config
+	retry, upgrade time.Duration // RetryInterval and UpgradeInterval; tests have less time
+	wake           chan struct{} // 1 place: the set of wanted relays changed
 
 	mu     sync.Mutex
 	wanted map[string][]control.RelayRef // by who wants them
@@ -74,10 +75,11 @@ type Keeper struct {
 // relay is the state of one wanted relay; the fields below mu belong to it.
 type relay struct {
 	k      *Keeper
+	node   identity.Node
 	cancel context.CancelFunc
 
 	mu      sync.Mutex
-	ref     control.RelayRef
+	ref     control.RelayRef // of node; what else is in it may change
 	current *leg.Leg
 	changed chan struct{} // closed and replaced when current changes
 	lastErr error
@@ -111,7 +113,10 @@ func New(cfg Config) *Keeper {
 	if cfg.Resolver == nil {
 		cfg.Resolver = net.DefaultResolver
 	}
-	return &Keeper{cfg: cfg, wake: make(chan struct{}, 1), wanted: map[string][]control.RelayRef{}, relays: map[identity.Node]*relay{}}
+	return &Keeper{
+		cfg: cfg, retry: RetryInterval, upgrade: UpgradeInterval,
+		wake: make(chan struct{}, 1), wanted: map[string][]control.RelayRef{}, relays: map[identity.Node]*relay{},
+	}
 }
 
 // Want says which relays who wants legs on, in place of what who wanted before; an empty list is none. Legs that nobody wants any more
@@ -167,7 +172,7 @@ func (k *Keeper) reconcile(ctx context.Context, g *errgroup.Group) {
 			continue
 		}
 		rctx, cancel := context.WithCancel(ctx)
-		r := &relay{k: k, cancel: cancel, ref: ref, changed: make(chan struct{})}
+		r := &relay{k: k, node: n, cancel: cancel, ref: ref, changed: make(chan struct{})}
 		k.relays[n] = r
 		g.Go(func() error {
 			r.keep(rctx)
@@ -270,7 +275,9 @@ func (r *relay) status() Status {
 
 // keep holds one leg up until ctx ends.
 func (r *relay) keep(ctx context.Context) {
+	r.mu.Lock()
 	log := r.k.cfg.Logger.With("relay", r.ref.Name)
+	r.mu.Unlock()
 	for ctx.Err() == nil {
 		started := time.Now()
 		r.mu.Lock()
@@ -284,8 +291,8 @@ func (r *relay) keep(ctx context.Context) {
 				return
 			}
 			r.set(nil, err)
-			log.Warn("relay not reached", "err", err, "retry_every", RetryInterval)
-			if !sleep(ctx, time.Until(started.Add(jitter(RetryInterval)))) {
+			log.Warn("relay not reached", "err", err, "retry_every", r.k.retry)
+			if !sleep(ctx, time.Until(started.Add(jitter(r.k.retry)))) {
 				return
 			}
 			continue
@@ -297,10 +304,10 @@ func (r *relay) keep(ctx context.Context) {
 		}
 		log.Warn("leg lost", "err", err)
 		if r.k.cfg.OnDown != nil {
-			r.k.cfg.OnDown(r.ref.Node, err)
+			r.k.cfg.OnDown(r.node, err)
 		}
 		// A relay that takes a leg and loses it at once must not be dialled in a tight loop.
-		if time.Since(started) < time.Second && !sleep(ctx, jitter(RetryInterval)) {
+		if time.Since(started) < time.Second && !sleep(ctx, jitter(r.k.retry)) {
 			return
 		}
 	}
@@ -310,9 +317,9 @@ func (r *relay) keep(ctx context.Context) {
 func (r *relay) hold(ctx context.Context, l *leg.Leg, log *slog.Logger) error {
 	r.set(l, nil)
 	if r.k.cfg.OnUp != nil {
-		r.k.cfg.OnUp(r.ref.Node, l)
+		r.k.cfg.OnUp(r.node, l)
 	}
-	upgrade := time.NewTicker(UpgradeInterval)
+	upgrade := time.NewTicker(r.k.upgrade)
 	defer upgrade.Stop()
 	draining := l.Draining()
 	for {
@@ -330,7 +337,7 @@ func (r *relay) hold(ctx context.Context, l *leg.Leg, log *slog.Logger) error {
 			draining = nil
 			log.Info("relay is draining")
 			if r.k.cfg.OnDown != nil {
-				r.k.cfg.OnDown(r.ref.Node, errors.New("the relay is draining"))
+				r.k.cfg.OnDown(r.node, errors.New("the relay is draining"))
 			}
 		case <-upgrade.C:
 			if l.Transport() == r.k.cfg.Transports[0] {
@@ -346,7 +353,7 @@ func (r *relay) hold(ctx context.Context, l *leg.Leg, log *slog.Logger) error {
 			draining = l.Draining()
 			r.set(l, nil)
 			if r.k.cfg.OnUp != nil {
-				r.k.cfg.OnUp(r.ref.Node, l)
+				r.k.cfg.OnUp(r.node, l)
 			}
 			_ = old.Close()
 		}
@@ -434,7 +441,7 @@ func (r *relay) onRendezvous() func(identity.Node, netip.AddrPort, *leg.Channel)
 	if r.k.cfg.OnRendezvous == nil {
 		return nil
 	}
-	n := r.ref.Node
+	n := r.node
 	return func(peer identity.Node, _ netip.AddrPort, ch *leg.Channel) { r.k.cfg.OnRendezvous(n, peer, ch) }
 }
 
