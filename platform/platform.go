@@ -170,25 +170,38 @@ func openRegistry(ctx context.Context, dir string, log *slog.Logger, now func() 
 	return st, reg, first, nil
 }
 
-// adminToken writes the first administrator's credential, and shows how to log in.
+// adminToken writes the first administrator's credential, and shows how to log in. At later starts it keeps the file's URL and pin up to
+// date; a file that was removed stays away.
 func (s *Server) adminToken(ctx context.Context, first bool) error {
 	path := filepath.Join(s.cfg.Data, adminFile)
-	if !first {
-		return nil
+	c := control.AdminCredential{URL: s.url, Pin: s.pin}
+	if first {
+		var err error
+		if c.Token, err = s.reg.CreateAPIToken(ctx, "admin", "", store.ScopeAdmin, 0); err != nil {
+			return err
+		}
+	} else {
+		var old control.AdminCredential
+		b, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if json.Unmarshal(b, &old) != nil || (old.URL == c.URL && old.Pin == c.Pin) {
+			return nil
+		}
+		c.Token = old.Token
 	}
-	token, err := s.reg.CreateAPIToken(ctx, "admin", "", store.ScopeAdmin, 0)
-	if err != nil {
-		return err
-	}
-	if err := writeCredential(path, control.AdminCredential{URL: s.url, Pin: s.pin, Token: token}); err != nil {
+	if err := writeCredential(path, c); err != nil {
 		return err
 	}
 	pin := ""
 	if s.pin != "" {
 		pin = " --ca-pin " + s.pin
 	}
-	s.cfg.Log.Info("first start: organization default made; log in where you are admin with the line in login",
-		"login", fmt.Sprintf("sallyway login --url %s --token-file %s%s", s.url, path, pin))
+	s.cfg.Log.Info("log in where you are admin, with that file", "login", fmt.Sprintf("sallyway login --url %s --token-file %s%s", s.url, path, pin))
 	return nil
 }
 

@@ -24,7 +24,7 @@ type Relay struct {
 	Draining          bool
 	// Silent is for how long it has been unreachable; zero means that it is reachable.
 	Silent time.Duration
-	// Load is what it carries besides the places that this package counts, from 0 to 1 and above.
+	// Load is what it carries besides the places that this package counts, in places.
 	Load float64
 }
 

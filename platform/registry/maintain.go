@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"errors"
+	"math"
 	"slices"
 	"time"
 
@@ -177,10 +178,17 @@ func (r *Registry) candidate(n *store.Node, started time.Time) allocation.Relay 
 		}
 	}
 	if beat, ok := r.Board.Get(n.ID); ok {
-		c.Load = beat.Load["load"]
+		// In steps of a place, so that noise does not decide between equals.
+		c.Load = math.Floor(beat.Load["bytes_per_second"]/bytesPerPlace + beat.Load["allocations"]/allocationsPerPlace)
 	}
 	return c
 }
+
+// What a relay carries counts like a gateway more for each of these.
+const (
+	bytesPerPlace       = 12.5e6 // bytes per second: 100 Mbit/s
+	allocationsPerPlace = 50
+)
 
 // Housekeeping writes down when nodes were seen and removes what has lost its use.
 func (r *Registry) Housekeeping(ctx context.Context) error {
