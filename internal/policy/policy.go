@@ -265,8 +265,10 @@ func (s *Snapshot) Evaluate(node identity.Node, t Target) Decision {
 			}
 			for _, subject := range rule.Subjects {
 				if samePeer(subject, node) {
-					return Decision{Allowed: true, Rule: cmp.Or(rule.Name, rule.ID), Resource: r,
-						Reason: fmt.Sprintf("rule %q allows resource %q", cmp.Or(rule.Name, rule.ID), r.Name)}
+					return Decision{
+						Allowed: true, Rule: cmp.Or(rule.Name, rule.ID), Resource: r,
+						Reason: fmt.Sprintf("rule %q allows resource %q", cmp.Or(rule.Name, rule.ID), r.Name),
+					}
 				}
 			}
 		}

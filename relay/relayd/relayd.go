@@ -343,8 +343,10 @@ func (d *relayDaemon) checks() []daemon.Check {
 	if st.Relay != nil {
 		row = daemon.Check{Check: "relay", Result: daemon.Pass, Detail: fmt.Sprintf("serving on %v, %d allocations", st.Listen, st.Relay.Allocations)}
 		if st.Relay.BufferErrors > 0 {
-			out = append(out, daemon.Check{Check: "UDP buffers", Result: daemon.Warn, Detail: fmt.Sprintf("%d datagrams dropped for want of receive buffer", st.Relay.BufferErrors),
-				Remedy: "sysctl -w net.core.rmem_max=8388608, and in /etc/sysctl.d"})
+			out = append(out, daemon.Check{
+				Check: "UDP buffers", Result: daemon.Warn, Detail: fmt.Sprintf("%d datagrams dropped for want of receive buffer", st.Relay.BufferErrors),
+				Remedy: "sysctl -w net.core.rmem_max=8388608, and in /etc/sysctl.d",
+			})
 		}
 	}
 	return append(out, row)
