@@ -84,8 +84,23 @@ type IperfResult struct {
 	Retransmits   int     // TCP
 }
 
-// Iperf3 runs iperf3's client on the host.
-func (h *Host) Iperf3(ctx context.Context, run IperfRun) (IperfResult, error) {
+// errBusy is iperf3's server still reading what an earlier run has left on its way.
+var errBusy = errors.New("the server is busy running a test. try again later")
+
+// busyWait bounds how long that may last.
+const busyWait = 10 * time.Second
+
+// Iperf3 runs iperf3's client on the host. A server that is still busy with an earlier run is asked again.
+func (h *Host) Iperf3(ctx context.Context, run IperfRun) (res IperfResult, err error) {
+	for end := time.Now().Add(busyWait); ; {
+		res, err = h.iperf3(ctx, run)
+		if !errors.Is(err, errBusy) || time.Now().After(end) || ctx.Err() != nil {
+			return res, err
+		}
+	}
+}
+
+func (h *Host) iperf3(ctx context.Context, run IperfRun) (IperfResult, error) {
 	path, err := Program("iperf3")
 	if err != nil {
 		return IperfResult{}, err
@@ -120,6 +135,9 @@ func (h *Host) Iperf3(ctx context.Context, run IperfRun) (IperfResult, error) {
 	}
 	if jsonErr := json.Unmarshal([]byte(r.Stdout), &doc); jsonErr != nil {
 		return IperfResult{}, errors.Join(err, fmt.Errorf("iperf3: %w: %.300s", jsonErr, r.Stdout))
+	}
+	if strings.Contains(doc.Error, errBusy.Error()) {
+		return IperfResult{}, fmt.Errorf("iperf3: %w", errBusy)
 	}
 	if doc.Error != "" {
 		return IperfResult{}, fmt.Errorf("iperf3: %s", doc.Error)
