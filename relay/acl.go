@@ -3,6 +3,7 @@ package relay
 import (
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 )
@@ -77,12 +78,13 @@ func within(a netip.Addr, list []netip.Prefix) bool {
 // checkPeers validates an organization's peers. One bad entry refuses them all.
 func (c *Config) checkPeers(peers []Peer) (map[netip.AddrPort]struct{}, error) {
 	set := make(map[netip.AddrPort]struct{}, len(peers))
+	local := localAddrs()
 	for _, p := range peers {
 		if !p.Addr.IsValid() || p.Addr.Port() == 0 || p.Addr.Addr().Zone() != "" {
 			return nil, fmt.Errorf("peer %q is not an IP address with a port", p.Addr)
 		}
 		ip, encoded := canonical(p.Addr.Addr())
-		own := ip == c.Advertise || ip == c.Listen.Addr().Unmap() || ip == c.RelayIP.Unmap() || ip.IsLoopback()
+		own := ip == c.Advertise || ip == c.Listen.Addr().Unmap() || ip == c.RelayIP.Unmap() || ip.IsLoopback() || slices.Contains(local, ip)
 		switch {
 		case within(ip, never):
 			return nil, fmt.Errorf("peer %v is in a range that is never a peer", p.Addr)
@@ -100,6 +102,21 @@ func (c *Config) checkPeers(peers []Peer) (map[netip.AddrPort]struct{}, error) {
 		set[netip.AddrPortFrom(ip, p.Addr.Port())] = struct{}{}
 	}
 	return set, nil
+}
+
+// localAddrs are the addresses of this host's interfaces.
+func localAddrs() []netip.Addr {
+	ifaces, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil
+	}
+	var list []netip.Addr
+	for _, i := range ifaces {
+		if p, err := netip.ParsePrefix(i.String()); err == nil {
+			list = append(list, p.Addr().Unmap())
+		}
+	}
+	return list
 }
 
 // service reports whether port is one of the relay's own.

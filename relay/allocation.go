@@ -32,6 +32,7 @@ type allocation struct {
 	node    *nodeState
 
 	expires atomic.Int64 // Unix nanoseconds
+	seen    atomic.Int64 // when the node was last heard, Unix nanoseconds
 	dead    atomic.Bool
 	pages   [(maxChannel + 1 - minChannel) / channelPage]atomic.Pointer[[channelPage]atomic.Pointer[channel]]
 	sock    atomic.Pointer[relayedSocket]

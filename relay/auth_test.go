@@ -488,6 +488,20 @@ func TestQuotas(t *testing.T) {
 	c.want(codeCapacity, c.tryAllocate())
 }
 
+// TestReturningNodeIsNotLockedOut lets a node come back from ever new ports without a goodbye.
+func TestReturningNodeIsNotLockedOut(t *testing.T) {
+	l := start(t, func(c *Config) { c.Limits.NodeAllocations = 3 })
+	live := allocated(t, l, client1)
+	for range 10 {
+		l.clock.advance(16 * time.Second)
+		live.want(0, live.do(stun.MethodRefresh))
+		allocated(t, l, client1)
+	}
+	live.want(0, live.do(stun.MethodRefresh)) // what is heard of is not displaced
+	allocatedOrQuota := dial(t, l, client1)
+	allocatedOrQuota.want(codeQuota, allocatedOrQuota.tryAllocate())
+}
+
 func TestBandwidthQuota(t *testing.T) {
 	l := start(t, func(c *Config) {
 		c.Organizations["acme"] = Organization{Quota: Quota{NodeBandwidth: 100 << 10}}

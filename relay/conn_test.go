@@ -305,3 +305,32 @@ func TestIPv6Relay(t *testing.T) {
 	a.write(channelData(0x4000, "six"))
 	g.wantData(0x4000, "six")
 }
+
+// TestWildcardAndShards listens on every address with two sockets, and asks by IPv4 and IPv6.
+func TestWildcardAndShards(t *testing.T) {
+	l := start(t, func(c *Config) {
+		c.Listen, c.Advertise, c.Shards = netip.MustParseAddrPort("[::]:0"), netip.MustParseAddr("127.0.0.1"), 2
+	})
+	var clients []*tester
+	for i, host := range []string{"127.0.0.1", "127.0.0.3", "::1", "::1", "127.0.0.1", "127.0.0.1"} {
+		conn, err := net.Dial("udp", netip.AddrPortFrom(netip.MustParseAddr(host), l.Addr().Port()).String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		n := []identity.Node{client1, gateway1}[i%2]
+		name, password := user(n, "")
+		c := &tester{t: t, conn: conn, username: name, password: password, transport: protocolUDP}
+		c.allocate()
+		clients = append(clients, c)
+	}
+	for i := 0; i < len(clients); i += 2 {
+		a, g := clients[i], clients[i+1]
+		a.want(0, a.bind(0x4000, g.relayed))
+		g.want(0, g.bind(0x4001, a.relayed))
+		a.write(channelData(0x4000, "across"))
+		g.wantData(0x4001, "across")
+		g.write(channelData(0x4001, "back"))
+		a.wantData(0x4000, "back")
+	}
+}

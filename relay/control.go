@@ -9,6 +9,7 @@ import (
 
 	"github.com/pion/stun/v4"
 
+	"sallyway/internal/identity"
 	"sallyway/relay/wire"
 )
 
@@ -122,15 +123,20 @@ func (s *Server) request(o *origin, m *stun.Message) {
 	switch {
 	case a == nil || a.dead.Load():
 		s.fail(o, m, key, codeMismatch)
+		return
 	case a.owner != user.Node:
 		s.fail(o, m, key, stun.CodeWrongCredentials)
-	case m.Type.Method == stun.MethodRefresh:
+		return
+	}
+	a.seen.Store(s.now().UnixNano())
+	switch m.Type.Method {
+	case stun.MethodRefresh:
 		s.refresh(o, m, a, user, key)
-	case m.Type.Method == stun.MethodCreatePermission:
+	case stun.MethodCreatePermission:
 		s.createPermission(o, m, a, key)
-	case m.Type.Method == stun.MethodChannelBind:
+	case stun.MethodChannelBind:
 		s.channelBind(o, m, a, key)
-	case m.Type.Method == wire.MethodRendezvous:
+	case wire.MethodRendezvous:
 		s.rendezvous(o, m, a, key)
 	}
 }
@@ -379,12 +385,14 @@ func (s *Server) newAllocation(o *origin, tx [12]byte, user wire.Username, d tim
 		a.plain, a.udp = true, o.conn.udp
 	}
 	a.expires.Store(now + int64(d))
+	a.seen.Store(now)
 	quota := org.quota.Load()
 	perNode := s.cfg.Limits.NodeAllocations
 	if quota.NodeAllocations > 0 {
 		perNode = quota.NodeAllocations
 	}
 	t := &s.table
+	s.displace(a.owner, perNode, now)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if s.draining.Load() || len(t.all) >= s.cfg.Limits.Allocations {
@@ -439,6 +447,25 @@ func (s *Server) newAllocation(o *origin, tx [12]byte, user wire.Username, d tim
 	s.count.allocated.Add(1)
 	s.log.Info("allocation made", "node", a.owner.String(), "allocations", len(t.all))
 	return a, 0
+}
+
+// displace makes room for a node that has all the allocations it may, where one of them has been silent: a node whose path broke comes back
+// from another address again and again, long before what it left behind expires.
+func (s *Server) displace(n identity.Node, limit int, now int64) {
+	const silent = 30 * time.Second
+	s.table.mu.Lock()
+	var oldest *allocation
+	if ns := s.table.nodes[n]; ns != nil && len(ns.allocs) >= limit {
+		for _, a := range ns.allocs {
+			if oldest == nil || a.seen.Load() < oldest.seen.Load() {
+				oldest = a
+			}
+		}
+	}
+	s.table.mu.Unlock()
+	if oldest != nil && now-oldest.seen.Load() > int64(silent) {
+		s.end(oldest, "displaced by a newer one of the node")
+	}
 }
 
 // refresh serves Refresh (RFC 8656 §8.2). A renewed user name of the same node refreshes the same allocation.

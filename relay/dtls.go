@@ -27,7 +27,7 @@ const (
 
 const (
 	// dtlsQueue is how many datagrams wait for a DTLS connection; more are dropped.
-	dtlsQueue = 64
+	dtlsQueue = 16
 	// dtlsRead is the largest message in a record that is taken.
 	dtlsRead = 4 << 10
 	// dtlsLateHandshake is how long after a handshake its plain records may still be repeated.

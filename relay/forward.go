@@ -77,6 +77,7 @@ func (s *Server) forward(src *allocation, number uint16, frames []byte, stride i
 		n++
 	}
 	payload := uint64(len(frames) - n*channelHeader)
+	src.seen.Store(now)
 	src.sent.Add(payload)
 	dst.got.Add(payload)
 	s.count.relayed.Add(uint64(n))

@@ -153,6 +153,35 @@ func BenchmarkForward(b *testing.B) {
 	}
 }
 
+// BenchmarkRelay sends runs of 44 datagrams from a client through the relay to a gateway, all in this process, and counts what arrives.
+func BenchmarkRelay(b *testing.B) {
+	l := start(b, nil)
+	a, g := pair(b, l)
+	run := frames(0x4001, 44, 1452, 1452)
+	arrived := make(chan int, 1)
+	go func() {
+		buf, n := make([]byte, udpio.MaxRead), 0
+		for {
+			_ = g.conn.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+			m, err := g.sock.Read(buf)
+			if err != nil {
+				arrived <- n
+				return
+			}
+			n += m.N
+		}
+	}()
+	b.ReportAllocs()
+	began := time.Now()
+	for b.Loop() {
+		if err := a.sock.Write(run, 1456, 0, udpio.Peer{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	d := time.Since(began).Seconds()
+	b.ReportMetric(float64(<-arrived)*8/1e9/d, "Gbit/s")
+}
+
 // TestIdleAllocationsAreSmall makes ten thousand and looks at the heap and the goroutines.
 func TestIdleAllocationsAreSmall(t *testing.T) {
 	const n = 10_000

@@ -61,7 +61,7 @@ func (s *Server) openFor(a *allocation, peer netip.AddrPort) stun.ErrorCode {
 	}
 	r, err := s.openRelayed(a, a.relayed.Port())
 	if err != nil { // another program of this host holds the port
-		s.log.Warn("relayed port is taken", "node", a.owner.String(), "port", a.relayed.Port())
+		s.log.Warn("relayed port is taken by another program", "node", a.owner.String())
 		return codeCapacity
 	}
 	a.sock.Store(r)

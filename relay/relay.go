@@ -394,6 +394,7 @@ func (s *Server) listen(ctx context.Context) error {
 		return fmt.Errorf("listen on tcp %v: %w", addr, err)
 	}
 	s.tcp, s.local = l, addr
+	s.cfg.Listen = addr
 	return nil
 }
 
