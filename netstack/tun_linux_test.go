@@ -245,6 +245,40 @@ func TestTCPSplice(t *testing.T) {
 	}
 }
 
+func TestTCPManyFlows(t *testing.T) {
+	addr := serveTCP(t, func(c *net.TCPConn) {
+		io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
+	})
+	l := newLab(t, 1500, netstack.Config{HandleTCP: spliceTo(addr)})
+	data := make([]byte, 256<<10)
+	rand.NewChaCha8([32]byte{4}).Read(data)
+	var wg sync.WaitGroup
+	for i := range 60 {
+		wg.Go(func() {
+			f := families[i%len(families)]
+			c, err := l.dial("tcp", net.JoinHostPort(fmt.Sprint(f.net, 1+i/10), fmt.Sprint(1000+i)))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(testTimeout))
+			go func() {
+				c.Write(data)
+				c.(*net.TCPConn).CloseWrite()
+			}()
+			if b, err := io.ReadAll(c); err != nil || !bytes.Equal(b, data) {
+				t.Errorf("flow %d: %d bytes, or others: %v", i, len(b), err)
+			}
+		})
+	}
+	wg.Wait()
+	eventually(t, "every flow has ended", func() bool { return l.stack.Stats().TCPFlows == 0 })
+	if s := l.stack.Stats(); s.TCPAccepted != 60 || s.WriteErrors > 0 || s.BadChecksum > 0 || s.Malformed > 0 {
+		t.Errorf("%+v", s)
+	}
+}
+
 func TestTCPReject(t *testing.T) {
 	reasons := map[byte]netstack.Reason{1: netstack.Refused, 2: netstack.Unreachable, 3: netstack.NetUnreachable, 4: netstack.AdminProhibited}
 	l := newLab(t, 1500, netstack.Config{HandleTCP: func(_ context.Context, r *netstack.TCPRequest) {
