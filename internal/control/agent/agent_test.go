@@ -360,7 +360,7 @@ func TestPlatformNotTrusted(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			tok := f.newToken(identity.Gateway, "g-1")
 			cfg := gatewayConfig(t.TempDir(), tok)
-			cfg.EnrolTimeout = 200 * time.Millisecond
+			cfg.EnrolTimeout = time.Second
 			tt.change(&tok, &cfg)
 			cfg.Token = tok.String()
 			_, err := Open(t.Context(), cfg)

@@ -184,7 +184,10 @@ func (a *Agent) spend(ctx context.Context, l *link.Link, t control.Token, key cr
 	if req.CSR, req.SiteCSR, err = requests(key, t.Node); err != nil {
 		return nil, nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, a.cfg.EnrolTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, a.cfg.EnrolTimeout, &link.Error{
+		Kind: link.Timeout, Reason: fmt.Sprintf("the platform at %s did not answer within %s", t.URL, a.cfg.EnrolTimeout),
+		Remedy: "check that a firewall lets this host connect to it (TCP)",
+	})
 	defer cancel()
 	var last error
 	for b := (backoff{}); ; {

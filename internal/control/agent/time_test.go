@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"net"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"sallyway/internal/control"
+	"sallyway/internal/control/agent/link"
 	"sallyway/internal/identity"
 )
 
@@ -382,6 +384,20 @@ func TestEnrolmentWaits(t *testing.T) {
 		if took := time.Since(begin); err == nil || took < time.Minute || took > 61*time.Second || !strings.Contains(err.Error(), "platform is down") {
 			t.Fatalf("after %v: %v", took, err)
 		}
+		// One that takes connections and says nothing is no better.
+		l.setDown(false)
+		silent := cfg
+		silent.DialContext = func(context.Context, string, string) (net.Conn, error) {
+			near, far := net.Pipe()
+			t.Cleanup(func() { near.Close(); far.Close() })
+			return near, nil
+		}
+		silent.EnrolTimeout = 5 * time.Second
+		var e *link.Error
+		if _, err := Open(t.Context(), silent); !errors.As(err, &e) || e.Kind != link.Timeout || !strings.Contains(err.Error(), "did not answer within 5s") {
+			t.Errorf("silent platform: %v", err)
+		}
+		l.setDown(true)
 		time.AfterFunc(20*time.Second, func() { l.setDown(false) })
 		if _, err := Open(t.Context(), cfg); err != nil || read(f, &f.enrols) != 1 {
 			t.Fatalf("platform back after 20 s: %v", err)
