@@ -186,7 +186,7 @@ func streamError(err error) error {
 	}
 	if e, ok := errors.AsType[*quic.StreamError](err); ok {
 		if e.Remote {
-			return fmt.Errorf("%w by the other end (%v)", ErrReset, http3.ErrCode(e.ErrorCode))
+			return &resetError{e.ErrorCode}
 		}
 		return net.ErrClosed
 	}
@@ -198,6 +198,16 @@ func streamError(err error) error {
 	}
 	return err
 }
+
+// resetError is a reset by the other end.
+type resetError struct{ code quic.StreamErrorCode }
+
+func (e *resetError) Error() string {
+	return fmt.Sprintf("%v by the other end (%v)", ErrReset, http3.ErrCode(e.code))
+}
+
+// Is matches ErrReset.
+func (e *resetError) Is(target error) bool { return target == ErrReset }
 
 // endsSession reports whether err is one of those that QUIC ends a connection with.
 func endsSession(err error) bool {

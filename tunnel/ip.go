@@ -107,7 +107,7 @@ func parseIP(b []byte) (h ipHeader, ok bool) {
 	switch b[0] >> 4 {
 	case 4:
 		head := int(b[0]&0xf) * 4
-		if head < minIPv4 || head > len(b) || int(binary.BigEndian.Uint16(b[2:])) != len(b) {
+		if head < minIPv4 || head > len(b) || int(binary.BigEndian.Uint16(b[2:])) != len(b) || headerSum(b[:head]) != 0xffff {
 			return h, false
 		}
 		h.src, h.dst = netip.AddrFrom4([4]byte(b[12:16])), netip.AddrFrom4([4]byte(b[16:20]))
@@ -128,6 +128,18 @@ func parseIP(b []byte) (h ipHeader, ok bool) {
 		return h, true
 	}
 	return h, false
+}
+
+// headerSum is the one's complement sum of an IPv4 header, all ones if its checksum is right (RFC 1071).
+func headerSum(b []byte) uint16 {
+	var sum uint32
+	for ; len(b) >= 2; b = b[2:] {
+		sum += uint32(binary.BigEndian.Uint16(b))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return uint16(sum)
 }
 
 func within(ps []netip.Prefix, a netip.Addr) bool {

@@ -169,10 +169,11 @@ func (s *Session) DialUDP(ctx context.Context, host string, port uint16) (*UDPCo
 	c.tasks.Go(func() { _ = c.receiveFrames(c.ctx, c.enqueue) }) // the capsules' reader says how it ended
 	c.tasks.Go(func() {
 		err := c.receiveCapsules(func(n int) []byte { return make([]byte, n) }, c.enqueue)
+		reset, ok := errors.AsType[*resetError](err)
 		switch {
 		case err == io.EOF:
 			err = net.ErrClosed
-		case errors.Is(err, ErrReset): // the gateway's word for ICMP port unreachable
+		case ok && reset.code == codeReset: // the gateway's word for ICMP port unreachable
 			err = &ProxyError{Type: ConnectionRefused, Detail: "the destination refused the datagram"}
 		}
 		c.cancel(err)
@@ -268,9 +269,10 @@ func (p *peerSession) serveUDP(w http.ResponseWriter, r *http.Request) {
 		conn.Close()
 		str.CancelRead(codeGone)
 	}
+	var over sync.Once // how the peer hears of the end
 	abort := func() {
+		over.Do(func() { str.CancelWrite(codeGone) })
 		end()
-		str.CancelWrite(codeGone)
 	}
 	defer context.AfterFunc(p.ctx, abort)()
 	write := func(payload []byte) { _, _ = conn.Write(payload) } // what can not be sent is lost, as UDP is; refusal shows when reading
@@ -281,11 +283,14 @@ func (p *peerSession) serveUDP(w http.ResponseWriter, r *http.Request) {
 		_ = d.receiveCapsules(func(int) []byte { return buf[:] }, write) // ends when the peer closes the flow
 		abort()
 	})
-	if refused := d.sendAll(conn); refused {
-		str.CancelWrite(codeReset)
-	} else {
-		_ = str.Close() // the peer reads the end
-	}
+	refused := d.sendAll(conn)
+	over.Do(func() {
+		if refused {
+			str.CancelWrite(codeReset)
+		} else {
+			_ = str.Close() // the peer reads the end; that it is gone does not matter
+		}
+	})
 	end()
 	tasks.Wait()
 }
