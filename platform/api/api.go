@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyway/internal/control"
+	"sallyway/internal/identity"
 	"sallyway/internal/version"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
@@ -191,9 +192,6 @@ func (s *server) authorize(ctx huma.Context, next func(huma.Context)) {
 func (s *server) authenticate(ctx huma.Context) (*registry.Administrator, *problem) {
 	r, _ := humago.Unwrap(ctx)
 	from := source(r)
-	if !s.limiter.allow(from, s.reg.Now()) {
-		return nil, tooMany()
-	}
 	token, ok := strings.CutPrefix(ctx.Header("Authorization"), "Bearer ")
 	if !ok {
 		return nil, &problem{control.Problem{
@@ -204,6 +202,10 @@ func (s *server) authenticate(ctx huma.Context) (*registry.Administrator, *probl
 	admin, err := s.reg.Administrator(ctx.Context(), token)
 	if err != nil {
 		if code := registry.Code(err); code != "" {
+			// A good token always passes: whoever guesses from behind the same address locks nobody out.
+			if !s.limiter.allow(from, s.reg.Now()) {
+				return nil, tooMany()
+			}
 			s.limiter.failed(from, s.reg.Now())
 			err = errors.Join(err, s.reg.APITokenRefused(ctx.Context(), code, from))
 		}
@@ -214,6 +216,12 @@ func (s *server) authenticate(ctx huma.Context) (*registry.Administrator, *probl
 
 // permit holds the caller's scope against the operation. An organization that is not the caller's is not found.
 func (s *server) permit(a *registry.Administrator, org string, inOrg bool, op *huma.Operation) *problem {
+	if inOrg && org == identity.SharedOrg && op.Metadata["chain"] == nil {
+		return &problem{control.Problem{
+			Status: http.StatusNotFound, Title: http.StatusText(http.StatusNotFound), Code: control.CodeNotFound, Detail: org + " is the platform itself, not an organization",
+			Remedy: "its relays are under /api/v1/shared/relays, its audit under /api/v1/orgs/" + org + "/audit",
+		}}
+	}
 	if a.Org != "" {
 		if inOrg && org != a.Org {
 			return &problem{control.Problem{

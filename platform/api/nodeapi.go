@@ -96,45 +96,55 @@ func decode(r *http.Request, v any) error {
 	return nil
 }
 
-// limited runs a request that may be guessed at: a source that was refused too often waits.
-func (s *server) limited(w http.ResponseWriter, r *http.Request, fn func(from string) (any, error)) {
+// refusal answers a refused request; a source that is refused too often is told to wait.
+func (s *server) refusal(w http.ResponseWriter, r *http.Request, from string, err error) {
+	if registry.Code(err) != "" {
+		if !s.limiter.allow(from, s.reg.Now()) {
+			s.wait(w)
+			return
+		}
+		s.limiter.failed(from, s.reg.Now())
+	}
+	write(w, &s.fail(r.Context(), err).Problem)
+}
+
+func (s *server) wait(w http.ResponseWriter) {
+	w.Header().Set("Retry-After", "60")
+	write(w, &tooMany().Problem)
+}
+
+// enroll spends a token. A source that was refused too often is not even looked at.
+func (s *server) enroll(w http.ResponseWriter, r *http.Request) {
 	from := source(r)
 	if !s.limiter.allow(from, s.reg.Now()) {
-		w.Header().Set("Retry-After", "60")
-		write(w, &tooMany().Problem)
+		s.wait(w)
 		return
 	}
-	out, err := fn(from)
-	if err != nil {
-		if registry.Code(err) != "" {
-			s.limiter.failed(from, s.reg.Now())
+	var req control.EnrolRequest
+	err := decode(r, &req)
+	if err == nil {
+		var out *control.EnrolResponse
+		if out, err = s.reg.Enrol(r.Context(), from, req); err == nil {
+			writeJSON(w, out)
+			return
 		}
-		write(w, &s.fail(r.Context(), err).Problem)
-		return
 	}
-	writeJSON(w, out)
+	s.refusal(w, r, from, err)
 }
 
-func (s *server) enroll(w http.ResponseWriter, r *http.Request) {
-	s.limited(w, r, func(from string) (any, error) {
-		var req control.EnrolRequest
-		if err := decode(r, &req); err != nil {
-			return nil, err
-		}
-		return s.reg.Enrol(r.Context(), from, req)
-	})
-}
-
+// token exchanges an assertion. A good one always passes, so that a refused node locks out nobody behind the same address.
 func (s *server) token(w http.ResponseWriter, r *http.Request) {
-	s.limited(w, r, func(from string) (any, error) {
-		if g := r.PostFormValue("grant_type"); g != grantType {
-			return nil, &registry.Error{Problem: control.Problem{
-				Status: http.StatusBadRequest, Code: control.CodeInvalid, Detail: "the grant type is not " + grantType, Remedy: "see RFC 7523",
-			}}
-		}
-		token, life, err := s.reg.AccessToken(r.Context(), from, r.PostFormValue("assertion"))
-		return accessToken{Token: token, Type: "Bearer", Expires: int(life.Seconds())}, err
-	})
+	from := source(r)
+	if g := r.PostFormValue("grant_type"); g != grantType {
+		write(w, &control.Problem{Status: http.StatusBadRequest, Code: control.CodeInvalid, Detail: "the grant type is not " + grantType, Remedy: "see RFC 7523"})
+		return
+	}
+	token, life, err := s.reg.AccessToken(r.Context(), from, r.PostFormValue("assertion"))
+	if err != nil {
+		s.refusal(w, r, from, err)
+		return
+	}
+	writeJSON(w, accessToken{Token: token, Type: "Bearer", Expires: int(life.Seconds())})
 }
 
 // node runs a request of a node that showed its access token.

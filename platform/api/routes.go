@@ -71,7 +71,8 @@ type option func(*huma.Operation)
 
 func status(code int) option { return func(o *huma.Operation) { o.DefaultStatus = code } }
 
-// marked sets a mark that permit looks at: reads, own (a token of an organization may call it), platform (it may not).
+// marked sets a mark that permit looks at: reads, own (a token of an organization may call it), platform (it may not), chain (the
+// platform itself has this, too).
 func marked(name string) option {
 	return func(o *huma.Operation) {
 		if o.Metadata == nil {
@@ -189,11 +190,11 @@ func (s *server) orgRoutes() {
 		}
 		out.Body.Items = es
 		return out, nil
-	})
+	}, marked("chain"))
 	route(s, "GET", "/orgs/{org}/audit:verify", "verify-audit", "Recompute the hash chain", func(ctx context.Context, in *OrgPath) (*body[control.AuditVerification], error) {
 		if _, err := s.reg.Org(ctx, in.Org); err != nil {
 			return nil, err
 		}
 		return one(audit.Verify(ctx, s.reg.Store, in.Org))
-	})
+	}, marked("chain"))
 }
