@@ -151,6 +151,14 @@ const recheckInterval = 30 * time.Second
 func (h *Host) follow(ctx context.Context) {
 	recheck := time.NewTicker(recheckInterval)
 	defer recheck.Stop()
+	network := make(chan struct{}, 1)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	watching.Go(func() {
+		if err := h.dev.Watch(ctx, func() { poke(network) }); err != nil {
+			h.cfg.Logger.Warn("changes of the host's network are only seen at intervals", "err", err, "interval", recheckInterval)
+		}
+	})
 	var last *control.Dialling
 	for {
 		select {
@@ -158,6 +166,7 @@ func (h *Host) follow(ctx context.Context) {
 			return
 		case last = <-h.updates:
 		case <-recheck.C:
+		case <-network:
 		}
 		if last != nil {
 			h.apply(ctx, last)

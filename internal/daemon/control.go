@@ -14,9 +14,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // The control socket is HTTP over a Unix socket in the state folder. Only root and the daemon's own user get an answer.
@@ -32,20 +31,6 @@ const controlTimeout = 20 * time.Second
 
 // ErrNotRunning says that no daemon answers on a state folder.
 var ErrNotRunning = errors.New("not running")
-
-// socketPath returns a path of the socket in dir that fits sockaddr_un: for a long one it goes through a descriptor of
-// the folder. The returned function closes that descriptor.
-func socketPath(dir string) (string, func(), error) {
-	path := filepath.Join(dir, controlSocket)
-	if len(path) <= maxSocketPath {
-		return path, func() {}, nil
-	}
-	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "", nil, &fs.PathError{Op: "open", Path: dir, Err: err}
-	}
-	return fmt.Sprintf("/proc/self/fd/%d/%s", fd, controlSocket), func() { _ = unix.Close(fd) }, nil
-}
 
 // listenControl makes the socket, mode 0600. A socket that is already there is a dead daemon's, because the caller
 // holds the folder's lock.
@@ -100,25 +85,6 @@ func (l *credListener) Close() error {
 		err = errors.Join(err, rm)
 	}
 	return err
-}
-
-// peerUID returns the user at the other end (SO_PEERCRED), -1 with an error.
-func peerUID(c *net.UnixConn) (int, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return -1, err
-	}
-	uid := -1
-	var credErr error
-	err = raw.Control(func(fd uintptr) {
-		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		if err != nil {
-			credErr = err
-			return
-		}
-		uid = int(cred.Uid)
-	})
-	return uid, errors.Join(err, credErr)
 }
 
 // Client talks to the daemon that runs on a state folder. It may be used concurrently.
@@ -210,11 +176,11 @@ func (e *AnswerError) Error() string {
 
 func (c *Client) explain(err error) error {
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%w (no daemon answers in %s)", ErrNotRunning, c.dir)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("the control socket in %s belongs to another user; run as root: %w", c.dir, fs.ErrPermission)
-	case errors.Is(err, io.EOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
+	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		return fmt.Errorf("the daemon in %s closed the connection; it may be stopping, or run as another user: %w", c.dir, err)
 	}
 	return fmt.Errorf("control socket in %s: %w", c.dir, err)

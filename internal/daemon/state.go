@@ -8,8 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // State is a daemon's state folder, held by a lock that no second daemon gets. Close gives the lock back; so does the
@@ -56,16 +54,16 @@ func openState(dir, program, flag string) (*State, error) {
 	if err != nil {
 		return nil, stateError(dir, flag, err)
 	}
-	if fi.Mode().Perm()&0o022 != 0 {
+	if openToOthers(fi) {
 		return nil, Usagef("state folder %s can be written by other users (mode %04o)\nchmod 700 it, or name another with --%s", dir, fi.Mode().Perm(), flag)
 	}
 	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, stateError(dir, flag, err)
 	}
-	if err := fcntlLock(f, unix.F_OFD_SETLK, new(wholeFile)); err != nil {
+	if taken, err := takeLock(f); err != nil || taken {
 		defer f.Close()
-		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EACCES) {
+		if err != nil {
 			return nil, stateError(dir, flag, err)
 		}
 		who := "another process"
@@ -91,7 +89,7 @@ func (s *State) writePid() error {
 
 // stateError says what to do about a state folder that cannot be used.
 func stateError(dir, flag string, err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+	if isDiskFull(err) {
 		return fullDisk(dir, err)
 	}
 	hint := fmt.Sprintf("name a folder that can be written with --%s DIR", flag)
@@ -116,21 +114,7 @@ func locked(dir string) (bool, error) {
 		return false, err
 	}
 	defer f.Close()
-	lock := new(wholeFile)
-	if err := fcntlLock(f, unix.F_OFD_GETLK, lock); err != nil {
-		return false, err
-	}
-	return lock.Type != unix.F_UNLCK, nil
-}
-
-// wholeFile is a lock on the whole of a file.
-type wholeFile = unix.Flock_t
-
-// fcntlLock takes or asks for an exclusive lock that belongs to the open file (fcntl(2), open file description locks):
-// unlike flock(2), these can be asked for without being taken.
-func fcntlLock(f *os.File, cmd int, lock *wholeFile) error {
-	lock.Type, lock.Whence = unix.F_WRLCK, io.SeekStart
-	return unix.FcntlFlock(f.Fd(), cmd, lock)
+	return isLocked(f)
 }
 
 // Dir returns the folder's absolute path.
@@ -157,7 +141,7 @@ func (s *State) Close() error {
 // full disk leaves the old content; the error then names the path and what to do.
 func WriteFile(path string, data []byte, mode fs.FileMode) error {
 	err := replace(path, data, mode)
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+	if isDiskFull(err) {
 		return fullDisk(path, err)
 	}
 	if err != nil {
@@ -212,13 +196,12 @@ func checkState(dir string) Check {
 		c.Result, c.Detail, c.Remedy = Fail, err.Error(), "run the doctor as root, or name another folder"
 	case !fi.IsDir():
 		c.Result, c.Detail, c.Remedy = Fail, dir+" is not a folder", "name a folder"
-	case fi.Mode().Perm()&0o022 != 0:
+	case openToOthers(fi):
 		c.Result, c.Detail, c.Remedy = Fail, fmt.Sprintf("%s can be written by other users (mode %04o)", dir, fi.Mode().Perm()), "chmod 700 "+dir
-	case unix.Access(dir, unix.W_OK) != nil:
+	case !writable(dir):
 		c.Result, c.Detail, c.Remedy = Fail, dir+" cannot be written by this user", "run the doctor as root"
 	default:
-		var fs unix.Statfs_t
-		if err := unix.Statfs(dir, &fs); err == nil && fs.Blocks > 0 && fs.Bavail*uint64(fs.Bsize) < minFree {
+		if free, known := freeBytes(dir); known && free < minFree {
 			c.Result, c.Detail, c.Remedy = Warn, fmt.Sprintf("less than %d MiB free below %s", minFree>>20, dir), "make room: state cannot be saved on a full disk"
 		}
 	}

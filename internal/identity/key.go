@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 )
 
 // KeyHash is the SHA-256 of a public key's SubjectPublicKeyInfo: the name under which keys are pinned and denied. It does not
@@ -97,7 +98,7 @@ func DecodeKey(b []byte) (crypto.Signer, error) {
 func LoadOrCreateKey(path string) (crypto.Signer, error) {
 	b, err := os.ReadFile(path)
 	if err == nil {
-		if st, err := os.Stat(path); err == nil && st.Mode().Perm()&0o077 != 0 {
+		if st, err := os.Stat(path); err == nil && runtime.GOOS != "windows" && st.Mode().Perm()&0o077 != 0 {
 			return nil, fmt.Errorf("key file %s has mode %#o: others can read it; run chmod 600 %s", path, st.Mode().Perm(), path)
 		}
 		k, err := DecodeKey(b)
