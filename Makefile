@@ -51,7 +51,8 @@ build: ## build the programs into bin/ (the default)
 	ls bin
 
 demo: build ## lay out client, relays, gateway and a private host on this machine and show them work (root by sudo)
-	@$(AS_ROOT) bin/labctl demo
+	@build/prerequisites.sh demo
+	$(AS_ROOT) bin/labctl demo
 
 test: prerequisites build ## run every test: unit tests with -race, then the end-to-end suite on the built programs
 	@$(MAKE) unit
@@ -74,6 +75,7 @@ check: layering ## format, vet, linters, go.mod, layering: what CI runs before t
 	bad=$$($(AS_CALLER) "$$go" run $(GOFUMPT) -l .)
 	if [ -n "$$bad" ]; then echo "not formatted (gofumpt -w):"; echo "$$bad"; exit 1; fi
 	$(AS_CALLER) "$$go" vet ./...
+	for os in darwin windows; do GOOS=$$os CGO_ENABLED=0 $(AS_CALLER) "$$go" build -o /dev/null ./cmd/sallyway; done
 	$(AS_CALLER) "$$go" run $(STATICCHECK) ./...
 	$(AS_CALLER) "$$go" run $(GOLANGCI) run
 	$(AS_CALLER) "$$go" mod tidy -diff

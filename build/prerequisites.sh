@@ -3,15 +3,21 @@
 # the next boot; services of packages that were here before are left alone.
 set -euo pipefail
 
-packages=(
-	iperf3 iproute2 iputils-ping nftables dnsutils curl procps ca-certificates openssl  # networks and their tools
-	postgresql postgresql-client openssh-server openssh-client coturn                   # real servers and clients
-	gcc libc6-dev                                                                       # the race detector
-)
+# With the word demo: only what `make demo` uses.
+packages=(iperf3 iproute2 iputils-ping nftables curl procps ca-certificates)
+tools=(iperf3 ip ping nft curl)
+if [ "${1:-}" != demo ]; then
+	packages+=(
+		dnsutils openssl                                                   # tools
+		postgresql postgresql-client openssh-server openssh-client coturn # real servers and clients
+		gcc libc6-dev                                                      # the race detector
+	)
+	tools+=(dig psql ssh sshd turnutils_uclient openssl gcc)
+fi
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
 	missing=()
-	for tool in iperf3 ip ping nft dig curl psql ssh sshd turnutils_uclient openssl gcc; do
+	for tool in "${tools[@]}"; do
 		PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || missing+=("$tool")
 	done
 	if [ ${#missing[@]} -gt 0 ]; then
@@ -32,7 +38,7 @@ done
 
 if [ "$(id -u)" != 0 ]; then
 	echo "Installing packages for the tests: ${missing[*]}"
-	exec "$(dirname "$0")/as-root.sh" "$0"
+	exec "$(dirname "$0")/as-root.sh" "$0" "$@"
 fi
 
 # policy-rc.d is how Debian asks whether a package may start its service (invoke-rc.d(8)); 101 says no.
