@@ -94,7 +94,8 @@ func (s *Server) authenticate(o *origin, m *stun.Message) (wire.Username, stun.M
 	username, e1 := m.Get(stun.AttrUsername)
 	nonce, e2 := m.Get(stun.AttrNonce)
 	_, e3 := m.Get(stun.AttrRealm)
-	if e1 != nil || e2 != nil || e3 != nil {
+	const longest = 512 // bytes of USERNAME (RFC 8489 §14.3)
+	if e1 != nil || e2 != nil || e3 != nil || len(username) > longest {
 		s.answerUnproven(o, m, stun.ErrorCodeAttribute{Code: stun.CodeBadRequest})
 		return none, nil, false
 	}

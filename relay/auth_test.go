@@ -178,7 +178,7 @@ func TestNothingIsKeptBeforeANonce(t *testing.T) {
 	}
 	l.table.mu.Lock()
 	defer l.table.mu.Unlock()
-	if len(l.table.all)+len(l.table.nodes)+len(l.table.sourceCount)+len(l.conns.all)+l.conns.half != 0 {
+	if len(l.table.all)+len(l.table.nodes)+len(l.table.sourceCount)+len(l.conns.all)+l.conns.half.Len() != 0 {
 		t.Error("something is kept")
 	}
 	if l.count.authFailed.Load() != 0 {

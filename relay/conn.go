@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"container/list"
 	"encoding/binary"
 	"net"
 	"net/netip"
@@ -32,7 +33,7 @@ type conn struct {
 	early int   // bytes read without an allocation; the reader's
 	bare  int64 // since when without an allocation, Unix nanoseconds; the sweep's
 
-	half bool // not authenticated yet; guarded by connections.mu
+	half *halfOpen // gives way to others until c has an allocation
 
 	mu      sync.Mutex // guards the rest
 	pending *[]byte    // messages, each padded to a multiple of four
@@ -188,15 +189,24 @@ func (c *conn) admits(n int) bool {
 	return c.early <= maxPreAuth
 }
 
-// connections is the set of connections, with a table of half-open ones that is bounded as a whole and by source.
+// connections is the set of connections, with a table of half-open ones (handshakes, and TCP connections without an allocation so far) that is
+// bounded as a whole and by source. When it is full, the oldest gives way: who forges sources can not keep others out, since an honest
+// handshake takes a few round trips and grows old only when there are very many others.
 type connections struct {
 	limits Limits
 
 	mu       sync.Mutex // guards the rest
 	all      map[*conn]struct{}
-	half     int
+	half     list.List      // of *halfOpen, oldest first
 	bySource map[source]int // half-open ones
 	stopped  bool
+}
+
+// halfOpen is a place in the table of half-open connections.
+type halfOpen struct {
+	src   source
+	evict func()        // closes the connection
+	place *list.Element // nil when given up; guarded by connections.mu
 }
 
 func (t *connections) init(l Limits) {
@@ -205,67 +215,64 @@ func (t *connections) init(l Limits) {
 	t.bySource = map[source]int{}
 }
 
-// reserve makes room for a half-open connection of src, or reports that there is none.
-func (t *connections) reserve(src source) bool {
+// reserve takes a place for a connection of src, which evict closes, or returns nil where there is none.
+func (t *connections) reserve(src source, evict func()) *halfOpen {
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.stopped || t.half >= t.limits.HalfOpen || t.bySource[src] >= t.limits.SourceHalfOpen || len(t.all)+t.half >= t.limits.Connections {
-		return false
+	if t.stopped || t.bySource[src] >= t.limits.SourceHalfOpen || len(t.all) >= t.limits.Connections {
+		t.mu.Unlock()
+		return nil
 	}
-	t.half++
+	var victim *halfOpen
+	if t.half.Len() >= t.limits.HalfOpen {
+		victim = t.half.Front().Value.(*halfOpen)
+		t.releaseLocked(victim)
+	}
+	h := &halfOpen{src: src, evict: evict}
+	h.place = t.half.PushBack(h)
 	t.bySource[src]++
-	return true
+	t.mu.Unlock()
+	if victim != nil {
+		victim.evict()
+	}
+	return h
 }
 
-// releaseLocked gives a half-open connection's room back.
-func (t *connections) releaseLocked(src source) {
-	t.half--
-	if t.bySource[src]--; t.bySource[src] == 0 {
-		delete(t.bySource, src)
+// releaseLocked gives a place up, if that has not happened yet.
+func (t *connections) releaseLocked(h *halfOpen) {
+	if h == nil || h.place == nil {
+		return
+	}
+	t.half.Remove(h.place)
+	h.place = nil
+	if t.bySource[h.src]--; t.bySource[h.src] == 0 {
+		delete(t.bySource, h.src)
 	}
 }
 
-// abandon gives back the room of a handshake that came to nothing.
-func (t *connections) abandon(src source) {
+// release gives a place up: the handshake came to nothing, or the connection has an allocation.
+func (t *connections) release(h *halfOpen) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.releaseLocked(src)
+	t.releaseLocked(h)
 }
 
-// add takes up a connection that reserve made room for. When the relay is stopping it reports false.
+// add takes up a connection that has a place. When the relay is stopping it reports false.
 func (t *connections) add(c *conn) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.stopped {
-		t.releaseLocked(sourceOf(c.addr.Addr()))
+		t.releaseLocked(c.half)
 		return false
 	}
-	c.half = true
 	t.all[c] = struct{}{}
 	return true
-}
-
-// authenticated says that c has an allocation and is half-open no more.
-func (t *connections) authenticated(c *conn) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if c.half {
-		c.half = false
-		t.releaseLocked(sourceOf(c.addr.Addr()))
-	}
 }
 
 func (t *connections) remove(c *conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if _, ok := t.all[c]; !ok {
-		return
-	}
 	delete(t.all, c)
-	if c.half {
-		c.half = false
-		t.releaseLocked(sourceOf(c.addr.Addr()))
-	}
+	t.releaseLocked(c.half)
 }
 
 func (t *connections) snapshot() []*conn {

@@ -56,7 +56,7 @@ func TestHandshakeDeadline(t *testing.T) {
 	until(t, "no connection is left", func() bool {
 		l.conns.mu.Lock()
 		defer l.conns.mu.Unlock()
-		return len(l.conns.all) == 0 && l.conns.half == 0 && len(l.conns.bySource) == 0
+		return len(l.conns.all) == 0 && l.conns.half.Len() == 0 && len(l.conns.bySource) == 0
 	})
 	// DTLS: a ClientHello and nothing more.
 	c := dial(t, l, client1)
@@ -69,7 +69,7 @@ func TestHandshakeDeadline(t *testing.T) {
 		_, found := l.dtls.peers.get(c.local())
 		l.conns.mu.Lock()
 		defer l.conns.mu.Unlock()
-		return !found && l.conns.half == 0
+		return !found && l.conns.half.Len() == 0
 	})
 	if b, ok := c.receive(50 * time.Millisecond); ok {
 		t.Errorf("a ClientHello without cookie drew more: % x", b)
@@ -102,7 +102,7 @@ func TestHalfOpenConnectionsAreBounded(t *testing.T) {
 	until(t, "three half-open connections", func() bool {
 		l.conns.mu.Lock()
 		defer l.conns.mu.Unlock()
-		return l.conns.half == 3
+		return l.conns.half.Len() == 3
 	})
 	if !closedWithin(t, tcpConn(t, l), 5*time.Second) {
 		t.Error("a fourth half-open connection of a source is kept")
@@ -114,16 +114,39 @@ func TestHalfOpenConnectionsAreBounded(t *testing.T) {
 	d := tcpDial(t, l, client1, false)
 	d.allocate()
 
+	// When the table is full, the oldest gives way.
 	var table connections
 	table.init(Limits{HalfOpen: 2, SourceHalfOpen: 2, Connections: 10})
-	a, b := source{1}, source{2}
-	if !table.reserve(a) || !table.reserve(b) || table.reserve(source{3}) {
-		t.Error("the bound of all half-open connections does not hold")
+	evicted := ""
+	first := table.reserve(source{1}, func() { evicted += "first " })
+	table.reserve(source{2}, func() { evicted += "second " })
+	if table.reserve(source{3}, func() { evicted += "third " }) == nil || evicted != "first " {
+		t.Errorf("evicted %q, want the first", evicted)
 	}
-	table.abandon(a)
-	if !table.reserve(source{3}) {
-		t.Error("room is not given back")
+	table.release(first) // twice given up is once
+	if table.half.Len() != 2 || len(table.bySource) != 2 {
+		t.Errorf("%d half-open of %d sources", table.half.Len(), len(table.bySource))
 	}
+}
+
+// TestForgedHellosDoNotKeepOthersOut fills the table of half-open connections with ClientHellos of forged sources.
+func TestForgedHellosDoNotKeepOthersOut(t *testing.T) {
+	cert, _ := certificate(t)
+	l := start(t, func(c *Config) {
+		c.Certificate = cert
+		c.Limits.HalfOpen = 20
+	})
+	for i := range 60 {
+		l.shards[0].handle(bytes.Clone(clientHello), message(len(clientHello), netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 7, 7, byte(i)}), 9)))
+	}
+	l.conns.mu.Lock()
+	half := l.conns.half.Len()
+	l.conns.mu.Unlock()
+	if half != 20 {
+		t.Errorf("%d half-open, limit 20", half)
+	}
+	c, _, _ := dtlsDial(t, l, client1, "")
+	c.allocate()
 }
 
 func TestBytesBeforeAuthenticationAreBounded(t *testing.T) {

@@ -441,7 +441,7 @@ func (s *Server) newAllocation(o *origin, tx [12]byte, user wire.Username, d tim
 	}
 	if o.conn != nil {
 		o.conn.alloc.Store(a)
-		s.conns.authenticated(o.conn)
+		s.conns.release(o.conn.half)
 	}
 	o.alloc = a
 	s.count.allocated.Add(1)

@@ -26,8 +26,8 @@ const (
 )
 
 const (
-	// dtlsQueue is how many datagrams wait for a DTLS connection; more are dropped.
-	dtlsQueue = 16
+	// dtlsQueue is how many datagrams wait for a DTLS connection; more are dropped. A coalesced read may bring 64 at once.
+	dtlsQueue = 256
 	// dtlsRead is the largest message in a record that is taken.
 	dtlsRead = 4 << 10
 	// dtlsLateHandshake is how long after a handshake its plain records may still be repeated.
@@ -105,11 +105,14 @@ func (s *Server) newDTLS(end udpEnd) *virtualConn {
 	if s.cfg.Certificate == nil {
 		return nil
 	}
-	if !s.handshake.allow(src, 1, s.now().UnixNano()) || !s.conns.reserve(src) {
+	v := &virtualConn{end: end, ready: make(chan struct{}, 1), closed: make(chan struct{}), deadline: makeDeadline(), drops: &s.count.queueDrops}
+	if s.handshake.allow(src, 1, s.now().UnixNano()) {
+		v.half = s.conns.reserve(src, func() { v.Close() })
+	}
+	if v.half == nil {
 		s.count.handshakesRefused.Add(1)
 		return nil
 	}
-	v := &virtualConn{end: end, in: make(chan []byte, dtlsQueue), closed: make(chan struct{}), deadline: makeDeadline()}
 	s.dtls.peers.update(from, func(p dtlsPeer, _ bool) (dtlsPeer, bool) {
 		p.half = v
 		return p, true
@@ -140,13 +143,12 @@ var quiet = &logging.DefaultLoggerFactory{Writer: io.Discard, DefaultLogLevel: l
 
 // serveDTLS does the handshake over v and serves the connection until it ends.
 func (s *Server) serveDTLS(from netip.AddrPort, v *virtualConn) {
-	src := sourceOf(from.Addr())
 	const mtu, flight = 1200, 250 * time.Millisecond
 	dc, err := dtls.ServerWithOptions(v, v.RemoteAddr(),
 		dtls.WithGetCertificate(func(*dtls.ClientHelloInfo) (*tls.Certificate, error) { return s.cfg.Certificate() }),
 		dtls.WithLoggerFactory(quiet), dtls.WithMTU(mtu), dtls.WithFlightInterval(flight))
 	if err != nil {
-		s.conns.abandon(src)
+		s.conns.release(v.half)
 		s.count.handshakesFailed.Add(1)
 		return
 	}
@@ -165,11 +167,11 @@ func (s *Server) serveDTLS(from netip.AddrPort, v *virtualConn) {
 	if err != nil {
 		v.Close()
 		_ = dc.Close()
-		s.conns.abandon(src)
+		s.conns.release(v.half)
 		s.count.handshakesFailed.Add(1)
 		return
 	}
-	c := &conn{s: s, kind: overDTLS, addr: from, nc: dc, udp: v.end}
+	c := &conn{s: s, kind: overDTLS, addr: from, nc: dc, udp: v.end, half: v.half}
 	if !s.conns.add(c) {
 		_ = dc.Close()
 		return
@@ -231,39 +233,64 @@ func (c *conn) readDTLS(dc *dtls.Conn) {
 // virtualConn is the part of a UDP socket that one source talks to.
 type virtualConn struct {
 	end      udpEnd
-	in       chan []byte
 	deadline *deadline
-	since    time.Time // of the completed handshake; set before it is in the table as live
-	conn     *conn     // likewise
+	half     *halfOpen
+	drops    *counter
+	ready    chan struct{} // something has been queued
+	since    time.Time     // of the completed handshake; set before it is in the table as live
+	conn     *conn         // likewise
 
 	once   sync.Once
 	closed chan struct{}
+
+	mu sync.Mutex // guards the rest
+	in [][]byte
 }
 
 var _ net.PacketConn = (*virtualConn)(nil)
 
 // push hands a copy of d over, or drops it where too many wait.
 func (v *virtualConn) push(d []byte) {
+	v.mu.Lock()
+	if len(v.in) >= dtlsQueue {
+		v.mu.Unlock()
+		v.drops.Add(1)
+		return
+	}
+	v.in = append(v.in, append([]byte(nil), d...))
+	v.mu.Unlock()
 	select {
-	case v.in <- append([]byte(nil), d...):
+	case v.ready <- struct{}{}:
 	default:
 	}
 }
 
-// ReadFrom waits for a datagram of the source.
-func (v *virtualConn) ReadFrom(b []byte) (int, net.Addr, error) {
-	select {
-	case d := <-v.in:
-		return copy(b, d), v.RemoteAddr(), nil
-	default:
+// pop takes the datagram that has waited longest.
+func (v *virtualConn) pop() ([]byte, bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.in) == 0 {
+		v.in = nil // an idle connection holds no queue
+		return nil, false
 	}
-	select {
-	case d := <-v.in:
-		return copy(b, d), v.RemoteAddr(), nil
-	case <-v.closed:
-		return 0, nil, net.ErrClosed
-	case <-v.deadline.passed():
-		return 0, nil, os.ErrDeadlineExceeded
+	d := v.in[0]
+	v.in = v.in[1:]
+	return d, true
+}
+
+// ReadFrom waits for a datagram of the source. It is for one reader.
+func (v *virtualConn) ReadFrom(b []byte) (int, net.Addr, error) {
+	for {
+		if d, ok := v.pop(); ok {
+			return copy(b, d), v.RemoteAddr(), nil
+		}
+		select {
+		case <-v.ready:
+		case <-v.closed:
+			return 0, nil, net.ErrClosed
+		case <-v.deadline.passed():
+			return 0, nil, os.ErrDeadlineExceeded
+		}
 	}
 }
 

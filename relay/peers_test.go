@@ -251,6 +251,20 @@ func TestCoturnClient(t *testing.T) {
 	running.Wait()
 }
 
+func TestCoturnSTUNClient(t *testing.T) {
+	bin, err := exec.LookPath("turnutils_stunclient")
+	if err != nil {
+		t.Skip("turnutils_stunclient of coturn is not installed")
+	}
+	l := start(t, nil)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, bin, "-p", fmt.Sprint(l.Addr().Port()), "127.0.0.1").CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte("UDP reflexive addr: 127.0.0.1:")) {
+		t.Errorf("%s\n%v", out, err)
+	}
+}
+
 // tcpDial connects a client of n over TCP, or TLS where secure.
 func tcpDial(t *testing.T, l *lab, n identity.Node, secure bool) *tester {
 	t.Helper()

@@ -52,13 +52,16 @@ func (s *Server) accept() error {
 		tc := nc.(*net.TCPConn)
 		addr := tc.RemoteAddr().(*net.TCPAddr).AddrPort()
 		src := sourceOf(addr.Addr())
-		if !s.handshake.allow(src, 1, s.now().UnixNano()) || !s.conns.reserve(src) {
+		c := &conn{s: s, kind: overTCP, addr: unmapped(addr), nc: tc}
+		if s.handshake.allow(src, 1, s.now().UnixNano()) {
+			c.half = s.conns.reserve(src, c.close)
+		}
+		if c.half == nil {
 			s.count.handshakesRefused.Add(1)
 			tc.Close()
 			continue
 		}
 		limitUnsent(tc)
-		c := &conn{s: s, kind: overTCP, addr: unmapped(addr), nc: tc}
 		if !s.conns.add(c) {
 			tc.Close()
 			continue
