@@ -95,6 +95,9 @@ func Dial(ctx context.Context, cfg DialConfig) (*Session, error) {
 	s.flows.wake = s.stepSoon
 	for i := range s.slots {
 		s.slots[i] = newSlot(i, raw)
+		if i > 0 {
+			s.slots[i].handshake = s.slots[0]
+		}
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	if err := s.handshake(ctx); err != nil {

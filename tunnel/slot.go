@@ -28,7 +28,35 @@ type slotLink struct {
 }
 
 // Receive implements datagram.Receiver.
-func (l *slotLink) Receive(b datagram.Batch) { l.s.receive(b, gatewayAddr, l) }
+func (l *slotLink) Receive(b datagram.Batch) {
+	if h := l.s.handshake; h != nil {
+		h.receiveResets(b)
+	}
+	l.s.receive(b, gatewayAddr, l)
+}
+
+// resetSize is the size of quic-go's stateless resets, in bytes.
+const resetSize = 42
+
+// receiveResets takes copies of what may be a stateless reset (RFC 9000 §10.3). Only the Transport of the handshake knows the tokens, so
+// that a session which has moved would not notice that its gateway restarted. What is an ordinary packet QUIC drops as a duplicate.
+func (s *slot) receiveResets(b datagram.Batch) {
+	if b.Stride-b.Skip != resetSize && len(b.Data) > b.Stride {
+		return // a reset comes alone
+	}
+	for payload, ok := b.Next(); ok; payload, ok = b.Next() { // b is a copy
+		if len(payload) == resetSize && payload[0]&0xc0 == firstQUIC {
+			buf := datagram.NewBuffer()
+			n := copy(buf.B[:], payload)
+			s.receive(datagram.NewBatch(buf.B[:n], n, 0, b.ECN, buf), gatewayAddr, noProbes{})
+		}
+	}
+}
+
+// noProbes drops what is no QUIC.
+type noProbes struct{}
+
+func (noProbes) handleProbe([]byte) {}
 
 func (l *slotLink) handleProbe(payload []byte) { l.mon.handle(payload) }
 
@@ -45,6 +73,9 @@ type slot struct {
 	vconn
 	tr *quic.Transport
 	to atomic.Pointer[slotLink]
+
+	// handshake is the slot that the session was dialled on, nil if it is this one.
+	handshake *slot
 
 	pointing sync.Mutex // serialises point
 

@@ -271,29 +271,30 @@ func TestNobodyAnswers(t *testing.T) {
 }
 
 func TestGatewayRestart(t *testing.T) {
-	w := newWorld(t, nil)
-	l, g := newLinkPair(t)
-	if _, err := w.merged.Add(g, LinkInfo{}); err != nil {
-		t.Fatal(err)
-	}
-	s := w.dial(l, nil)
-	// Another process with the same keys has the gateway's end of the link now.
-	w2 := newWorld(t, nil)
-	if _, err := w2.merged.Add(g, LinkInfo{}); err != nil {
-		t.Fatal(err)
-	}
-	c, err := s.DialTCP(timeout(t, 5*time.Second), "127.0.0.1", 1)
-	if err == nil {
-		c.Reset()
-		t.Fatal("a flow without a session")
-	}
-	select {
-	case <-s.Done():
-	case <-time.After(5 * time.Second):
-		t.Fatal("the restart was not noticed")
-	}
-	if e, ok := errors.AsType[*SessionError](s.Err()); !ok || !strings.Contains(e.Reason, "restarted") {
-		t.Fatalf("got %v", s.Err())
+	for _, moved := range []bool{false, true} {
+		w := newWorld(t, nil)
+		s := w.dial(w.link("a"), nil)
+		if moved {
+			if err := s.Standby(timeout(t, 5*time.Second), w.link("b"), LinkInfo{}); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Failover("to see"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// Another process with the same keys is all that can be reached now.
+		w2 := newWorld(t, nil)
+		if err := s.Repoint(w2.link("new"), LinkInfo{}, "the gateway is elsewhere"); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-s.Done():
+		case <-time.After(5 * time.Second):
+			t.Fatalf("moved %v: the restart was not noticed", moved)
+		}
+		if e, ok := errors.AsType[*SessionError](s.Err()); !ok || !strings.Contains(e.Reason, "restarted") {
+			t.Fatalf("got %v", s.Err())
+		}
 	}
 }
 
