@@ -19,6 +19,9 @@ const virtualTTL = 30
 // upstreamTimeout bounds one exchange with one of the host's own resolvers.
 const upstreamTimeout = 3 * time.Second
 
+// ednsSize is the UDP size that answers offer, in bytes: the largest the stub sends.
+const ednsSize = 4096
+
 // stub answers the host's DNS queries for what lies behind gateways (split DNS): names of resources and gateways from the
 // configuration, domains that a resource names from the gateway's network by DNS over HTTPS (RFC 8484), and, where the host can not
 // split by domain, everything else from the resolvers that the host had before.
@@ -41,10 +44,13 @@ func (s *stub) answer(ctx context.Context, query []byte, size int) []byte {
 	if size != dns.MaxMsgSize {
 		size = dns.MinMsgSize
 		if opt := q.IsEdns0(); opt != nil {
-			size = max(size, min(int(opt.UDPSize()), 4096))
+			size = max(size, min(int(opt.UDPSize()), ednsSize))
 		}
 	}
 	m := s.reply(ctx, &q, query)
+	if opt := q.IsEdns0(); opt != nil && m.IsEdns0() == nil {
+		m.SetEdns0(ednsSize, opt.Do()) // RFC 6891 §6.1.1
+	}
 	m.Truncate(size)
 	b, err := m.Pack()
 	if err != nil {
@@ -55,6 +61,9 @@ func (s *stub) answer(ctx context.Context, query []byte, size int) []byte {
 }
 
 func (s *stub) reply(ctx context.Context, q *dns.Msg, raw []byte) *dns.Msg {
+	if q.Opcode != dns.OpcodeQuery {
+		return failure(q, dns.RcodeNotImplemented) // an UPDATE is no question to hand on
+	}
 	question := q.Question[0]
 	name := canonical(question.Name)
 	t := s.table()
@@ -73,7 +82,7 @@ func (s *stub) reply(ctx context.Context, q *dns.Msg, raw []byte) *dns.Msg {
 		return failure(q, dns.RcodeNameError)
 	}
 	for _, up := range s.upstreams() {
-		c := &dns.Client{Net: "udp", Timeout: upstreamTimeout, UDPSize: 4096}
+		c := &dns.Client{Net: "udp", Timeout: upstreamTimeout, UDPSize: ednsSize}
 		m, _, err := c.ExchangeContext(ctx, q, up.String())
 		if err == nil && m.Truncated {
 			c.Net = "tcp"

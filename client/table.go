@@ -58,8 +58,11 @@ func newTable(cfg *control.Dialling) *table {
 		r := &cfg.Resources[i]
 		t.byName[canonical(r.Name)] = r
 		t.byName[canonical(r.FQDN)] = r
+		// Of several resources of one host the first with an address of its own speaks for the host's name.
 		if _, isAddr := r.Prefix(); !isAddr && !strings.HasPrefix(r.Address, "*.") {
-			t.byName[canonical(r.Address)] = r
+			if have := t.byName[canonical(r.Address)]; have == nil || len(have.Virtual) == 0 {
+				t.byName[canonical(r.Address)] = r
+			}
 		}
 		for _, a := range r.Virtual {
 			t.byVirtual[a] = r
@@ -74,22 +77,52 @@ func (t *table) lookup(host string, proto policy.Proto, port uint16) (Route, err
 		return t.lookupAddr(a.Unmap(), proto, port)
 	}
 	name := canonical(host)
-	if r := t.byName[name]; r != nil {
+	if r := t.byName[name]; r != nil && !r.MatchesHost(name) {
 		return t.route(r, targetOf(r, host)), nil
 	}
 	if g := t.gwName[name]; g != nil && len(g.Virtual) > 0 {
 		return Route{Gateways: []identity.Node{g.Node}, Host: g.Virtual[0].String()}, nil
 	}
+	// As with addresses: one that has the port wins, then the one that names the host most closely.
+	var best *control.ReachableResource
+	var bestHas bool
+	var bestLen int
 	for i := range t.cfg.Resources {
-		if r := &t.cfg.Resources[i]; r.MatchesHost(name) || r.MatchesDomain(name) {
-			return t.route(r, host), nil
+		r := &t.cfg.Resources[i]
+		size := closeness(&r.Resource, name)
+		if size == 0 {
+			continue
+		}
+		has := offers(&r.Resource, proto, port)
+		if best == nil || (has && !bestHas) || (has == bestHas && size > bestLen) {
+			best, bestHas, bestLen = r, has, size
 		}
 	}
-	return Route{}, &NoRouteError{host}
+	if best == nil {
+		return Route{}, &NoRouteError{host}
+	}
+	return t.route(best, host), nil
+}
+
+// closeness is how many bytes of a host's name a resource names, 0 where it does not cover it.
+func closeness(r *policy.Resource, name string) int {
+	n := 0
+	if r.MatchesHost(name) {
+		n = len(strings.TrimPrefix(canonical(r.Address), "*"))
+	}
+	for _, d := range r.Domains {
+		if one := (policy.Resource{Domains: []string{d}}); one.MatchesDomain(name) {
+			n = max(n, len(canonical(d)))
+		}
+	}
+	return n
 }
 
 func (t *table) lookupAddr(a netip.Addr, proto policy.Proto, port uint16) (Route, error) {
 	if r := t.byVirtual[a]; r != nil {
+		if t.byName[canonical(r.Address)] == r && !offers(&r.Resource, proto, port) {
+			return t.lookup(r.Address, proto, port) // what the host's name was resolved to: another resource of the host may have the port
+		}
 		return t.route(r, targetOf(r, a.String())), nil
 	}
 	if g := t.gwVirtual[a]; g != nil {

@@ -42,7 +42,7 @@ const ednsSize = 1232
 // Resolve answers a DNS query in wire format for names that a policy lets the peer resolve.
 func (n *names) Resolve(ctx context.Context, peer identity.Node, query []byte) ([]byte, error) {
 	var q dns.Msg
-	if err := q.Unpack(query); err != nil || q.Response || len(q.Question) != 1 {
+	if err := q.Unpack(query); err != nil || q.Response || q.Opcode != dns.OpcodeQuery || len(q.Question) != 1 {
 		return nil, &tunnel.ProxyError{Type: tunnel.RequestError, Detail: "this is not a DNS query with one question"}
 	}
 	s, err := n.enforce.current()
