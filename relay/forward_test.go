@@ -84,6 +84,30 @@ func TestRunsStayTogetherAndKeepECN(t *testing.T) {
 	}
 }
 
+// TestWithoutOffload relays on a system without GRO and GSO: the same bytes, one datagram at a time.
+func TestWithoutOffload(t *testing.T) {
+	t.Setenv("SALLYWAY_NO_GSO", "1")
+	l := start(t, nil)
+	a, g := pair(t, l)
+	if err := a.sock.Write(frames(0x4001, 44, 1452, 700), 1456, datagram.ECT0, udpio.Peer{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.conn.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	want, buf := frames(0x4002, 44, 1452, 700), make([]byte, udpio.MaxRead)
+	for len(want) > 0 {
+		m, err := g.sock.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := min(1456, len(want)); m.N != n || !bytes.Equal(buf[:n], want[:n]) || m.ECN != datagram.ECT0 {
+			t.Fatalf("got %d bytes with ECN %d, want %d", m.N, m.ECN, n)
+		}
+		want = want[m.N:]
+	}
+}
+
 // TestMixedRun gives one coalesced read datagrams of several channels, lengths and kinds.
 func TestMixedRun(t *testing.T) {
 	l := start(t, nil)

@@ -384,12 +384,15 @@ func (s *Server) listen(ctx context.Context) error {
 			addr = netip.AddrPortFrom(addr.Addr(), uc.LocalAddr().Port())
 		}
 	}
-	network := "tcp"
-	if !addr.Addr().IsUnspecified() && addr.Addr().Is4() {
-		network = "tcp4"
+	network, host := "tcp4", addr.String()
+	if addr.Addr().Is6() {
+		network = "tcp6"
+		if addr.Addr().IsUnspecified() { // as for UDP: the families that the system has
+			network, host = "tcp", fmt.Sprintf(":%d", addr.Port())
+		}
 	}
 	l, err := (&net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 3}}).
-		Listen(ctx, network, addr.String())
+		Listen(ctx, network, host)
 	if err != nil {
 		return fmt.Errorf("listen on tcp %v: %w", addr, err)
 	}

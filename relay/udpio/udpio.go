@@ -13,6 +13,7 @@ package udpio
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -87,18 +88,17 @@ func offloadAllowed() bool {
 // Listen opens a UDP socket on addr. An unspecified IPv6 address takes IPv4, too. warnings are for the log: what could not be set
 // and the command that would allow it.
 func Listen(ctx context.Context, addr netip.AddrPort, cfg Config) (c *Conn, warnings []string, err error) {
-	network := "udp4"
+	network, host := "udp4", addr.String()
 	if addr.Addr().Is6() {
 		network = "udp6"
-		if addr.Addr().IsUnspecified() {
-			network = "udp"
+		if addr.Addr().IsUnspecified() { // without a host the system's families are taken, IPv6 with IPv4 where there is IPv6
+			network, host = "udp", fmt.Sprintf(":%d", addr.Port())
 		}
 	}
 	lc := net.ListenConfig{}
 	if cfg.ReusePort {
 		lc.Control = controlReusePort
 	}
-	host := addr.String()
 	pc, err := lc.ListenPacket(ctx, network, host)
 	if err != nil {
 		return nil, nil, err
