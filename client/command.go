@@ -40,6 +40,7 @@ type options struct {
 	forwards          []string
 	stdio             string
 	standby           int
+	transport         string
 }
 
 // Command is `sallyway connect` with its sub-commands status, doctor and down.
@@ -74,6 +75,7 @@ Without root the proxies, forwards and --stdio work all the same. The first run 
 	f.StringArrayVar(&o.forwards, "forward", nil, "LADDR=HOST:PORT: carry connections to a local port to a resource (repeatable)")
 	f.StringVar(&o.stdio, "stdio", "", "HOST:PORT: connect standard input and output with a resource, for ssh's ProxyCommand")
 	f.IntVar(&o.standby, "standby", 1, "relays held besides the active one, for each gateway")
+	f.StringVar(&o.transport, "transport", "auto", "way to relays: auto (udp, then tls), udp or tls")
 	daemon.Bind(cmd)
 	cmd.AddCommand(daemon.StatusCommand(spec), daemon.DoctorCommand(spec), daemon.DownCommand(spec), daemon.InstallCommand(spec), daemon.UninstallCommand(spec))
 	return cmd
@@ -100,6 +102,10 @@ func (o *options) run(cmd *cobra.Command) error {
 	if err != nil {
 		return daemon.Usagef("%w", err)
 	}
+	transports, err := legs.ParseTransports(o.transport)
+	if err != nil {
+		return daemon.Usagef("--transport: %w", err)
+	}
 	log, err := daemon.NewLogger(cmd.ErrOrStderr(), o.LogLevel, o.LogFormat)
 	if err != nil {
 		return err
@@ -117,7 +123,9 @@ func (o *options) run(cmd *cobra.Command) error {
 		return err
 	}
 	defer sh.Close()
-	c, err := open(cmd.Context(), Config{StateDir: sh.State.Dir(), Token: token.Reveal(), Logger: sh.Log, Standby: standby(o.standby)})
+	c, err := open(cmd.Context(), Config{
+		StateDir: sh.State.Dir(), Token: token.Reveal(), Logger: sh.Log, Standby: standby(o.standby), Transports: transports,
+	})
 	if err != nil {
 		return enrolError(err, "client", "sallyway connect")
 	}

@@ -15,7 +15,6 @@ import (
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 	"sallyway/internal/legs"
-	"sallyway/relay/leg"
 	"sallyway/tunnel"
 )
 
@@ -116,24 +115,12 @@ func enrolError(err error) error {
 
 func (o *options) host() (client.HostConfig, error) {
 	var hc client.HostConfig
-	var errs [4]error
+	var errs [3]error
 	hc.TUN, errs[0] = client.ParseChoice("tun", o.tun)
 	hc.Routes, errs[1] = client.ParseChoice("routes", o.routes)
 	hc.DNS, errs[2] = client.ParseChoice("dns", o.dns)
 	hc.Name, hc.MTU = o.tunName, o.mtu
-	switch o.transport {
-	case "auto", "udp", "tls":
-	default:
-		errs[3] = fmt.Errorf("--transport %.20q: want auto, udp or tls", o.transport)
-	}
 	return hc, errors.Join(errs[:]...)
-}
-
-func (o *options) legTransports() []leg.Transport {
-	if o.transport == "auto" {
-		return nil
-	}
-	return []leg.Transport{leg.Transport(o.transport)}
 }
 
 // Status is what `gatewayd status` shows.

@@ -86,6 +86,10 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 	if err != nil {
 		return nil, daemon.Usagef("%w", err)
 	}
+	transports, err := legs.ParseTransports(o.transport)
+	if err != nil {
+		return nil, daemon.Usagef("--transport: %w", err)
+	}
 	d.agent, err = agent.Open(ctx, agent.Config{
 		StateDir: sh.State.Dir(), Kind: identity.Gateway, Token: token, Version: version.Version, Logger: sh.Log, Heartbeat: d.heartbeat,
 	})
@@ -93,13 +97,13 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		return nil, enrolError(err)
 	}
 	d.legs = legs.New(legs.Config{
-		Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: o.legTransports(),
+		Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: transports,
 		OnUp: func(identity.Node, *leg.Leg) { d.agent.HeartbeatNow() }, OnDown: func(identity.Node, error) { d.agent.HeartbeatNow() },
 	})
 	siteLog := sh.Log.With("as", "site")
 	wake := func() { d.sites.Wake() }
 	d.siteLegs = legs.New(legs.Config{
-		Logger: siteLog, Transports: o.legTransports(),
+		Logger: siteLog, Transports: transports,
 		OnUp: func(identity.Node, *leg.Leg) { wake() }, OnDown: func(identity.Node, error) { wake() },
 	})
 	d.sites = client.NewSessions(client.SessionsConfig{

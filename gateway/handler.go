@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"time"
 
-	"sallyway/internal/identity"
 	"sallyway/internal/policy"
 	"sallyway/tunnel"
 )
@@ -26,7 +25,6 @@ type handler struct {
 	enforce *enforcer
 	names   *names
 	pings   *pinger
-	trust   func() *identity.Trust
 	virtual func() []netip.Addr // of this gateway
 	metrics *metrics
 	dialer  net.Dialer

@@ -102,6 +102,17 @@ type Status struct {
 	Error     string         `json:"error,omitempty"`
 }
 
+// ParseTransports reads a choice of transports: auto, udp or tls. Auto is nil: UDP, then TLS.
+func ParseTransports(s string) ([]leg.Transport, error) {
+	switch s {
+	case "auto", "":
+		return nil, nil
+	case string(leg.UDP), string(leg.TLS):
+		return []leg.Transport{leg.Transport(s)}, nil
+	}
+	return nil, fmt.Errorf("%.20q: want auto, udp or tls", s)
+}
+
 // New returns a keeper of no legs.
 func New(cfg Config) *Keeper {
 	if cfg.Logger == nil {
