@@ -49,6 +49,8 @@ type Client struct {
 	standby  int
 	onConfig []func(*control.Config) // set before run
 
+	configured chan struct{} // closed when the first configuration is in force
+
 	stop context.CancelFunc
 	done chan struct{}
 	once sync.Once
@@ -60,7 +62,7 @@ func open(ctx context.Context, cfg Config) (*Client, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	c := &Client{log: cfg.Logger, standby: cfg.Standby, done: make(chan struct{})}
+	c := &Client{log: cfg.Logger, standby: cfg.Standby, configured: make(chan struct{}), done: make(chan struct{})}
 	if c.standby == 0 {
 		c.standby = 1
 	}
@@ -101,17 +103,32 @@ func GatewayTrust(a *agent.Agent, log *slog.Logger) func() *identity.Trust {
 
 // run keeps the client until ctx ends.
 func (c *Client) run(ctx context.Context) error {
+	var first sync.Once
 	c.agent.OnConfig(func(cfg *control.Config) {
 		c.sessions.Update(TrimRelays(cfg.Dialling, 1+c.standby))
 		for _, f := range c.onConfig {
 			f(cfg)
 		}
+		first.Do(func() { close(c.configured) })
 	})
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return c.agent.Run(ctx) })
 	g.Go(func() error { return c.legs.Run(ctx) })
 	g.Go(func() error { return c.sessions.Run(ctx) })
 	return g.Wait()
+}
+
+// waitConfig waits until the first configuration has arrived and is in force: flows can be dialled from then on.
+func (c *Client) waitConfig(ctx context.Context) error {
+	if _, err := c.agent.WaitConfig(ctx); err != nil {
+		return err
+	}
+	select {
+	case <-c.configured:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // TrimRelays leaves every gateway the first n of its relays: one active, the others standby. It copies what it changes.
@@ -155,7 +172,7 @@ func Dial(ctx context.Context, cfg Config) (*Client, error) {
 		defer close(c.done)
 		c.err = c.run(run)
 	}()
-	if _, err := c.agent.WaitConfig(ctx); err != nil {
+	if err := c.waitConfig(ctx); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil

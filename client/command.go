@@ -155,7 +155,7 @@ func (o *options) run(cmd *cobra.Command) error {
 			g.Go(func() error { return l.serve(ctx, l.l) })
 		}
 		g.Go(func() error {
-			if _, err := c.agent.WaitConfig(ctx); err != nil {
+			if err := c.waitConfig(ctx); err != nil {
 				return ctx.Err()
 			}
 			sh.Ready("connected as " + c.agent.Name())
