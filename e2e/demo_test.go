@@ -44,7 +44,7 @@ func TestDemo(t *testing.T) {
 		if err := cmd.Run(); err != nil {
 			t.Errorf("%v\n%s", err, out)
 		}
-		for _, want := range []string{"Hello from the private network", "Mbit/s", "destination_ip_prohibited", "A new connection worked"} {
+		for _, want := range []string{"Hello from the private network", "Mbit/s", "no policy allows", "A new connection worked"} {
 			if !strings.Contains(out.String(), want) {
 				t.Errorf("the demo does not show %q", want)
 			}

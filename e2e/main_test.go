@@ -31,6 +31,10 @@ func run(m *testing.M) int {
 			return 1
 		}
 		defer os.RemoveAll(dir)
+		if err := os.Chmod(dir, 0o755); err != nil { // some programs run as nobody
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 		if err := build(dir); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"strings"
@@ -76,11 +77,16 @@ func (e *answerError) Error() string { return "dig " + e.how + " wiki.corp.test:
 // start and end.
 func TestResolvConfIsGivenBack(t *testing.T) {
 	s := newSite(t, lab.Config{}, lab.SiteConfig{NoBranch: true})
+	servePrivate(t, s)
 	want := "nameserver " + s.ResolverAddr().String() + "\n"
 	read := func() string { return string(must(os.ReadFile(s.Client.ResolvConf()))(t)) }
-	if read() == want {
-		t.Error("a client with a TUN leaves resolv.conf as it is")
-	}
+	err := lab.Until(within(t, 10*time.Second), 20*time.Millisecond, func() error {
+		if read() == want {
+			return errors.New("a client with a TUN leaves resolv.conf as it is")
+		}
+		return nil
+	})
+	check(t, err)
 	s.Laptop.Kill()
 	check(t, s.Laptop.Proc.Start())
 	check(t, s.Laptop.WaitReady(within(t, 30*time.Second)))

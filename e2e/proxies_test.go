@@ -56,7 +56,7 @@ func TestWithoutRoot(t *testing.T) {
 	t.Run("forward", func(*testing.T) { fetch("http://" + forwardAddr + "/") })
 	t.Run("denied says why in Proxy-Status", func(t *testing.T) {
 		r, err := s.Client.Run(ctx, curl, "-sSv", "--max-time", "10", "--proxytunnel", "--proxy", "http://"+httpAddr, "http://"+at(lab.WebAddr, vaultPort)+"/")
-		if err == nil || !strings.Contains(strings.ToLower(r.Stderr), "proxy-status:") || !strings.Contains(r.Stderr, "destination_ip_prohibited") {
+		if err == nil || !strings.Contains(strings.ToLower(r.Stderr), "proxy-status:") || !strings.Contains(r.Stderr, "no policy allows") {
 			t.Errorf("%v\n%s", err, r.Stderr)
 		}
 	})

@@ -85,7 +85,7 @@ func credential(t *testing.T, s *lab.Site, org, relay, client string) control.TU
 func turn(t *testing.T, s *lab.Site, uclient string, c control.TURNCredential, relay *lab.Host, peer netip.AddrPort, more ...string) (string, error) {
 	t.Helper()
 	args := append([]string{uclient, "-u", c.Username, "-w", c.Password, "-p", "5349", "-e", peer.Addr().String(), "-r", strconv.Itoa(int(peer.Port())),
-		"-c", "-n", "20", "-m", "2", "-l", "171"}, more...)
+		"-v", "-c", "-n", "20", "-m", "2", "-l", "171"}, more...)
 	r, err := s.Client.Run(within(t, 25*time.Second), append(args, s.Addr(relay).String())...)
 	return r.Stdout + r.Stderr, err
 }
@@ -93,7 +93,7 @@ func turn(t *testing.T, s *lab.Site, uclient string, c control.TURNCredential, r
 // TestRelayKnowsNothing: after traffic no file or log of a relay, and no packet that it was given, holds what the traffic
 // was, and no file or log who spoke with whom.
 func TestRelayKnowsNothing(t *testing.T) {
-	s := newSite(t, lab.Config{}, lab.SiteConfig{NoBranch: true})
+	s := newSite(t, lab.Config{}, lab.SiteConfig{NoBranch: true, RelayArgs: []string{"--drain-timeout", "2s"}})
 	p := servePrivate(t, s)
 	reach(t, s.Client, p.web.Addr, 20*time.Second)
 	b := make([]byte, 16)
@@ -110,9 +110,7 @@ func TestRelayKnowsNothing(t *testing.T) {
 	echoes(t, c, bytes.Repeat([]byte(planted), 1000))
 	c.Close()
 	u := must(s.Client.Dial(within(t, 10*time.Second), "udp", p.udp.Addr.String()))(t)
-	_, err = u.Write([]byte(planted))
-	check(t, err)
-	check(t, echoUDP(u, 500))
+	check(t, roundTrip(u, []byte(planted)))
 	u.Close()
 	// Sessions that end and legs that move write logs too.
 	check(t, s.Laptop.Restart())

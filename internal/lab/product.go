@@ -293,6 +293,7 @@ type Site struct {
 type SiteConfig struct {
 	NoBranch     bool     // no second gateway
 	NoClient     bool     // no client
+	RelayArgs    []string // of both relays
 	GatewayArgs  []string // of both gateways
 	ClientArgs   []string
 	PlatformArgs []string
@@ -341,7 +342,7 @@ func (s *Site) build(ctx context.Context, cfg SiteConfig, tell func(string)) err
 		h    *Host
 		name string
 	}{{&s.RelayA, s.Relay1, "relay-1"}, {&s.RelayB, s.Relay2, "relay-2"}} {
-		*r.node, err = s.StartNode(ctx, NodeSpec{Kind: identity.Relay, Name: r.name, Host: r.h, Create: cfg.RelayCreate})
+		*r.node, err = s.StartNode(ctx, NodeSpec{Kind: identity.Relay, Name: r.name, Host: r.h, Create: cfg.RelayCreate, Args: cfg.RelayArgs})
 		if err != nil {
 			return err
 		}
