@@ -138,6 +138,12 @@ func (s *Server) forgetDTLS(from netip.AddrPort, v *virtualConn) {
 	})
 }
 
+// dtlsSuites are the suites with forward secrecy and an AEAD.
+var dtlsSuites = []dtls.CipherSuiteID{
+	dtls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, dtls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+	dtls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, dtls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+}
+
 // quiet keeps the library from writing to standard error on its own.
 var quiet = &logging.DefaultLoggerFactory{Writer: io.Discard, DefaultLogLevel: logging.LogLevelDisabled}
 
@@ -146,6 +152,7 @@ func (s *Server) serveDTLS(from netip.AddrPort, v *virtualConn) {
 	const mtu, flight = 1200, 250 * time.Millisecond
 	dc, err := dtls.ServerWithOptions(v, v.RemoteAddr(),
 		dtls.WithGetCertificate(func(*dtls.ClientHelloInfo) (*tls.Certificate, error) { return s.cfg.Certificate() }),
+		dtls.WithCipherSuites(dtlsSuites...), dtls.WithExtendedMasterSecret(dtls.RequireExtendedMasterSecret),
 		dtls.WithLoggerFactory(quiet), dtls.WithMTU(mtu), dtls.WithFlightInterval(flight))
 	if err != nil {
 		s.conns.release(v.half)
