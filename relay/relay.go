@@ -263,8 +263,15 @@ func (c *Config) fill() error {
 		field *int
 		value int
 	}{
-		{&l.Allocations, 16000}, {&l.SourceAllocations, 1024}, {&l.NodeAllocations, 16}, {&l.Permissions, 64}, {&l.Channels, 2048},
-		{&l.HalfOpen, 1024}, {&l.SourceHalfOpen, 64}, {&l.Connections, 16000}, {&l.SourceHandshakes, 50},
+		{&l.Allocations, 16000},
+		{&l.SourceAllocations, 1024},
+		{&l.NodeAllocations, 16},
+		{&l.Permissions, 64},
+		{&l.Channels, 2048},
+		{&l.HalfOpen, 1024},
+		{&l.SourceHalfOpen, 64},
+		{&l.Connections, 16000},
+		{&l.SourceHandshakes, 50},
 	} {
 		if *f.field < 0 {
 			return errors.New("a limit of the relay is negative")
