@@ -207,12 +207,17 @@ func TestMalformedACLRefusesToStart(t *testing.T) {
 			t.Errorf("%s: the relay starts", name)
 		}
 	}
-	// At run time the old set stays.
-	l := start(t, nil)
-	if err := l.SetOrganizations(map[string]Organization{"acme": {Peers: []Peer{{}}}}); err == nil {
+	// At run time the organization keeps the peers it had, and the others are served as they should be.
+	good := Peer{Addr: netip.MustParseAddrPort("192.168.7.7:53")}
+	l := start(t, func(c *Config) { c.Organizations["acme"] = Organization{Peers: []Peer{good}} })
+	a, f := allocated(t, l, client1), allocated(t, l, foreign)
+	if err := l.SetOrganizations(map[string]Organization{"acme": {Peers: []Peer{{}}}, "third": {Peers: []Peer{good, {}}}}); err == nil {
 		t.Error("a malformed peer is accepted at run time")
 	}
-	allocated(t, l, foreign)
+	a.want(0, a.permit(good.Addr))
+	f.want(codeForbidden, f.do(stun.MethodRefresh)) // not served any more
+	n := allocated(t, l, node("third", identity.Client, "c3"))
+	n.want(codeForbidden, n.permit(good.Addr))
 }
 
 func TestConnectIsRefused(t *testing.T) {

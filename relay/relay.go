@@ -309,31 +309,38 @@ func (s *Server) SetDenied(nodes []identity.Node) {
 }
 
 // SetOrganizations replaces the set of served organizations, their peers and quotas. Allocations of organizations that are gone end, and
-// so do bindings to peers that are gone. With an error, which is about a peer, nothing has changed.
+// so do bindings to peers that are gone. An organization with a malformed peer keeps the peers it had (none, if it is new) and is named in
+// the error; the mistake of one tenant holds up no other.
 func (s *Server) SetOrganizations(orgs map[string]Organization) error {
 	s.setting.Lock()
 	defer s.setting.Unlock()
 	old := *s.orgs.Load()
+	var errs []error
 	peers := make(map[string]*map[netip.AddrPort]struct{}, len(orgs))
 	for name, o := range orgs {
 		if !identity.ValidLabel(name) {
-			return fmt.Errorf("organization %q is not a DNS label in lower case", name)
+			errs = append(errs, fmt.Errorf("organization %q is not a DNS label in lower case", name))
+			continue
 		}
 		set, err := s.cfg.checkPeers(o.Peers)
-		if err != nil {
-			return fmt.Errorf("organization %s: %w", name, err)
-		}
 		peers[name] = &set
+		if err != nil {
+			errs = append(errs, fmt.Errorf("organization %s: %w", name, err))
+			peers[name] = &map[netip.AddrPort]struct{}{}
+			if former := old[name]; former != nil {
+				peers[name] = former.peers.Load()
+			}
+		}
 	}
 	live := make(map[string]*organization, len(orgs))
-	for name, o := range orgs {
-		org := old[name]
+	for name, set := range peers {
+		o, org := orgs[name], old[name]
 		if org == nil {
 			org = &organization{name: name}
 		}
 		q := o.Quota
 		org.quota.Store(&q)
-		org.peers.Store(peers[name])
+		org.peers.Store(set)
 		org.bucket.rate.Store(q.Bandwidth)
 		live[name] = org
 	}
@@ -346,7 +353,7 @@ func (s *Server) SetOrganizations(orgs map[string]Organization) error {
 		}
 		s.dropLostPeers(a)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // Addr is where the relay listens, after Listen.
