@@ -51,12 +51,13 @@ type Sessions struct {
 	wake  chan struct{} // 1 place: the set of gateways changed
 
 	mu       sync.Mutex
-	gateways map[identity.Node]*gatewayLink
+	gateways map[identity.Node]*gatewayLink // guarded by mu, as reconciled
+	reached  chan struct{}                  // closed and replaced when gateways follows the table; guarded by mu
 }
 
 // NewSessions returns the sessions of no gateways: see Update.
 func NewSessions(cfg SessionsConfig) *Sessions {
-	s := &Sessions{cfg: cfg, wake: make(chan struct{}, 1), gateways: map[identity.Node]*gatewayLink{}}
+	s := &Sessions{cfg: cfg, wake: make(chan struct{}, 1), gateways: map[identity.Node]*gatewayLink{}, reached: make(chan struct{})}
 	s.table.Store(newTable(nil))
 	return s
 }
@@ -93,6 +94,10 @@ func (s *Sessions) reconcile(ctx context.Context, group *errgroup.Group) {
 	t := s.table.Load()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	defer func() {
+		close(s.reached)
+		s.reached = make(chan struct{})
+	}()
 	for n, g := range s.gateways {
 		if t.gateways[n] == nil {
 			g.cancel()
@@ -115,6 +120,23 @@ func (s *Sessions) reconcile(ctx context.Context, group *errgroup.Group) {
 			g.run(gctx)
 			return nil
 		})
+	}
+}
+
+// link returns the way to a gateway, nil if the configuration has none. A new configuration is followed by Run; link waits for it.
+func (s *Sessions) link(ctx context.Context, n identity.Node) *gatewayLink {
+	for {
+		s.mu.Lock()
+		g, reached := s.gateways[n], s.reached
+		s.mu.Unlock()
+		if g != nil || s.table.Load().gateways[n] == nil {
+			return g
+		}
+		select {
+		case <-reached:
+		case <-ctx.Done():
+			return nil
+		}
 	}
 }
 
@@ -169,9 +191,7 @@ func dialVia[T any](ctx context.Context, s *Sessions, route Route, dial func(con
 	}
 	last := fmt.Errorf("no gateway serves %s now", route.Host)
 	for i, n := range route.Gateways {
-		s.mu.Lock()
-		g := s.gateways[n]
-		s.mu.Unlock()
+		g := s.link(ctx, n)
 		if g == nil {
 			continue
 		}
