@@ -28,6 +28,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -62,6 +63,9 @@ type Lab struct {
 }
 
 const dirPrefix = "sallyway-lab-"
+
+// closeGrace is how long processes have to end when the whole lab does: nobody needs a drain then.
+const closeGrace = 2 * time.Second
 
 // New lays out a lab. What a lab of the same machine left behind when it was killed is removed first.
 func New(cfg Config) (*Lab, error) {
@@ -148,7 +152,7 @@ func (l *Lab) Close() {
 	}
 	var wg sync.WaitGroup
 	for _, p := range slices.Backward(procs) {
-		wg.Go(func() { _ = p.Stop() }) // a process that has to be killed has been
+		wg.Go(func() { _ = p.stop(closeGrace) }) // what had to be killed has been
 	}
 	wg.Wait()
 	for _, f := range slices.Backward(closers) {

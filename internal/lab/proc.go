@@ -147,12 +147,15 @@ func (p *Proc) Wait(ctx context.Context) (int, error) {
 
 // Stop asks the process to end, and kills it when it has not in time, which is an error.
 func (p *Proc) Stop() error {
+	if p.Grace != 0 {
+		return p.stop(p.Grace)
+	}
+	return p.stop(stopGrace)
+}
+
+func (p *Proc) stop(grace time.Duration) error {
 	if err := p.Signal(unix.SIGTERM); err != nil {
 		return err
-	}
-	grace := p.Grace
-	if grace == 0 {
-		grace = stopGrace
 	}
 	t := time.NewTimer(grace)
 	defer t.Stop()
