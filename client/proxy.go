@@ -128,11 +128,27 @@ func (p *HTTPProxy) forward(w http.ResponseWriter, r *http.Request, t *http.Tran
 		w.Header()[k] = v
 	}
 	w.WriteHeader(res.StatusCode)
-	_, _ = io.Copy(w, res.Body) // the status is out; a cut body shows as such to the asker
+	if _, err := io.Copy(flushing{w, http.NewResponseController(w)}, res.Body); err != nil {
+		panic(http.ErrAbortHandler) // the status is out: only a cut connection keeps a cut body from looking whole
+	}
+}
+
+// flushing passes everything on at once, so that what an origin sends bit by bit arrives so.
+type flushing struct {
+	w io.Writer
+	c *http.ResponseController
+}
+
+func (f flushing) Write(b []byte) (int, error) {
+	n, err := f.w.Write(b)
+	if err != nil {
+		return n, err
+	}
+	return n, f.c.Flush()
 }
 
 func dropHopByHop(h http.Header) {
-	for _, k := range strings.Split(h.Get("Connection"), ",") {
+	for _, k := range strings.Split(strings.Join(h.Values("Connection"), ","), ",") {
 		if k = strings.TrimSpace(k); k != "" {
 			h.Del(k)
 		}
