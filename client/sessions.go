@@ -27,8 +27,10 @@ const (
 	DialTimeout = 20 * time.Second
 	// reconnectDelay is the pause between attempts to reach a gateway, before jitter; a leg that comes up ends it.
 	reconnectDelay = time.Second
-	// connectTimeout bounds one attempt over one relay: rendezvous and handshake.
-	connectTimeout = 5 * time.Second
+	// firstConnect and connectTimeout bound an attempt over one relay, rendezvous and handshake: the first one is short, since a gateway that
+	// was killed and is back is asked on its old allocation once, and each takes twice as long as the one before, for slow paths.
+	firstConnect   = 1500 * time.Millisecond
+	connectTimeout = 6 * time.Second
 	// adjustInterval is how often a session's paths are looked at without an event.
 	adjustInterval = 250 * time.Millisecond
 )
@@ -256,6 +258,7 @@ type gatewayLink struct {
 	wake   chan struct{} // 1 place: legs or the configuration changed, or a flow wants a session
 	events chan struct{} // 1 place: a path changed
 	wanted atomic.Bool
+	failed int // attempts in a row; of run
 
 	mu      sync.Mutex
 	current *tunnel.Session
@@ -317,6 +320,7 @@ func (g *gatewayLink) run(ctx context.Context) {
 		g.s.cfg.Legs.Want(who, g.ref.Load().Relays)
 		t, err := g.connect(ctx)
 		if err != nil {
+			g.failed++
 			g.set(nil, err)
 			if msg := err.Error(); msg != logged && ctx.Err() == nil {
 				logged = msg
@@ -329,7 +333,7 @@ func (g *gatewayLink) run(ctx context.Context) {
 			}
 			continue
 		}
-		logged = ""
+		logged, g.failed = "", 0
 		g.set(t, nil)
 		g.log.Info("session open", "path", t.Path().Active.Info.Name)
 		g.maintain(ctx, t, who)
@@ -372,7 +376,7 @@ func (g *gatewayLink) connect(ctx context.Context) (*tunnel.Session, error) {
 }
 
 func (g *gatewayLink) dial(ctx context.Context, l *leg.Leg, name string) (*tunnel.Session, error) {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	ctx, cancel := context.WithTimeout(ctx, min(firstConnect<<min(g.failed, 8), connectTimeout))
 	defer cancel()
 	ch, err := l.Connect(ctx, g.node)
 	if err != nil {

@@ -40,6 +40,10 @@ import (
 // natInterval is how often the gateway looks at its reflexive address and NAT mapping.
 const natInterval = 10 * time.Minute
 
+// servingKeepalive is the longest silence on the legs that it serves on: a gateway that nobody uses must notice a restarted relay before
+// somebody does, since nothing reaches it there meanwhile.
+const servingKeepalive = 3 * time.Second
+
 // natTimeout bounds one look.
 const natTimeout = 10 * time.Second
 
@@ -97,7 +101,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		return nil, enrolError(err)
 	}
 	d.legs = legs.New(legs.Config{
-		Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: transports,
+		Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: transports, Keepalive: servingKeepalive,
 		OnUp: func(identity.Node, *leg.Leg) { d.agent.HeartbeatNow() }, OnDown: func(identity.Node, error) { d.agent.HeartbeatNow() },
 	})
 	siteLog := sh.Log.With("as", "site")

@@ -56,6 +56,9 @@ type Config struct {
 	Control func(network, address string, c syscall.RawConn) error
 	// Transports are those to try, in order of preference; nil is UDP, then TLS.
 	Transports []leg.Transport
+	// Keepalive is the longest silence on a leg's control connection; 0 is leg.DefaultKeepalive. It bounds how long a restarted relay
+	// goes unnoticed while nothing is sent.
+	Keepalive time.Duration
 	// Resolver finds relays' addresses; nil is the system's.
 	Resolver *net.Resolver
 	Metrics  *leg.Metrics
@@ -410,7 +413,7 @@ func (r *relay) dial(ctx context.Context, transports []leg.Transport) (*leg.Leg,
 				return
 			}
 			l, err := leg.Dial(ctx, leg.Config{
-				Relay: ref.Node, Addrs: addrs, Transport: t, Control: r.k.cfg.Control, Logger: r.k.cfg.Logger, Metrics: r.k.cfg.Metrics,
+				Relay: ref.Node, Addrs: addrs, Transport: t, Control: r.k.cfg.Control, Keepalive: r.k.cfg.Keepalive, Logger: r.k.cfg.Logger, Metrics: r.k.cfg.Metrics,
 				Verify: func(chain []*x509.Certificate) error {
 					_, err := trust.Verify(chain, x509.ExtKeyUsageServerAuth)
 					return err
