@@ -55,6 +55,29 @@ func (b *Board) Drop(id string) {
 	delete(b.beats, id)
 }
 
+// Passed reports whether some node's newest heartbeat reached one of ages after from and by to: whether silence may have changed
+// anything in that time.
+func (b *Board) Passed(from, to time.Time, ages ...time.Duration) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, beat := range b.beats {
+		if Reached(beat.At, from, to, ages...) {
+			return true
+		}
+	}
+	return false
+}
+
+// Reached reports whether something that happened at at reached one of ages after from and by to.
+func Reached(at, from, to time.Time, ages ...time.Duration) bool {
+	for _, age := range ages {
+		if t := at.Add(age); t.After(from) && !t.After(to) {
+			return true
+		}
+	}
+	return false
+}
+
 // LastSeen is when the node was last heard: its newest heartbeat or what the database remembers.
 func (b *Board) LastSeen(n *store.Node) time.Time {
 	if beat, ok := b.Get(n.ID); ok && beat.At.After(n.LastSeen) {

@@ -17,6 +17,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/policy"
+	"sallyway/platform/allocation"
 	"sallyway/platform/pki"
 	"sallyway/platform/presence"
 	"sallyway/platform/registry"
@@ -272,6 +273,7 @@ func (h *Hub) Run(ctx context.Context) error {
 	defer flush.Stop()
 	defer house.Stop()
 	h.rotate(ctx)
+	looked := h.started
 	for {
 		select {
 		case <-ctx.Done():
@@ -281,12 +283,19 @@ func (h *Hub) Run(ctx context.Context) error {
 		case <-h.kick:
 			h.allocate(ctx)
 		case <-sweep.C:
-			h.allocate(ctx)
+			// Silence alone moves relays at two ages: of a heartbeat, or of this process, where none has come yet.
+			now := h.reg.Now()
+			ages := []time.Duration{presence.Timeout, presence.Timeout + allocation.Patience}
+			if h.reg.Board.Passed(looked, now, ages...) || presence.Reached(h.started, looked, now, ages...) {
+				h.allocate(ctx)
+			}
+			looked = now
 		case <-flush.C:
 			h.note(ctx, "audit refusals", h.reg.FlushRefusals(ctx, false))
 		case <-house.C:
 			h.note(ctx, "housekeeping", h.reg.Housekeeping(ctx))
 			h.rotate(ctx)
+			h.allocate(ctx)
 		}
 	}
 }
