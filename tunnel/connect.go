@@ -72,6 +72,9 @@ func takeStream(w http.ResponseWriter) (*http3.Stream, error) {
 // fail answers a request with err.
 func (p *peerSession) fail(w http.ResponseWriter, err error) {
 	e := AsProxyError(err)
+	if e.kind() == InternalError {
+		p.srv.cfg.Logger.Warn("request failed", "peer", p.peer.Node, "err", err)
+	}
 	e.header(w.Header(), p.srv.cfg.Node.ID)
 	w.WriteHeader(e.status())
 }

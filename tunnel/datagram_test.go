@@ -326,7 +326,7 @@ func ping(src, dst string, payload int) []byte {
 // seal sets an IPv4 header's checksum.
 func seal(b []byte) {
 	b[10], b[11] = 0, 0
-	binary.BigEndian.PutUint16(b[10:], ^headerSum(b[:20]))
+	binary.BigEndian.PutUint16(b[10:], ^sum(0, b[:20]))
 }
 
 // ipEcho answers echo requests.
@@ -358,7 +358,9 @@ func TestIP(t *testing.T) {
 			Routes: []netip.Prefix{netip.MustParsePrefix("10.0.3.0/24"), netip.MustParsePrefix("10.0.3.128/25"), netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("fd01::/16")},
 		}, nil
 	}
-	s := w.dial(w.link("a"), nil)
+	l := w.link("a")
+	l.mtu.Store(1250)
+	s := w.dial(l, nil)
 	c, err := s.DialIP(timeout(t, 5*time.Second))
 	if err != nil {
 		t.Fatal(err)
@@ -388,7 +390,19 @@ func TestIP(t *testing.T) {
 	if c.Dropped() != 5 {
 		t.Errorf("%d dropped, want 5", c.Dropped())
 	}
-	if icmp, err := c.WritePacket(ping("100.112.0.7", "10.0.3.9", 9000)); err != nil || len(icmp) == 0 || icmp[20] != 3 || icmp[21] != 4 {
+	// A large ping passes; large TCP is told to be smaller.
+	if icmp, err := c.WritePacket(ping("100.112.0.7", "10.0.3.9", 9000)); err != nil || icmp != nil {
+		t.Fatalf("%x, %v", icmp, err)
+	}
+	if n, err := c.ReadPacket(b); err != nil || n != 9028 {
+		t.Fatalf("%d bytes, %v", n, err)
+	}
+	bulk := ping("100.112.0.7", "10.0.3.9", 1400)
+	bulk[9] = ipTCP
+	seal(bulk)
+	icmp, err := c.WritePacket(bulk)
+	h, ok := parseIP(icmp)
+	if err != nil || !ok || !h.icmpError || h.dst.String() != "100.112.0.7" || icmp[20] != 3 || icmp[21] != 4 || sum(0, icmp[20:]) != 0xffff {
 		t.Errorf("too large: ICMP %x, %v", icmp, err)
 	}
 	c.Close()

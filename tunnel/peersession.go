@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -45,15 +44,10 @@ func (p *peerSession) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, &ProxyError{Type: RequestError, Status: http.StatusNotFound, Detail: "this is a gateway: there is nothing here"})
 		return
 	}
-	path := r.URL.EscapedPath()
 	switch r.Proto {
 	case protoUDP:
 		p.serveUDP(w, r)
 	case protoIP:
-		if rest, ok := strings.CutPrefix(path, ipPath); !ok || (rest != "" && rest != "*/*/" && rest != "%2A/%2A/") {
-			p.fail(w, &ProxyError{Type: RequestError, Detail: "only whole addresses and all protocols are proxied"})
-			return
-		}
 		p.serveIP(w, r)
 	case protoControl:
 		p.serveControl(w, r)

@@ -161,7 +161,7 @@ func (s *Server) serve(ctx context.Context, conn *quic.Conn) {
 	p, err := s.admit(ctx, conn)
 	if err != nil {
 		e := sessionError(err)
-		s.cfg.Logger.Info("session refused", "peer", p.peer.Node, "reason", e.Reason)
+		s.cfg.Logger.Info("session refused", "peer", p.peer.Node, "reason", e.Reason, "err", err)
 		_ = conn.CloseWithError(quic.ApplicationErrorCode(e.Code), e.Reason)
 		return
 	}
