@@ -92,6 +92,7 @@ func (p *peerSession) serveControl(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		return // the peer is gone
 	}
+	str.SetPriority(0, false) // before any flow (RFC 9218 §4)
 	ctrl := newControl(str)
 	_ = ctrl.send(Notice{Type: noticeHello}) // the queue is empty
 	if !p.ctrl.CompareAndSwap(nil, ctrl) {

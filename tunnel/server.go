@@ -151,7 +151,11 @@ func (s *Server) Run(ctx context.Context) error {
 		tasks.Go(func() { s.serve(ctx, conn) })
 	}
 	s.merged.probe.Store(nil)
-	s.closeWhere(CloseShutdown, func(Peer) (string, bool) { return "the gateway stops", true })
+	const reason = "the gateway stops"
+	s.mu.Lock()
+	s.draining = reason // what is not on the list yet does not get there any more
+	s.mu.Unlock()
+	s.closeWhere(CloseShutdown, func(Peer) (string, bool) { return reason, true })
 	tasks.Wait()
 	return errors.Join(accept, ln.Close(), s.tr.Close())
 }

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
 
@@ -373,6 +375,47 @@ func TestALPNMismatch(t *testing.T) {
 	}
 	if e := sessionError(err); !e.Remote {
 		t.Errorf("not the gateway refused: %v", err)
+	}
+}
+
+// tickets counts what a server hands out to resume sessions with.
+type tickets struct{ n int }
+
+func (c *tickets) Put(string, *tls.ClientSessionState)        { c.n++ }
+func (c *tickets) Get(string) (*tls.ClientSessionState, bool) { return nil, false }
+
+// A ticket would outlive a revocation, and 0-RTT data can be replayed.
+func TestNoTicketsAndVersions(t *testing.T) {
+	w := newWorld(t, nil)
+	l := w.link("a")
+	raw, err := newRawSocket()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	sl := newSlot(0, raw)
+	defer sl.Close()
+	defer sl.tr.Close()
+	sl.point(&slotLink{s: sl, link: l, mon: newMonitor(l, func() {}), gone: make(chan struct{})}, true)
+	cfg := w.config(l)
+	for _, v := range []quic.Version{quic.Version1, quic.Version2} {
+		tc, seen := cfg.tls(), &tickets{}
+		tc.ClientSessionCache = seen
+		conn, err := sl.tr.Dial(timeout(t, 5*time.Second), gatewayAddr, tc, &quic.Config{EnableDatagrams: true, Versions: []quic.Version{v}})
+		if err != nil {
+			t.Fatalf("version %v: %v", v, err)
+		}
+		// A ticket would come right after the handshake: an exchange later it would be here.
+		h3 := (&http3.Transport{EnableDatagrams: true}).NewClientConn(conn)
+		rsp, err := (&http.Client{Transport: h3}).Get("https://gateway.example/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		rsp.Body.Close()
+		if seen.n != 0 || conn.ConnectionState().Used0RTT {
+			t.Errorf("version %v: %d tickets", v, seen.n)
+		}
+		_ = conn.CloseWithError(0x100, "")
 	}
 }
 
