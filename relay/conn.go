@@ -33,6 +33,8 @@ type conn struct {
 	early int   // bytes read without an allocation; the reader's
 	bare  int64 // since when without an allocation, Unix nanoseconds; the sweep's
 
+	ended func() // DTLS, which has no reader that would notice: cleans up after close
+
 	half *halfOpen // gives way to others until c has an allocation
 
 	mu      sync.Mutex // guards the rest
@@ -159,18 +161,23 @@ func (c *conn) closeAfterFlush() {
 	}
 }
 
-// close closes c at once. Its reader then ends and cleans up. Telling the client (close_notify) may take a while, so that is done aside.
+// close closes c at once. Its reader then ends and cleans up; for DTLS, ended does. Telling the client (close_notify) may take a while, so that is done aside.
 func (c *conn) close() {
 	c.mu.Lock()
 	was, nc := c.closed, c.nc
 	c.closed = true
 	c.mu.Unlock()
 	if !was {
-		c.s.wg.Go(func() { nc.Close() })
+		c.s.wg.Go(func() {
+			nc.Close()
+			if c.ended != nil {
+				c.ended()
+			}
+		})
 	}
 }
 
-// finish is what a connection's reader does last: the allocation ends with the connection (RFC 8656 §5).
+// finish is what a connection's reader does last, and what ended does: the allocation ends with the connection (RFC 8656 §5).
 func (c *conn) finish() {
 	c.close()
 	if a := c.alloc.Load(); a != nil {

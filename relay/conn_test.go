@@ -3,8 +3,10 @@ package relay
 import (
 	"bytes"
 	"crypto/tls"
+	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"testing"
 	"time"
 
@@ -355,5 +357,42 @@ func TestWildcardAndShards(t *testing.T) {
 		g.wantData(0x4001, "across")
 		g.write(channelData(0x4001, "back"))
 		a.wantData(0x4000, "back")
+	}
+}
+
+// TestIdleDTLSIsSmall makes connections whose clients then vanish, and looks at what the relay's side of them takes.
+func TestIdleDTLSIsSmall(t *testing.T) {
+	const n = 200
+	cert, _ := certificate(t)
+	l := start(t, func(c *Config) {
+		c.Certificate = cert
+		c.Limits.SourceHandshakes, c.Limits.SourceHalfOpen = 10*n, n
+	})
+	used := func() uint64 {
+		runtime.GC()
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc + m.StackInuse
+	}
+	before, goroutines := used(), runtime.NumGoroutine()
+	for i := range n {
+		sock, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, _, _ := dtlsOver(t, l, node("acme", identity.Client, fmt.Sprintf("c%d", i)), wire.FlagPlainData, sock)
+		c.allocate()
+		sock.Close() // without a goodbye
+		c.conn.Close()
+	}
+	until(t, "the readers are gone", func() bool { return runtime.NumGoroutine()-goroutines <= 2*n+5 })
+	if l.Allocations() < n*9/10 {
+		t.Fatalf("%d of %d allocations", l.Allocations(), n)
+	}
+	each := (used() - before) / n
+	t.Logf("%d bytes for each of %d idle DTLS connections", each, n)
+	if each > 64<<10 {
+		t.Errorf("%d bytes each", each)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pion/dtls/v3"
@@ -29,7 +30,9 @@ const (
 	// dtlsQueue is how many datagrams wait for a DTLS connection; more are dropped. A coalesced read may bring 64 at once.
 	dtlsQueue = 256
 	// dtlsRead is the largest message in a record that is taken.
-	dtlsRead = 4 << 10
+	dtlsRead = 8 << 10
+	// readerLinger is how long a connection's reader waits for more before it goes.
+	readerLinger = time.Second
 	// dtlsLateHandshake is how long after a handshake its plain records may still be repeated.
 	dtlsLateHandshake = 30 * time.Second
 )
@@ -67,6 +70,7 @@ func (sh *shard) handleDTLS(d []byte, m udpio.Message) {
 	// A plain record could be anybody's: towards an established connection only repeated handshake flights pass, and only for a while.
 	if p.live != nil && (encrypted(d) || (plainHandshake(d) && time.Since(p.live.since) < dtlsLateHandshake)) {
 		p.live.push(d)
+		p.live.wake()
 	}
 }
 
@@ -107,7 +111,12 @@ func (s *Server) newDTLS(end udpEnd) *virtualConn {
 	}
 	v := &virtualConn{end: end, ready: make(chan struct{}, 1), closed: make(chan struct{}), deadline: makeDeadline(), drops: &s.count.queueDrops}
 	if s.handshake.allow(src, 1, s.now().UnixNano()) {
-		v.half = s.conns.reserve(src, func() { v.Close() })
+		v.half = s.conns.reserve(src, func() {
+			v.Close()
+			if c := v.conn.Load(); c != nil {
+				c.close()
+			}
+		})
 	}
 	if v.half == nil {
 		s.count.handshakesRefused.Add(1)
@@ -118,9 +127,10 @@ func (s *Server) newDTLS(end udpEnd) *virtualConn {
 		return p, true
 	})
 	s.wg.Go(func() {
-		defer s.forgetDTLS(from, v)
-		defer v.Close()
-		s.serveDTLS(from, v)
+		if !s.shakeHands(from, v) {
+			v.Close()
+			s.forgetDTLS(from, v)
+		}
 	})
 	return v
 }
@@ -144,11 +154,13 @@ var dtlsSuites = []dtls.CipherSuiteID{
 	dtls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, dtls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
 }
 
+var dtlsBuffers = sync.Pool{New: func() any { return new([dtlsRead]byte) }}
+
 // quiet keeps the library from writing to standard error on its own.
 var quiet = &logging.DefaultLoggerFactory{Writer: io.Discard, DefaultLogLevel: logging.LogLevelDisabled}
 
-// serveDTLS does the handshake over v and serves the connection until it ends.
-func (s *Server) serveDTLS(from netip.AddrPort, v *virtualConn) {
+// shakeHands does the handshake over v, and reports whether v is a connection from now on, which cleans up after itself.
+func (s *Server) shakeHands(from netip.AddrPort, v *virtualConn) bool {
 	const mtu, flight = 1200, 250 * time.Millisecond
 	dc, err := dtls.ServerWithOptions(v, v.RemoteAddr(),
 		dtls.WithGetCertificate(func(*dtls.ClientHelloInfo) (*tls.Certificate, error) { return s.cfg.Certificate() }),
@@ -157,7 +169,7 @@ func (s *Server) serveDTLS(from netip.AddrPort, v *virtualConn) {
 	if err != nil {
 		s.conns.release(v.half)
 		s.count.handshakesFailed.Add(1)
-		return
+		return false
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.handshakeTimeout)
 	stop := context.AfterFunc(ctx, func() { v.Close() })
@@ -176,15 +188,19 @@ func (s *Server) serveDTLS(from netip.AddrPort, v *virtualConn) {
 		_ = dc.Close()
 		s.conns.release(v.half)
 		s.count.handshakesFailed.Add(1)
-		return
+		return false
 	}
 	c := &conn{s: s, kind: overDTLS, addr: from, nc: dc, udp: v.end, half: v.half}
+	c.ended = func() {
+		s.forgetDTLS(from, v)
+		c.finish()
+	}
 	if !s.conns.add(c) {
 		_ = dc.Close()
-		return
+		return false
 	}
-	defer c.finish()
-	v.since, v.conn = time.Now(), c
+	v.since = time.Now()
+	v.conn.Store(c)
 	var old *virtualConn
 	s.dtls.peers.update(from, func(p dtlsPeer, _ bool) (dtlsPeer, bool) {
 		old = p.live
@@ -195,46 +211,78 @@ func (s *Server) serveDTLS(from netip.AddrPort, v *virtualConn) {
 		return p, true
 	})
 	if old != nil { // the client has begun anew, and has proved that by the handshake
-		if a := old.conn.alloc.Load(); a != nil {
+		c := old.conn.Load()
+		if a := c.alloc.Load(); a != nil {
 			s.end(a, "replaced by a new connection")
 		}
-		old.conn.close()
+		c.close()
 	}
-	c.readDTLS(dc)
+	v.wake() // what came right behind the handshake may wait already
+	return true
 }
 
-// readDTLS handles what comes in records until the connection ends.
-func (c *conn) readDTLS(dc *dtls.Conn) {
-	buf := make([]byte, dtlsRead)
+// wake sees to it that what has been queued is read. An idle connection has no reader of its own: a goroutine and a buffer for each of many
+// thousand would be most of the relay's memory.
+func (v *virtualConn) wake() {
+	v.pushes.Add(1)
+	if v.reading.CompareAndSwap(false, true) {
+		v.conn.Load().s.wg.Go(v.read)
+	}
+}
+
+// read handles what comes in records until nothing has come for readerLinger, or the connection ends.
+func (v *virtualConn) read() {
+	c := v.conn.Load()
+	buf := dtlsBuffers.Get().(*[dtlsRead]byte)
+	defer dtlsBuffers.Put(buf)
 	const patience = 64 // errors in a row; a forged or oversized record is one
 	for errs := 0; errs < patience; {
-		n, err := dc.Read(buf)
-		if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
-			return
-		}
-		if err != nil || n == 0 {
-			errs++
-			c.s.count.malformed.Add(1)
-			continue
-		}
-		errs = 0
-		if !c.admits(n) {
-			return
-		}
-		d := buf[:n]
-		switch first := d[0]; {
-		case first <= 3:
-			c.control(d)
-		case first >= 64 && first <= 79:
-			if a := c.alloc.Load(); a != nil {
-				c.s.datagrams(a, d, len(d), 0, c.s.now().UnixNano())
-			} else {
-				c.s.count.strays.Add(1)
+		seen := v.pushes.Load()
+		_ = c.nc.SetReadDeadline(time.Now().Add(readerLinger))
+		n, err := c.nc.Read(buf[:])
+		var timeout net.Error
+		switch {
+		case err == nil && n > 0:
+			errs = 0
+			if !c.record(buf[:n]) {
+				c.close()
+				return
 			}
+		case errors.As(err, &timeout) && timeout.Timeout():
+			v.reading.Store(false)
+			// Whoever queued something meanwhile saw a reader at work.
+			if v.pushes.Load() == seen || !v.reading.CompareAndSwap(false, true) {
+				return
+			}
+		case errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, dtls.ErrConnClosed):
+			c.close()
+			return
 		default:
+			errs++
 			c.s.count.malformed.Add(1)
 		}
 	}
+	c.close()
+}
+
+// record handles the message in a record, and reports whether the connection may go on.
+func (c *conn) record(d []byte) bool {
+	if !c.admits(len(d)) {
+		return false
+	}
+	switch first := d[0]; {
+	case first <= 3:
+		c.control(d)
+	case first >= 64 && first <= 79:
+		if a := c.alloc.Load(); a != nil {
+			c.s.datagrams(a, d, len(d), 0, c.s.now().UnixNano())
+		} else {
+			c.s.count.strays.Add(1)
+		}
+	default:
+		c.s.count.malformed.Add(1)
+	}
+	return true
 }
 
 // virtualConn is the part of a UDP socket that one source talks to.
@@ -243,9 +291,11 @@ type virtualConn struct {
 	deadline *deadline
 	half     *halfOpen
 	drops    *counter
-	ready    chan struct{} // something has been queued
-	since    time.Time     // of the completed handshake; set before it is in the table as live
-	conn     *conn         // likewise
+	reading  atomic.Bool          // a reader is at work
+	pushes   atomic.Uint64        // since the handshake
+	ready    chan struct{}        // something has been queued
+	since    time.Time            // of the completed handshake; set before it is in the table as live
+	conn     atomic.Pointer[conn] // likewise
 
 	once   sync.Once
 	closed chan struct{}
