@@ -64,7 +64,9 @@ func newStub(ups ...netip.AddrPort) *stub {
 	tab := newTable(testDialling())
 	return &stub{
 		log: slog.New(slog.DiscardHandler), table: func() *table { return tab }, upstreams: func() []netip.AddrPort { return ups },
-		resolve: func(context.Context, []identity.Node, []byte) ([]byte, error) { return nil, errors.New("no gateway here") },
+		resolve: func(context.Context, []identity.Node, []byte) ([]byte, error) {
+			return nil, errors.New("no gateway here")
+		},
 	}
 }
 
@@ -373,4 +375,3 @@ func FuzzStubAnswer(f *testing.F) {
 		}
 	})
 }
-

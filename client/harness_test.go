@@ -299,12 +299,12 @@ func newHarness(t testing.TB) *harness {
 	h.Sessions = NewSessions(SessionsConfig{Logger: log})
 	d := anyDialling()
 	h.Sessions.table.Store(newTable(d))
-	h.Sessions.gateways[gateway1] = h.link(&d.Gateways[0], h.session)
+	h.Sessions.gateways[gateway1] = h.newLink(&d.Gateways[0], h.session)
 	return h
 }
 
-// link is the way to a gateway; without a session it is one that never comes up.
-func (h *harness) link(ref *control.GatewayRef, s *tunnel.Session) *gatewayLink {
+// newLink is the way to a gateway; without a session it is one that never comes up.
+func (h *harness) newLink(ref *control.GatewayRef, s *tunnel.Session) *gatewayLink {
 	g := &gatewayLink{
 		s: h.Sessions, node: ref.Node, log: h.log, cancel: func() {}, wake: make(chan struct{}, 1), events: make(chan struct{}, 1), changed: make(chan struct{}),
 	}

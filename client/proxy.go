@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -43,6 +44,7 @@ func (p *HTTPProxy) Serve(ctx context.Context, l net.Listener) error {
 		DisableCompression: true, IdleConnTimeout: 30 * time.Second, MaxIdleConnsPerHost: 8,
 	}
 	defer transport.CloseIdleConnections()
+	var open sync.WaitGroup // connections, also those that became tunnels: the server itself waits for none
 	srv := &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if !p.authorized(r) {
@@ -51,13 +53,21 @@ func (p *HTTPProxy) Serve(ctx context.Context, l net.Listener) error {
 				return
 			}
 			if r.Method == http.MethodConnect {
-				p.connect(ctx, w, r)
+				p.connect(ctx, w, r, open.Done)
 				return
 			}
 			p.forward(w, r, transport)
 		}),
 		ReadHeaderTimeout: handshakeTimeout, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx },
+		ConnState: func(_ net.Conn, s http.ConnState) {
+			switch s {
+			case http.StateNew:
+				open.Add(1)
+			case http.StateClosed:
+				open.Done()
+			}
+		},
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
@@ -70,6 +80,7 @@ func (p *HTTPProxy) Serve(ctx context.Context, l net.Listener) error {
 		}
 		return ctx.Err()
 	})
+	defer open.Wait()
 	return g.Wait()
 }
 
@@ -83,7 +94,8 @@ func (p *HTTPProxy) authorized(r *http.Request) bool {
 	return ok && subtle.ConstantTimeCompare([]byte(user), []byte(p.User))&subtle.ConstantTimeCompare([]byte(password), []byte(p.Password)) == 1
 }
 
-func (p *HTTPProxy) connect(ctx context.Context, w http.ResponseWriter, r *http.Request) {
+// connect carries a tunnel and calls done at the end of one that began.
+func (p *HTTPProxy) connect(ctx context.Context, w http.ResponseWriter, r *http.Request, done func()) {
 	host, port, err := splitHostPort(r.Host)
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
@@ -100,6 +112,7 @@ func (p *HTTPProxy) connect(ctx context.Context, w http.ResponseWriter, r *http.
 		http.Error(w, "CONNECT needs HTTP/1.1", http.StatusHTTPVersionNotSupported)
 		return
 	}
+	defer done()
 	defer c.Close()
 	if _, err := io.WriteString(c, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
 		f.Reset()

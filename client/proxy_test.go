@@ -315,35 +315,52 @@ func TestForwardPassesResets(t *testing.T) {
 	}
 }
 
-// When a proxy stops, what runs over it ends.
+// When a proxy stops, what runs over it ends, and Serve waits for that.
 func TestServeEndsItsConnections(t *testing.T) {
 	h := newHarness(t)
 	port := tcpServer(t, "127.0.0.1", echoTCP)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	f := &Forward{Dialer: h, Logger: h.log, Host: "x.corp.example", Port: port}
-	go func() { done <- f.Serve(ctx, l) }()
-	c := dialSOCKS(t, l.Addr().String())
-	_, _ = io.WriteString(c, "x")
-	expect(t, c, []byte("x"))
-	cancel()
-	select {
-	case err := <-done:
-		if !errors.Is(err, context.Canceled) {
-			t.Errorf("Serve: %v", err)
-		}
-	case <-time.After(10 * time.Second):
-		t.Fatal("Serve waits for its connections")
-	}
-	if _, err := c.Read(make([]byte, 1)); err == nil || isTimeout(err) {
-		t.Errorf("the connection lives on: %v", err)
-	}
-	if _, err := net.Dial("tcp", l.Addr().String()); err == nil {
-		t.Error("the listener lives on")
+	for name, p := range map[string]struct {
+		serve  func(context.Context, net.Listener) error
+		prefix string
+		answer []byte
+	}{
+		"forward": {(&Forward{Dialer: h, Logger: h.log, Host: "x.corp.example", Port: port}).Serve, "", nil},
+		"SOCKS":   {(&SOCKS{Dialer: h, Logger: h.log}).Serve, "\x05\x01\x00" + string(socksRequest(1, "x.corp.example", port)), []byte{5, 0, 5, 0, 0, 1, 0, 0, 0, 0, 0, 0}},
+		"HTTP": {(&HTTPProxy{Dialer: h, Logger: h.log}).Serve, fmt.Sprintf("CONNECT x.corp.example:%d HTTP/1.1\r\nHost: x\r\n\r\n", port),
+			[]byte("HTTP/1.1 200 Connection established\r\n\r\n")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() { done <- p.serve(ctx, l) }()
+			idle := dialSOCKS(t, l.Addr().String()) // has not said what it wants
+			c := dialSOCKS(t, l.Addr().String())
+			_, _ = io.WriteString(c, p.prefix)
+			expect(t, c, p.answer)
+			_, _ = io.WriteString(c, "x")
+			expect(t, c, []byte("x"))
+			cancel()
+			select {
+			case err := <-done:
+				if !errors.Is(err, context.Canceled) {
+					t.Errorf("Serve: %v", err)
+				}
+			case <-time.After(10 * time.Second):
+				t.Fatal("Serve waits for its connections to end by themselves")
+			}
+			for _, c := range []net.Conn{c, idle} {
+				if _, err := c.Read(make([]byte, 1)); err == nil || isTimeout(err) {
+					t.Errorf("a connection lives on: %v", err)
+				}
+			}
+			if _, err := net.Dial("tcp", l.Addr().String()); err == nil {
+				t.Error("the listener lives on")
+			}
+		})
 	}
 }
 
