@@ -362,7 +362,7 @@ func TestWildcardAndShards(t *testing.T) {
 
 // TestIdleDTLSIsSmall makes connections whose clients then vanish, and looks at what the relay's side of them takes.
 func TestIdleDTLSIsSmall(t *testing.T) {
-	const n = 200
+	const n, pionGoroutines = 200, 3
 	cert, _ := certificate(t)
 	l := start(t, func(c *Config) {
 		c.Certificate = cert
@@ -386,7 +386,7 @@ func TestIdleDTLSIsSmall(t *testing.T) {
 		sock.Close() // without a goodbye
 		c.conn.Close()
 	}
-	until(t, "the readers are gone", func() bool { return runtime.NumGoroutine()-goroutines <= 2*n+5 })
+	until(t, "the readers are gone", func() bool { return runtime.NumGoroutine()-goroutines <= pionGoroutines*n+5 })
 	if l.Allocations() < n*9/10 {
 		t.Fatalf("%d of %d allocations", l.Allocations(), n)
 	}
