@@ -14,6 +14,7 @@
 package platform
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -76,6 +77,8 @@ type Config struct {
 	Now     func() time.Time      // nil is time.Now
 	// Health is told of conditions: nil is good. Nil is nobody.
 	Health func(condition string, err error)
+
+	headerTimeout time.Duration // zero is the constant; for tests
 }
 
 // Server is a platform. Open makes it, Run serves, and Close gives back what Open took when Run was never called.
@@ -141,6 +144,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 	}
 	s.hub = push.New(push.Config{Registry: s.reg, Log: s.cfg.Log, DocumentLife: s.cfg.DocumentLife, KeyRotation: s.cfg.KeyRotation}, s.cfg.Metrics)
 	s.handler = s.routes()
+	s.cfg.Metrics.MustRegister(&census{s: s})
 	if err := s.remembered(ctx); err != nil {
 		return err
 	}
@@ -316,7 +320,7 @@ func (s *Server) probe(ctx context.Context) {
 func (s *Server) serve(ctx context.Context, l net.Listener, withTLS bool) error {
 	srv := &http.Server{
 		Handler:           s.handler,
-		ReadHeaderTimeout: headerTimeout,
+		ReadHeaderTimeout: cmp.Or(s.cfg.headerTimeout, headerTimeout),
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,

@@ -1,6 +1,7 @@
 package platform
 
 import (
+	"crypto/tls"
 	"crypto/x509"
 	"database/sql"
 	"encoding/json"
@@ -12,12 +13,14 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/go-jose/go-jose/v4/jwt"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
 	"sallyway/internal/control"
@@ -369,4 +372,77 @@ func tamper(t *testing.T, file, statement string) {
 	defer db.Close()
 	_, err = db.ExecContext(t.Context(), statement)
 	must(t, err)
+}
+
+// TestSlowClients: who does not finish a request's head is cut off, and holds up nobody.
+func TestSlowClients(t *testing.T) {
+	t.Parallel()
+	l := start(t, func(c *Config) { c.headerTimeout = 300 * time.Millisecond })
+	const slow = 50
+	var conns []net.Conn
+	for range slow {
+		c, err := tls.Dial("tcp", l.cfg.Listen, &tls.Config{InsecureSkipVerify: true}) // the peer does not matter here
+		must(t, err)
+		defer c.Close()
+		_, err = c.Write([]byte("POST /api/v1/enroll HTTP/1.1\r\nHost: x\r\nX-Slow: "))
+		must(t, err)
+		conns = append(conns, c)
+	}
+	silent, err := net.Dial("tcp", l.cfg.Listen) // does not even begin the handshake
+	must(t, err)
+	defer silent.Close()
+	l.api("GET", "/clients", nil, nil)
+	for _, c := range append(conns, silent) {
+		must(t, c.SetReadDeadline(time.Now().Add(5*time.Second)))
+		if _, err := io.ReadAll(c); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal("a slow client was not cut off")
+		}
+	}
+}
+
+// TestMetricsTellTheTruth scrapes before and after something happens.
+func TestMetricsTellTheTruth(t *testing.T) {
+	t.Parallel()
+	reg := prometheus.NewRegistry()
+	w := populate(t, start(t, func(c *Config) { c.Metrics = reg }))
+	value := func(name string, labels ...string) float64 {
+		t.Helper()
+		families, err := reg.Gather()
+		must(t, err)
+		for _, f := range families {
+			if f.GetName() != name {
+				continue
+			}
+			for _, m := range f.GetMetric() {
+				var have []string
+				for _, p := range m.GetLabel() {
+					have = append(have, p.GetName(), p.GetValue())
+				}
+				if len(labels) > 0 && !slices.Equal(have, labels) {
+					continue
+				}
+				return m.GetGauge().GetValue() + m.GetCounter().GetValue()
+			}
+		}
+		return 0
+	}
+	if v := value("sallyway_platform_nodes", "kind", "relay", "org", "default", "state", "healthy"); v != 2 {
+		t.Errorf("%v healthy relays", v)
+	}
+	if v := value("sallyway_platform_control_streams"); v != 0 {
+		t.Errorf("%v streams before any", v)
+	}
+	f := w.gateway.stream().settled()
+	if v := value("sallyway_platform_control_streams"); v != 1 {
+		t.Errorf("%v streams", v)
+	}
+	f.close()
+	eventually(t, "the stream is gone from the gauge", func() bool { return value("sallyway_platform_control_streams") == 0 })
+	w.do("", "POST", "/api/v1/enroll", w.client.request(), nil)
+	if v := value("sallyway_platform_refusals_total", "code", control.CodeTokenUsed); v != 1 {
+		t.Errorf("%v refusals", v)
+	}
+	if v := value("sallyway_platform_ready"); v != 1 {
+		t.Errorf("ready %v", v)
+	}
 }

@@ -1,0 +1,64 @@
+package platform
+
+import (
+	"context"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyway/internal/control"
+)
+
+// censusTimeout bounds a scrape's look at the database.
+const censusTimeout = 5 * time.Second
+
+var (
+	nodesDesc    = prometheus.NewDesc("sallyway_platform_nodes", "Nodes by organization, kind and state.", []string{"org", "kind", "state"}, nil)
+	sessionsDesc = prometheus.NewDesc("sallyway_platform_sessions", "Live sessions as gateways report them.", []string{"org"}, nil)
+	readyDesc    = prometheus.NewDesc("sallyway_platform_ready", "1 when everything works.", nil, nil)
+)
+
+// census counts what there is at every scrape, so that a number is never older than it looks.
+type census struct{ s *Server }
+
+var _ prometheus.Collector = (*census)(nil)
+
+// Describe implements prometheus.Collector.
+func (*census) Describe(ch chan<- *prometheus.Desc) {
+	ch <- nodesDesc
+	ch <- sessionsDesc
+	ch <- readyDesc
+}
+
+// Collect implements prometheus.Collector.
+func (c *census) Collect(ch chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), censusTimeout)
+	defer cancel()
+	ready := 1.0
+	if len(c.s.Conditions()) > 0 {
+		ready = 0
+	}
+	ch <- prometheus.MustNewConstMetric(readyDesc, prometheus.GaugeValue, ready)
+	names, err := c.s.reg.OrgNames(ctx)
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(nodesDesc, err)
+		return
+	}
+	for _, org := range names {
+		st, err := c.s.reg.Status(ctx, org)
+		if err != nil {
+			ch <- prometheus.NewInvalidMetric(nodesDesc, err)
+			return
+		}
+		counts := make(map[[2]string]float64)
+		for _, nodes := range [][]control.NodeRecord{st.Relays, st.Gateways, st.Clients} {
+			for _, n := range nodes {
+				counts[[2]string{string(n.Kind), string(n.State)}]++
+			}
+		}
+		for k, v := range counts {
+			ch <- prometheus.MustNewConstMetric(nodesDesc, prometheus.GaugeValue, v, org, k[0], k[1])
+		}
+		ch <- prometheus.MustNewConstMetric(sessionsDesc, prometheus.GaugeValue, float64(st.Sessions), org)
+	}
+}
