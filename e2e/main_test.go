@@ -203,6 +203,14 @@ func reach(t *testing.T, h *lab.Host, addr netip.AddrPort, d time.Duration) time
 	return time.Since(start)
 }
 
+// named waits until the client asks the tunnel for the organization's names: it says so in its log.
+func named(t *testing.T, s *lab.Site) {
+	t.Helper()
+	if _, err := s.Laptop.Log.Wait(within(t, 10*time.Second), 0, `split DNS.*default\.sallyway\.internal`); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func dialOnce(ctx context.Context, h *lab.Host, addr string, d time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, d)
 	defer cancel()

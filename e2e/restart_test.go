@@ -167,6 +167,7 @@ func TestPlatformDown(t *testing.T) {
 	s := newSite(t, lab.Config{}, lab.SiteConfig{NoBranch: true, RelayArgs: []string{"--drain-timeout", "2s"}})
 	p := servePrivate(t, s)
 	reach(t, s.Client, p.echo.Addr, 20*time.Second)
+	named(t, s)
 	s.PlatformD.Kill()
 	for _, part := range []struct {
 		name string
@@ -227,6 +228,7 @@ func TestNarrowAndHidden(t *testing.T) {
 	s := newSite(t, lab.Config{MTU: 1280, NAT: true}, lab.SiteConfig{NoBranch: true})
 	p := servePrivate(t, s)
 	reach(t, s.Client, p.echo.Addr, 20*time.Second)
+	named(t, s)
 	r, err := s.Client.Run(within(t, 20*time.Second), program(t, "curl"), "-sS", "http://"+lab.FQDN("web", lab.DefaultOrg)+"/")
 	if err != nil || r.Stdout != page {
 		t.Errorf("page by name: %q, %v", r.Stdout, err)
