@@ -32,6 +32,7 @@ var special = []struct {
 	{netip.MustParsePrefix("::/128"), "unspecified"},
 	{netip.MustParsePrefix("169.254.0.0/16"), "link-local or metadata"},
 	{netip.MustParsePrefix("fe80::/10"), "link-local"},
+	{netip.MustParsePrefix("fec0::/10"), "site-local"},
 	{netip.MustParsePrefix("fd00:ec2::254/128"), "metadata"},
 	{netip.MustParsePrefix("fd20:ce::254/128"), "metadata"},
 	{netip.MustParsePrefix("100.100.100.200/32"), "metadata"},
@@ -43,13 +44,15 @@ var special = []struct {
 }
 
 // embedding are IPv6 prefixes that carry an IPv4 address: 32 bits at the given byte. The address inside is judged as well, so that
-// no spelling of 127.0.0.1 is missed (RFC 4291 §2.5.5, RFC 6052 §2.1, RFC 3056 §2).
+// no spelling of 127.0.0.1 is missed (RFC 4291 §2.5.5, RFC 6052 §2.1, RFC 8215 with a /96 below it, RFC 2765 §2.1, RFC 3056 §2).
 var embedding = []struct {
 	prefix netip.Prefix
 	at     int
 }{
 	{netip.MustParsePrefix("::/96"), 12},
 	{netip.MustParsePrefix("64:ff9b::/96"), 12},
+	{netip.MustParsePrefix("64:ff9b:1::/48"), 12},
+	{netip.MustParsePrefix("::ffff:0:0:0/96"), 12},
 	{netip.MustParsePrefix("2002::/16"), 2},
 }
 
