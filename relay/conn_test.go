@@ -369,8 +369,9 @@ func TestIdleDTLSIsSmall(t *testing.T) {
 		c.Limits.SourceHandshakes, c.Limits.SourceHalfOpen = 10*n, n
 	})
 	used := func() uint64 {
-		runtime.GC()
-		runtime.GC()
+		for range 6 { // pools are emptied and stacks halved one collection at a time
+			runtime.GC()
+		}
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
 		return m.HeapAlloc + m.StackInuse
@@ -392,7 +393,8 @@ func TestIdleDTLSIsSmall(t *testing.T) {
 	}
 	each := (used() - before) / n
 	t.Logf("%d bytes for each of %d idle DTLS connections", each, n)
-	if each > 64<<10 {
+	const most = 96 << 10 // what the race detector adds included, a read buffer for each excluded
+	if each > most {
 		t.Errorf("%d bytes each", each)
 	}
 }
