@@ -71,6 +71,8 @@ type Config struct {
 	TLSCert, TLSKey string
 	// DocumentLife is how long snapshots and grants are valid, KeyRotation the age at which TURN keys change: zero is 24 h.
 	DocumentLife, KeyRotation time.Duration
+	// TokenLife is how long enrolment tokens work: zero is an hour.
+	TokenLife time.Duration
 
 	Log     *slog.Logger          // nil discards
 	Metrics prometheus.Registerer // nil is a registry of its own
@@ -129,6 +131,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if s.store, s.reg, first, err = openRegistry(ctx, s.cfg.Data, s.cfg.Log, s.cfg.Now); err != nil {
 		return err
 	}
+	s.reg.TokenLife = s.cfg.TokenLife
 	if s.cfg.Listen != "" {
 		if s.https, err = net.Listen("tcp", s.cfg.Listen); err != nil {
 			return listenError(s.cfg.Listen, "--listen", err)

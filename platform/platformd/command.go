@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"sallyway/internal/control"
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 	"sallyway/platform"
@@ -78,6 +79,7 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.StringVar(&c.TLSKey, "tls-key", "", "key of --tls-cert (PEM)")
 	f.DurationVar(&c.DocumentLife, "snapshot-life", 24*time.Hour, "how long policy snapshots and grants hold while the platform is away")
 	f.DurationVar(&c.KeyRotation, "turn-key-rotation", 24*time.Hour, "age at which relays get new TURN keys")
+	f.DurationVar(&c.TokenLife, "token-life", control.TokenLife, "how long enrolment tokens work")
 	f.StringVar(&o.database, "database", "", "database URL: sqlite: (the default, in the data folder)")
 	f.StringVar(&o.redis, "redis", "", "not supported by this version")
 	daemon.Bind(cmd)
@@ -98,6 +100,9 @@ func (o *serveOptions) check() error {
 	const shortest = time.Minute
 	if o.platform.DocumentLife < shortest || o.platform.DocumentLife > 30*24*time.Hour {
 		return daemon.Usagef("--snapshot-life %v is not between 1m and 720h", o.platform.DocumentLife)
+	}
+	if o.platform.TokenLife < time.Second || o.platform.TokenLife > 24*time.Hour {
+		return daemon.Usagef("--token-life %v is not between 1s and 24h", o.platform.TokenLife)
 	}
 	if o.platform.KeyRotation < shortest {
 		return daemon.Usagef("--turn-key-rotation %v is shorter than 1m", o.platform.KeyRotation)

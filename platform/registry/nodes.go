@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -204,7 +205,7 @@ func (c *change) issueToken(ctx context.Context, o *store.Org, n *store.Node) (*
 		return nil, err
 	}
 	t := &store.EnrolmentToken{
-		Hash: sha256.Sum256(secret), Node: n.ID, Org: n.Org, Kind: n.Kind, Created: c.now, Expires: c.now.Add(control.TokenLife),
+		Hash: sha256.Sum256(secret), Node: n.ID, Org: n.Org, Kind: n.Kind, Created: c.now, Expires: c.now.Add(cmp.Or(c.r.TokenLife, control.TokenLife)),
 	}
 	if err := c.InsertEnrolmentToken(ctx, t); err != nil {
 		return nil, err

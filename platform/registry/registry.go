@@ -28,8 +28,9 @@ type Registry struct {
 	Board *presence.Board
 	Log   *slog.Logger
 	Now   func() time.Time
-	// URL and Pin are what enrolment tokens carry.
-	URL, Pin string
+	// URL and Pin are what enrolment tokens carry, TokenLife is how long they work: zero is control.TokenLife.
+	URL, Pin  string
+	TokenLife time.Duration
 	// Audiences are the URLs under which the platform may be addressed by assertions, canonical (see CanonicalURL).
 	Audiences []string
 	// Changed is called after a commit that changed what nodes of org are told. It must not block.
