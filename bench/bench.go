@@ -6,6 +6,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -112,10 +113,7 @@ func Run(ctx context.Context, cfg Config, out io.Writer) (*Result, error) {
 		return nil, err
 	}
 	defer l.Close()
-	res := &Result{Machine: thisMachine(ctx), Command: os.Args, Started: time.Now().UTC(), MTU: max(cfg.MTU, 1500)}
-	if cfg.MTU != 0 {
-		res.MTU = cfg.MTU
-	}
+	res := &Result{Machine: thisMachine(ctx), Command: os.Args, Started: time.Now().UTC(), MTU: cmp.Or(cfg.MTU, 1500)}
 	r := &runner{cfg: cfg, out: out, res: res, ways: []way{{Raw, lab.RawAddr}, {Sallyway, lab.WebAddr}}}
 	for _, part := range []func(context.Context, *lab.Lab) error{r.prepare, r.latency, r.throughput, r.memory} {
 		if err := part(ctx, l); err != nil {
