@@ -137,7 +137,7 @@ func TestEnrolment(t *testing.T) {
 func TestExpiredToken(t *testing.T) {
 	l := newLab(t, lab.Config{})
 	ctx := within(t, time.Minute)
-	must(l.StartPlatform(ctx, "--enrolment-token-ttl", "1s"))(t)
+	must(l.StartPlatform(ctx, "--token-life", "1s"))(t)
 	check(t, l.Login(ctx))
 	n := must(l.CreateNode(ctx, lab.NodeSpec{Kind: identity.Relay, Name: "late", Host: l.Relay1}))(t)
 	timer := time.NewTimer(time.Until(n.Record.Expires) + 200*time.Millisecond)
