@@ -268,7 +268,7 @@ func (d *relayDaemon) follow(c *control.Config) {
 	srv.SetKeys(keys(c.Relay))
 	srv.SetDenied(c.Relay.Denied)
 	if err := srv.SetOrganizations(organizations(c.Relay)); err != nil {
-		d.sh.Log.Error("organizations of the new configuration refused, the former stay", "err", err)
+		d.sh.Log.Error("a configured peer is refused: its organization keeps its former peers, the rest of the configuration is in force", "err", err)
 		d.sh.Health.Set("organizations", err)
 	} else {
 		d.sh.Health.Set("organizations", nil)
