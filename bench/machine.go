@@ -38,7 +38,7 @@ func thisMachine(ctx context.Context) Machine {
 	}
 	var i unix.Sysinfo_t
 	if unix.Sysinfo(&i) == nil {
-		m.MemoryGiB = float64(uint64(i.Totalram)*uint64(i.Unit)>>20) / 1024
+		m.MemoryGiB = float64(uint64(i.Totalram)*uint64(i.Unit)>>20) / 1024 //nolint:unconvert // 32 bits on some architectures
 	}
 	m.CPU = cpuModel()
 	m.Congestion = firstLine("/proc/sys/net/ipv4/tcp_congestion_control")

@@ -176,7 +176,8 @@ func splice(down *netstack.TCPConn, up *net.TCPConn) {
 	oneWay := func(dst, src interface {
 		io.ReadWriter
 		CloseWrite() error
-	}, fail func()) {
+	}, fail func(),
+	) {
 		_, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, 256<<10))
 		if err == nil {
 			err = dst.CloseWrite()

@@ -25,7 +25,7 @@ func freeBytes(dir string) (free uint64, known bool) {
 	if err := unix.Statfs(dir, &st); err != nil || st.Blocks == 0 {
 		return 0, false
 	}
-	return uint64(st.Bavail) * uint64(st.Bsize), true
+	return uint64(st.Bavail) * uint64(st.Bsize), true //nolint:unconvert // of another type on the BSDs
 }
 
 // owner returns the user that a file belongs to.

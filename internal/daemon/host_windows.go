@@ -37,7 +37,9 @@ func isLocked(f *os.File) (bool, error) {
 	return taken, err
 }
 
-func isDiskFull(err error) bool { return errors.Is(err, windows.ERROR_DISK_FULL) || errors.Is(err, syscall.ENOSPC) }
+func isDiskFull(err error) bool {
+	return errors.Is(err, windows.ERROR_DISK_FULL) || errors.Is(err, syscall.ENOSPC)
+}
 
 // openToOthers is for the folder's access list to say, which mode bits do not show.
 func openToOthers(fs.FileInfo) bool { return false }

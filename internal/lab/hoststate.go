@@ -133,8 +133,12 @@ func sorted(lines []string) string {
 func (s MachineState) Diff(after MachineState) string {
 	var b strings.Builder
 	for _, p := range []struct{ name, before, after string }{
-		{"resolv.conf", s.Resolv, after.Resolv}, {"links", s.Links, after.Links}, {"routes", s.Routes, after.Routes},
-		{"rules", s.Rules, after.Rules}, {"firewall", s.Firewall, after.Firewall}, {"namespaces", s.Netns, after.Netns},
+		{"resolv.conf", s.Resolv, after.Resolv},
+		{"links", s.Links, after.Links},
+		{"routes", s.Routes, after.Routes},
+		{"rules", s.Rules, after.Rules},
+		{"firewall", s.Firewall, after.Firewall},
+		{"namespaces", s.Netns, after.Netns},
 		{"sysctl", s.Sysctl, after.Sysctl},
 	} {
 		if p.before != p.after {

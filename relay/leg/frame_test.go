@@ -56,10 +56,14 @@ func TestWalk(t *testing.T) {
 	}{
 		{"one", cd(0x4000, "abcd", 0), 8, []string{"4000:abcd"}},
 		{"a run with a short tail", join(cd(0x4001, "abcd", 0), cd(0x4001, "efgh", 0), cd(0x4001, "ij", 0)), 8, []string{"4001:abcd,efgh,ij"}},
-		{"two channels", join(cd(0x4000, "abcd", 0), cd(0x4001, "efgh", 0), cd(0x4001, "ijkl", 0), cd(0x4000, "m", 0)), 8,
-			[]string{"4000:abcd", "4001:efgh,ijkl", "4000:m"}},
-		{"padded in the middle", join(cd(0x4000, "abcd", 0), cd(0x4000, "ef", 2), cd(0x4000, "ghij", 0)), 8,
-			[]string{"4000:abcd", "4000:ef", "4000:ghij"}},
+		{
+			"two channels", join(cd(0x4000, "abcd", 0), cd(0x4001, "efgh", 0), cd(0x4001, "ijkl", 0), cd(0x4000, "m", 0)), 8,
+			[]string{"4000:abcd", "4001:efgh,ijkl", "4000:m"},
+		},
+		{
+			"padded in the middle", join(cd(0x4000, "abcd", 0), cd(0x4000, "ef", 2), cd(0x4000, "ghij", 0)), 8,
+			[]string{"4000:abcd", "4000:ef", "4000:ghij"},
+		},
 		{"padded tail", join(cd(0x4000, "abcd", 0), cd(0x4000, "e", 1)), 8, []string{"4000:abcd", "4000:e"}},
 		{"empty payload", join(cd(0x4000, "", 4), cd(0x4000, "abcd", 0)), 8, []string{"4000:abcd"}},
 		{"length beyond the datagram", join([]byte{0x40, 0, 0, 9, 1, 2, 3, 4}, cd(0x4000, "abcd", 0)), 8, []string{"malformed", "4000:abcd"}},
@@ -97,11 +101,17 @@ func TestWalkStream(t *testing.T) {
 		{"one", cd(0x4000, "abcd", 0), []string{"4000:abcd"}, 0, false},
 		{"padded", join(cd(0x4000, "abc", 1), cd(0x4000, "defgh", 3)), []string{"4000:abc", "4000:defgh"}, 0, false},
 		{"padding to come", cd(0x4000, "abc", 0), nil, 7, false},
-		{"a run with a padded tail", join(cd(0x4000, "abcd", 0), cd(0x4000, "efgh", 0), cd(0x4000, "i", 3), cd(0x4000, "jklm", 0)),
-			[]string{"4000:abcd,efgh,i", "4000:jklm"}, 0, false},
+		{
+			"a run with a padded tail", join(cd(0x4000, "abcd", 0), cd(0x4000, "efgh", 0), cd(0x4000, "i", 3), cd(0x4000, "jklm", 0)),
+			[]string{"4000:abcd,efgh,i", "4000:jklm"},
+			0, false,
+		},
 		{"a larger one follows", join(cd(0x4000, "abcd", 0), cd(0x4000, "efghijkl", 0)), []string{"4000:abcd", "4000:efghijkl"}, 0, false},
-		{"other channel, STUN, empty", join(cd(0x4000, "abcd", 0), cd(0x4001, "efgh", 0), stunMsg, cd(0x4001, "", 0), cd(0x4001, "i", 3)),
-			[]string{"4000:abcd", "4001:efgh", "control 1 24", "4001:i"}, 0, false},
+		{
+			"other channel, STUN, empty", join(cd(0x4000, "abcd", 0), cd(0x4001, "efgh", 0), stunMsg, cd(0x4001, "", 0), cd(0x4001, "i", 3)),
+			[]string{"4000:abcd", "4001:efgh", "control 1 24", "4001:i"},
+			0, false,
+		},
 		{"cut", join(cd(0x4000, "abcd", 0), cd(0x4000, "efgh", 0)[:6]), []string{"4000:abcd"}, 6, false},
 		{"neither", join(cd(0x4000, "abcd", 0), []byte{22, 3, 3, 0, 0}), []string{"4000:abcd"}, 5, true},
 		{"STUN too long", []byte{0, 1, 0xFF, 0xFC}, nil, 4, true},
@@ -139,6 +149,7 @@ func (p *payloads) data(number uint16, b datagram.Batch) {
 		panic("Count and Next disagree")
 	}
 }
+
 func (p *payloads) control(c class, b []byte) {
 	if len(b) == 0 {
 		panic("empty control")

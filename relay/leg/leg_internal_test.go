@@ -110,7 +110,10 @@ func TestAllocateRefused(t *testing.T) {
 		code stun.ErrorCode
 		says string
 	}{
-		{CodeForbidden, "revoked"}, {CodeMismatch, "dial again"}, {CodeQuota, "quota"}, {CodeInsufficient, "another relay"},
+		{CodeForbidden, "revoked"},
+		{CodeMismatch, "dial again"},
+		{CodeQuota, "quota"},
+		{CodeInsufficient, "another relay"},
 		{CodeUnauthorized, "renew"},
 	} {
 		synctest.Test(t, func(t *testing.T) {

@@ -69,11 +69,13 @@ func (h *host) read() string {
 
 func (h *host) new() *DNS {
 	h.t.Helper()
-	d, err := New(Config{Interface: "sally0", StateDir: filepath.Join(h.dir, "state"), ResolvConf: h.conf, root: h.dir,
+	d, err := New(Config{
+		Interface: "sally0", StateDir: filepath.Join(h.dir, "state"), ResolvConf: h.conf, root: h.dir,
 		Run: func(name string, args ...string) ([]byte, error) {
 			h.runs = append(h.runs, strings.Join(append([]string{name}, args...), " "))
 			return nil, nil
-		}})
+		},
+	})
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -321,8 +323,10 @@ func TestResolvedNotUsed(t *testing.T) {
 		h := newHost(t, c.conf)
 		h.link("proc/thread-self/ns/net", c.ns)
 		os.MkdirAll(filepath.Join(h.dir, "run/systemd/resolve"), 0o755)
-		d, err := New(Config{Interface: "sally0", StateDir: filepath.Join(h.dir, "state"), ResolvConf: h.conf, root: h.dir,
-			Run: func(string, ...string) ([]byte, error) { return nil, c.err }})
+		d, err := New(Config{
+			Interface: "sally0", StateDir: filepath.Join(h.dir, "state"), ResolvConf: h.conf, root: h.dir,
+			Run: func(string, ...string) ([]byte, error) { return nil, c.err },
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
