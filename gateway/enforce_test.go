@@ -38,7 +38,7 @@ func newZone(t *testing.T, records map[string]string) *zone {
 	srv := &dns.Server{PacketConn: pc, NotifyStartedFunc: func() { close(started) }, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
 		z.queries <- q.Question[0].Name
 		m := new(dns.Msg).SetReply(q)
-		v, ok := records[strings.TrimSuffix(q.Question[0].Name, ".")]
+		v, ok := records[strings.ToLower(strings.TrimSuffix(q.Question[0].Name, "."))]
 		if !ok {
 			m.Rcode = dns.RcodeNameError
 		} else if q.Question[0].Qtype == dns.TypeA {

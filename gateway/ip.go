@@ -39,15 +39,11 @@ func (h *handler) OpenIP(_ context.Context, p tunnel.Peer) (*tunnel.IPService, e
 	}
 	add := func(r netip.Prefix) {
 		// RFC 9484 wants ranges that do not overlap; a resource inside of another's prefix is covered by that.
-		for i, have := range routes {
-			switch {
-			case have.Overlaps(r) && have.Bits() <= r.Bits():
-				return
-			case have.Overlaps(r):
-				routes[i] = r
-				return
-			}
+		covers := func(a, b netip.Prefix) bool { return a.Overlaps(b) && a.Bits() <= b.Bits() }
+		if slices.ContainsFunc(routes, func(have netip.Prefix) bool { return covers(have, r) }) {
+			return
 		}
+		routes = slices.DeleteFunc(routes, func(have netip.Prefix) bool { return covers(r, have) })
 		routes = append(routes, r)
 	}
 	for _, a := range h.virtual() {

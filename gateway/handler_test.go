@@ -1,0 +1,297 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+
+	"sallyway/internal/daemon"
+	"sallyway/internal/identity"
+	"sallyway/internal/policy"
+	"sallyway/tunnel"
+)
+
+var peer1, peer2 = tunnel.Peer{Node: client1}, tunnel.Peer{Node: client2}
+
+func target(proto policy.Proto, host string, port uint16) policy.Target {
+	t := policy.Target{Proto: proto, Host: host, Port: port}
+	if a, err := netip.ParseAddr(host); err == nil {
+		t.Addr = a.Unmap()
+	}
+	return t
+}
+
+// fullPort is a port on loopback that answers nobody: its queue of connections is full, so that the kernel drops every SYN.
+func fullPort(t testing.TB) uint16 {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Close(fd) })
+	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), syscall.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	sa, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := uint16(sa.(*syscall.SockaddrInet4).Port)
+	for range 16 {
+		c, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", port), 100*time.Millisecond)
+		if err != nil {
+			return port
+		}
+		t.Cleanup(func() { c.Close() })
+	}
+	t.Skip("this kernel's queue of connections does not fill")
+	return 0
+}
+
+func TestHandlerDials(t *testing.T) {
+	z := newZone(t, map[string]string{"web.corp.example": "127.0.0.1"})
+	h := newHandler(t, z, "127.0.0.1", "10.99.0.0/16 80", "::1")
+	port := tcpServer(t, "127.0.0.1", func(c *net.TCPConn) { _, _ = io.WriteString(c, "hello"); c.Close() })
+	for _, host := range []string{"127.0.0.1", "100.112.0.20", "web.corp.example", "WEB.corp.example."} {
+		c, err := h.DialTCP(t.Context(), peer1, target(policy.TCP, host, port))
+		if err != nil {
+			t.Errorf("%s: %v", host, err)
+			continue
+		}
+		if b, err := io.ReadAll(c); err != nil || string(b) != "hello" {
+			t.Errorf("%s: %q, %v", host, b, err)
+		}
+		c.Close()
+	}
+	echo := udpEcho(t, "127.0.0.1")
+	c, err := h.DialUDP(t.Context(), peer1, target(policy.UDP, "100.112.0.20", echo))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_, _ = c.Write([]byte("x"))
+	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if n, err := c.Read(make([]byte, 10)); n != 1 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+	if got := counted(t, h.metrics.flows.WithLabelValues("tcp", "ok")); got != 4 {
+		t.Errorf("%v TCP flows counted, want 4", got)
+	}
+}
+
+func TestHandlerRefuses(t *testing.T) {
+	z := newZone(t, map[string]string{"web.corp.example": "10.99.0.9"})
+	h := newHandler(t, z, "127.0.0.1", "10.99.0.0/16 80", "::1")
+	short, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	for _, c := range []struct {
+		name string
+		ctx  context.Context
+		who  tunnel.Peer
+		to   policy.Target
+		is   error
+		says string
+	}{
+		{"nobody listens", t.Context(), peer1, target(policy.TCP, "127.0.0.1", closedPort(t)), tunnel.ErrRefused, "refused"},
+		{"filtered", short, peer1, target(policy.TCP, "127.0.0.1", fullPort(t)), tunnel.ErrTimeout, "does not answer"},
+		{"no rule for this peer", t.Context(), peer2, target(policy.TCP, "127.0.0.1", 80), tunnel.ErrDenied, "default deny"},
+		{"a stranger", t.Context(), tunnel.Peer{Node: identity.Node{Org: "evil", Kind: identity.Client, ID: "c-1"}}, target(policy.TCP, "127.0.0.1", 80), tunnel.ErrDenied, "not among"},
+		{"a protocol that the resource lacks", t.Context(), peer1, target(policy.UDP, "10.99.0.9", 80), tunnel.ErrDenied, "does not include udp port 80"},
+		{"no resource", t.Context(), peer1, target(policy.TCP, "192.0.2.1", 80), tunnel.ErrDenied, "no resource"},
+		{"policy says yes, the allow list no", t.Context(), peer1, target(policy.TCP, "127.0.0.2", 80), tunnel.ErrDenied, "loopback"},
+		{"a port outside of the allow list", t.Context(), peer1, target(policy.TCP, "10.99.0.9", 81), tunnel.ErrDenied, "allow list"},
+		{"a name that resolves to outside of the allow list", t.Context(), peer1, target(policy.TCP, "web.corp.example", 81), tunnel.ErrDenied, "allow list"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var conn net.Conn
+			var err error
+			if c.to.Proto == policy.UDP {
+				conn, err = h.DialUDP(c.ctx, c.who, c.to)
+			} else {
+				var tc tunnel.Conn
+				if tc, err = h.DialTCP(c.ctx, c.who, c.to); tc != nil {
+					conn = tc.(net.Conn)
+				}
+			}
+			if conn != nil || !errors.Is(err, c.is) || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("%v, %v, want %v that says %q", conn, err, c.is, c.says)
+			}
+			if errors.Is(err, tunnel.ErrDenied) && tunnel.AsProxyError(err).Rule == "" {
+				t.Errorf("%v names no rule", err)
+			}
+		})
+	}
+	for _, result := range []tunnel.ErrorType{tunnel.ConnectionRefused, tunnel.ConnectionTimeout, tunnel.RequestDenied, tunnel.DestinationProhibited} {
+		if counted(t, h.metrics.flows.WithLabelValues("tcp", string(result))) == 0 {
+			t.Errorf("no TCP flow counted as %s", result)
+		}
+	}
+}
+
+func TestAuthorize(t *testing.T) {
+	h := newHandler(t, nil)
+	for _, p := range []tunnel.Peer{peer1, peer2} {
+		if err := h.Authorize(t.Context(), p); err != nil {
+			t.Errorf("%v: %v", p.Node, err)
+		}
+	}
+	for _, n := range []identity.Node{
+		{Org: "evil", Kind: identity.Client, ID: "c-1"}, {Org: "acme", Kind: identity.Client, ID: "c-9"}, {Org: "acme", Kind: identity.Site, ID: "c-1"}, {},
+	} {
+		if err := h.Authorize(t.Context(), tunnel.Peer{Node: n}); !errors.Is(err, tunnel.ErrDenied) {
+			t.Errorf("%v: %v, want a refusal", n, err)
+		}
+	}
+	h.enforce.stale = func() (bool, error) { return true, errors.New("valid until yesterday") }
+	if err := h.Authorize(t.Context(), peer1); !errors.Is(err, tunnel.ErrDenied) || !strings.Contains(err.Error(), "valid until yesterday") {
+		t.Errorf("%v, want a refusal that says since when", err)
+	}
+	h.enforce.snapshot = func() (*policy.Snapshot, error) { return nil, errors.New("none yet") }
+	if err := h.Authorize(t.Context(), peer1); err == nil {
+		t.Error("a gateway without policies lets in")
+	}
+}
+
+// Only questions go to the gateway's name servers, which may trust its address with more.
+func TestResolveTakesQuestionsOnly(t *testing.T) {
+	z := newZone(t, map[string]string{"web.corp.example": "10.99.0.9"})
+	h := newHandler(t, z)
+	ask := func(change func(*dns.Msg)) error {
+		q := new(dns.Msg).SetQuestion("web.corp.example.", dns.TypeA)
+		change(q)
+		b, err := q.Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = h.Resolve(t.Context(), peer1, b)
+		return err
+	}
+	if err := ask(func(*dns.Msg) {}); err != nil {
+		t.Fatal(err)
+	}
+	<-z.queries
+	for name, change := range map[string]func(*dns.Msg){
+		"AXFR": func(q *dns.Msg) { q.Question[0].Qtype = dns.TypeAXFR }, "IXFR": func(q *dns.Msg) { q.Question[0].Qtype = dns.TypeIXFR },
+		"UPDATE": func(q *dns.Msg) { q.Opcode = dns.OpcodeUpdate }, "NOTIFY": func(q *dns.Msg) { q.Opcode = dns.OpcodeNotify },
+		"a reply": func(q *dns.Msg) { q.Response = true }, "two questions": func(q *dns.Msg) { q.Question = append(q.Question, q.Question[0]) },
+		"none": func(q *dns.Msg) { q.Question = nil }, "another name": func(q *dns.Msg) { q.Question[0].Name = "www.example.com." },
+		"the domain above": func(q *dns.Msg) { q.Question[0].Name = "corp.example." },
+	} {
+		if err := ask(change); err == nil {
+			t.Errorf("%s is handed on", name)
+		}
+		select {
+		case got := <-z.queries:
+			t.Errorf("%s reached the name server as %s", name, got)
+		default:
+		}
+	}
+	h.names.servers = func() ([]string, error) { return nil, nil }
+	if err := ask(func(*dns.Msg) {}); err == nil || !strings.Contains(err.Error(), "no name server") {
+		t.Errorf("%v", err)
+	}
+}
+
+func FuzzResolve(f *testing.F) {
+	for _, name := range []string{"web.corp.example.", "www.example.com."} {
+		b, err := new(dns.Msg).SetQuestion(name, dns.TypeA).Pack()
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Add([]byte{})
+	h := newHandler(f, nil) // has no name server: what is asked about ends there
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if out, err := h.Resolve(context.Background(), peer1, b); err == nil {
+			t.Fatalf("%x is answered with %x by nobody", b, out)
+		}
+	})
+}
+
+func FuzzParseAllow(f *testing.F) {
+	for _, s := range []string{"10.0.3.0/24 5432,8000-8100", "127.0.0.1", "::/0 all", "10.0.0.0/8 80-70", "x", "10.0.0.0/8  80", "::ffff:10.0.0.0/104"} {
+		f.Add(s)
+	}
+	metadata := netip.MustParseAddr("169.254.169.254")
+	f.Fuzz(func(t *testing.T, s string) {
+		l, err := ParseAllow([]string{s})
+		if err != nil {
+			if len(err.Error()) > 600 {
+				t.Fatalf("an error of %d bytes", len(err.Error()))
+			}
+			return
+		}
+		if len(l.entries) != 1 {
+			t.Fatalf("%q makes %d entries", s, len(l.entries))
+		}
+		// Only an entry inside of the special range opens it.
+		if e := l.entries[0].prefix; l.Check(metadata, 80) == nil && (e.Bits() < 16 || !e.Contains(metadata)) {
+			t.Fatalf("%q opens %v", s, metadata)
+		}
+	})
+}
+
+// After a restart the QUIC server has the same keys, so that peers learn of the restart from their next packet.
+func TestSecretsStay(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	load := func() [2][32]byte {
+		t.Helper()
+		st, err := daemon.OpenState(dir, "gatewayd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer st.Close()
+		reset, tokens, err := loadSecrets(st)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return [2][32]byte{reset, tokens}
+	}
+	first := load()
+	if first[0] == first[1] || first[0] == [32]byte{} || first[1] == [32]byte{} {
+		t.Errorf("keys %x", first)
+	}
+	if again := load(); again != first {
+		t.Error("a restart changes the keys")
+	}
+	path := filepath.Join(dir, secretsFile)
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v, want mode 0600", st.Mode(), err)
+	}
+	if err := os.WriteFile(path, []byte("cut"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	damaged := load()
+	if damaged == first || damaged[0] == [32]byte{} {
+		t.Error("a damaged file is used")
+	}
+	if load() != damaged {
+		t.Error("a damaged file is not replaced for good")
+	}
+	if err := os.RemoveAll(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	st, err := daemon.OpenState(dir, "gatewayd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	if _, _, err := loadSecrets(st); err == nil {
+		t.Error("a folder in its place goes unnoticed")
+	}
+}
