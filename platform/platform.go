@@ -56,7 +56,8 @@ const (
 	maxHeader     = 32 << 10 // bytes
 	maxStreams    = 64       // HTTP/2 requests of one connection at once
 	stopTimeout   = 5 * time.Second
-	probeInterval = 5 * time.Second // the database is tried for writing
+	probeInterval = 15 * time.Second // the database is tried for writing
+	probeAgain    = time.Second      // while it can not be written
 	probeTimeout  = 15 * time.Second
 )
 
@@ -302,9 +303,19 @@ func (s *Server) Run(ctx context.Context) error {
 
 // probe tries the database, so that readiness tells of a full disk before a user does.
 func (s *Server) probe(ctx context.Context) {
-	t := time.NewTicker(probeInterval)
+	t := time.NewTicker(probeAgain)
 	defer t.Stop()
+	var last time.Time
 	for {
+		if time.Since(last) < probeInterval && len(s.Conditions()) == 0 {
+			select {
+			case <-ctx.Done():
+				return
+			case <-t.C:
+				continue
+			}
+		}
+		last = time.Now()
 		try, cancel := context.WithTimeout(ctx, probeTimeout)
 		err := s.store.Writable(try)
 		cancel()

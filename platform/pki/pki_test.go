@@ -125,7 +125,10 @@ func TestAnIntermediateIssuesForItsOrganizationOnly(t *testing.T) {
 			t.Errorf("%s: proves %v", name, n)
 		}
 	}
-	// No CA below an intermediate.
+	// No CA below an intermediate, by its own constraint and by the root's.
+	if c := ca.Certificate; c.MaxPathLen != 0 || !c.MaxPathLenZero || a.root.Certificate.MaxPathLen != 1 {
+		t.Errorf("path lengths: intermediate %d (%t), root %d", c.MaxPathLen, c.MaxPathLenZero, a.root.Certificate.MaxPathLen)
+	}
 	sub := &Authority{Key: newKey()}
 	der := must(x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		SerialNumber: must(serial()), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,

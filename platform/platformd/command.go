@@ -42,7 +42,7 @@ func spec() daemon.Spec {
 func Command() *cobra.Command {
 	sp := spec()
 	root := &cobra.Command{Use: sp.Name, Short: "The control plane: who may reach what, certificates, relays, audit"}
-	root.AddCommand(serveCommand(sp), adminCommand(sp))
+	root.AddCommand(serveCommand(sp), adminCommand())
 	root.AddCommand(daemon.Commands(sp)...)
 	// The folder is called data here: it is the platform's database, not a daemon's scratch state. --state means the same.
 	root.SetGlobalNormalizationFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
@@ -200,7 +200,7 @@ func (o *adminOptions) command(c *cobra.Command) *cobra.Command {
 	return c
 }
 
-func adminCommand(daemon.Spec) *cobra.Command {
+func adminCommand() *cobra.Command {
 	c := &cobra.Command{Use: "admin", Short: "Credentials, backup and restore, on the platform's own host"}
 	c.AddCommand(tokenCommand(), backupCommand(), restoreCommand(), migrateCommand())
 	return c

@@ -348,7 +348,7 @@ func (r *Registry) OrgNames(ctx context.Context) ([]string, error) {
 	return out, err
 }
 
-// PolicySigner makes a fresh key and certificate that sign org's snapshots and grants until the returned time.
+// newPolicyLeaf makes a fresh key with a certificate of kind policy, and returns them with the certificate of their CA.
 func (r *Registry) newPolicyLeaf(ctx context.Context, org string, life time.Duration) (*pki.Authority, *x509.Certificate, error) {
 	var ca *pki.Authority
 	if err := r.Store.View(ctx, func(tx store.Tx) (err error) {

@@ -196,7 +196,7 @@ func translate(err error) error {
 	default:
 		return err
 	}
-	return fmt.Errorf("%w: %s (%v)", ErrUnavailable, why, err)
+	return fmt.Errorf("%w: %s (%w)", ErrUnavailable, why, err)
 }
 
 // RestoreSQLite puts a backup in the place of the database at path, which no process may have open. The old database is kept

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"time"
 
@@ -274,7 +275,7 @@ func (t *sqliteTx) AuditHead(ctx context.Context, org string) (int64, string, er
 	var seq int64
 	var hash string
 	err := t.tx.QueryRowContext(ctx, `SELECT seq, hash FROM audit_heads WHERE org = ?`, org).Scan(&seq, &hash)
-	if err = translate(err); err == ErrNotFound {
+	if err = translate(err); errors.Is(err, ErrNotFound) {
 		return 0, "", nil
 	}
 	return seq, hash, err

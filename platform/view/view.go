@@ -264,17 +264,6 @@ func Addresses(o *store.Org, index uint32) []netip.Addr {
 	return []netip.Addr{netip.AddrFrom4(v4), netip.AddrFrom16(v6)}
 }
 
-// Relays are the names of the relays that a gateway is assigned, active first.
-func (v *View) Relays(gateway string) []string {
-	var out []string
-	for _, id := range v.assignments[gateway] {
-		if r, _ := v.relay(id); r != nil {
-			out = append(out, r.Name)
-		}
-	}
-	return out
-}
-
 // relay finds an organization's or a shared relay and the view it belongs to.
 func (v *View) relay(id string) (*store.Node, *View) {
 	if n := v.nodes[id]; n != nil && n.Kind == identity.Relay {
@@ -329,6 +318,3 @@ func (v *View) rules() map[string][]policy.Rule {
 
 // Speaks reports whether a key speaks for a live node that has its rights.
 func (v *View) Speaks(node string, key identity.KeyHash) bool { return v.good[key] == node }
-
-// Version is the organization's version.
-func (v *View) Version() uint64 { return v.Org.Version }
