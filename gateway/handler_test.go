@@ -49,7 +49,7 @@ func fullPort(t testing.TB) uint16 {
 	}
 	port := uint16(sa.(*syscall.SockaddrInet4).Port)
 	for range 16 {
-		c, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", port), 100*time.Millisecond)
+		c, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", port), 250*time.Millisecond)
 		if err != nil {
 			return port
 		}
@@ -200,6 +200,52 @@ func TestResolveTakesQuestionsOnly(t *testing.T) {
 	h.names.servers = func() ([]string, error) { return nil, nil }
 	if err := ask(func(*dns.Msg) {}); err == nil || !strings.Contains(err.Error(), "no name server") {
 		t.Errorf("%v", err)
+	}
+}
+
+// An answer that does not fit a datagram is fetched over TCP, and a dead name server is passed over.
+func TestResolveGoesOn(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pc, err := net.ListenPacket("udp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, srv := range []*dns.Server{{Listener: l}, {PacketConn: pc}} {
+		overTCP := srv.Listener != nil
+		started := make(chan struct{})
+		srv.NotifyStartedFunc = func() { close(started) }
+		srv.Handler = dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+			m := new(dns.Msg).SetReply(q)
+			m.Truncated = !overTCP
+			for i := range 200 {
+				if overTCP {
+					m.Answer = append(m.Answer, &dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60}, A: net.IPv4(10, 99, 0, byte(i))})
+				}
+			}
+			_ = w.WriteMsg(m)
+		})
+		go func() { _ = srv.ActivateAndServe() }()
+		<-started
+		t.Cleanup(func() { _ = srv.Shutdown() })
+	}
+	h := newHandler(t, nil)
+	h.names.servers = func() ([]string, error) {
+		return []string{fmt.Sprintf("127.0.0.1:%d", closedPort(t)), l.Addr().String()}, nil
+	}
+	b, err := new(dns.Msg).SetQuestion("web.corp.example.", dns.TypeA).Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := h.Resolve(t.Context(), peer1, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m dns.Msg
+	if err := m.Unpack(out); err != nil || len(m.Answer) != 200 || m.Truncated {
+		t.Errorf("%d answers, truncated %v, %v", len(m.Answer), m.Truncated, err)
 	}
 }
 
