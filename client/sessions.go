@@ -27,6 +27,10 @@ const (
 	DialTimeout = 20 * time.Second
 	// reconnectDelay is the pause between attempts to reach a gateway, before jitter; a leg that comes up ends it.
 	reconnectDelay = time.Second
+	// denialGrace is how long after a configuration a gateway's refusal is taken for a policy that has not come to it yet: the platform
+	// pushes to all nodes within a second, in no order. denialRetry is the pause between the attempts.
+	denialGrace = 2 * time.Second
+	denialRetry = 100 * time.Millisecond
 	// firstConnect and connectTimeout bound an attempt over one relay, rendezvous and handshake: the first one is short, since a gateway that
 	// was killed and is back is asked on its old allocation once, and each takes twice as long as the one before, for slow paths.
 	firstConnect   = 1500 * time.Millisecond
@@ -109,6 +113,7 @@ func (s *Sessions) reconcile(ctx context.Context, group *errgroup.Group) {
 	for n, ref := range t.gateways {
 		if g := s.gateways[n]; g != nil {
 			g.ref.Store(ref)
+			g.told.Store(time.Now().UnixNano())
 			poke(g.wake)
 			continue
 		}
@@ -116,6 +121,7 @@ func (s *Sessions) reconcile(ctx context.Context, group *errgroup.Group) {
 		g := &gatewayLink{s: s, node: n, cancel: cancel, wake: make(chan struct{}, 1), events: make(chan struct{}, 1), changed: make(chan struct{})}
 		g.log = s.cfg.Logger.With("gateway", ref.Name)
 		g.ref.Store(ref)
+		g.told.Store(time.Now().UnixNano())
 		g.wanted.Store(s.cfg.Eager)
 		s.gateways[n] = g
 		group.Go(func() error {
@@ -258,7 +264,8 @@ type gatewayLink struct {
 	wake   chan struct{} // 1 place: legs or the configuration changed, or a flow wants a session
 	events chan struct{} // 1 place: a path changed
 	wanted atomic.Bool
-	failed int // attempts in a row; of run
+	told   atomic.Int64 // when a configuration last spoke of the gateway, in Unix nanoseconds
+	failed int          // attempts in a row; of run
 
 	mu      sync.Mutex
 	current *tunnel.Session
@@ -319,6 +326,13 @@ func (g *gatewayLink) run(ctx context.Context) {
 		}
 		g.s.cfg.Legs.Want(who, g.ref.Load().Relays)
 		t, err := g.connect(ctx)
+		if errors.Is(err, tunnel.ErrDenied) && time.Since(time.Unix(0, g.told.Load())) < denialGrace {
+			select {
+			case <-time.After(denialRetry):
+			case <-ctx.Done():
+			}
+			continue
+		}
 		if err != nil {
 			g.failed++
 			g.set(nil, err)
