@@ -7,13 +7,12 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
 	"testing"
 	"time"
-
-	"io"
 
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"

@@ -155,7 +155,7 @@ func TestOrganizationsAreApart(t *testing.T) {
 		t.Logf("refused: %v", err)
 	})
 	t.Run("relay: a forged user name opens no allocation", func(t *testing.T) {
-		name := strings.ReplaceAll(ref.Username, string(theirs.node.ID), string(mine.node.ID))
+		name := strings.ReplaceAll(ref.Username, theirs.node.ID, mine.node.ID)
 		lg, err := legTo(within(t, 20*time.Second), ref, name, ref.Password)
 		if err == nil {
 			lg.Close()

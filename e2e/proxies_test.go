@@ -37,23 +37,22 @@ func TestWithoutRoot(t *testing.T) {
 	check(t, n.WaitReady(ctx))
 	s.Laptop = n
 	curl := program(t, "curl")
-	fetch := func(args ...string) lab.Result {
+	fetch := func(t *testing.T, args ...string) {
 		t.Helper()
 		r, err := s.Client.RunWith(ctx, lab.Exec{Args: append([]string{curl, "-sS", "--max-time", "15"}, args...), UID: nobody})
 		if err != nil || r.Stdout != page {
 			t.Errorf("curl %v: %q, %v", args, r.Stdout, err)
 		}
-		return r
 	}
 	name, url := lab.FQDN("web", lab.DefaultOrg), "http://"+at(lab.WebAddr, webPort)+"/"
-	t.Run("SOCKS5 by address", func(*testing.T) { fetch("--proxy", "socks5://"+socksAddr, url) })
-	t.Run("SOCKS5 by name", func(*testing.T) { fetch("--proxy", "socks5h://"+socksAddr, "http://"+name+"/") })
-	t.Run("SOCKS5 IPv6", func(*testing.T) {
-		fetch("--proxy", "socks5h://"+socksAddr, "http://"+at(lab.WebAddr6, webPort)+"/")
+	t.Run("SOCKS5 by address", func(t *testing.T) { fetch(t, "--proxy", "socks5://"+socksAddr, url) })
+	t.Run("SOCKS5 by name", func(t *testing.T) { fetch(t, "--proxy", "socks5h://"+socksAddr, "http://"+name+"/") })
+	t.Run("SOCKS5 IPv6", func(t *testing.T) {
+		fetch(t, "--proxy", "socks5h://"+socksAddr, "http://"+at(lab.WebAddr6, webPort)+"/")
 	})
-	t.Run("HTTP CONNECT", func(*testing.T) { fetch("--proxytunnel", "--proxy", "http://"+httpAddr, "http://"+name+"/") })
-	t.Run("HTTP proxy without CONNECT", func(*testing.T) { fetch("--proxy", "http://"+httpAddr, "http://"+name+"/") })
-	t.Run("forward", func(*testing.T) { fetch("http://" + forwardAddr + "/") })
+	t.Run("HTTP CONNECT", func(t *testing.T) { fetch(t, "--proxytunnel", "--proxy", "http://"+httpAddr, "http://"+name+"/") })
+	t.Run("HTTP proxy without CONNECT", func(t *testing.T) { fetch(t, "--proxy", "http://"+httpAddr, "http://"+name+"/") })
+	t.Run("forward", func(t *testing.T) { fetch(t, "http://"+forwardAddr+"/") })
 	t.Run("denied says why in Proxy-Status", func(t *testing.T) {
 		r, err := s.Client.Run(ctx, curl, "-sSv", "--max-time", "10", "--proxytunnel", "--proxy", "http://"+httpAddr, "http://"+at(lab.WebAddr, vaultPort)+"/")
 		if err == nil || !strings.Contains(strings.ToLower(r.Stderr), "proxy-status:") || !strings.Contains(r.Stderr, "no policy allows") {

@@ -114,8 +114,10 @@ const turnWait = 8 * time.Second
 // turn sends 20 messages to a peer over a relay with coturn's client.
 func turn(t *testing.T, s *lab.Site, uclient string, c control.TURNCredential, relay *lab.Host, peer netip.AddrPort, more ...string) (string, error) {
 	t.Helper()
-	args := append([]string{uclient, "-u", c.Username, "-w", c.Password, "-p", "5349", "-e", peer.Addr().String(), "-r", strconv.Itoa(int(peer.Port())),
-		"-v", "-c", "-n", "20", "-m", "1", "-l", "171"}, more...)
+	args := append([]string{
+		uclient, "-u", c.Username, "-w", c.Password, "-p", "5349", "-e", peer.Addr().String(), "-r", strconv.Itoa(int(peer.Port())),
+		"-v", "-c", "-n", "20", "-m", "1", "-l", "171",
+	}, more...)
 	r, err := s.Client.Run(within(t, turnWait), append(args, s.Addr(relay).String())...)
 	return r.Stdout + r.Stderr, err
 }
