@@ -48,7 +48,7 @@ type ConnStats struct {
 // never given to another one, so that a move of a session from link to link is a migration to QUIC.
 type Merged struct {
 	vconn
-	ports atomic.Pointer[map[uint64]*port] // by number; copied on change
+	ports atomic.Pointer[map[uint64]*port] // by number, two a link; copied on change
 	probe atomic.Pointer[func(p *port, payload []byte)]
 
 	adding sync.Mutex // guards changes of ports, lastID, done, and the fields of watchers
@@ -66,7 +66,9 @@ type port struct {
 	m    *Merged
 	link datagram.Link
 	info LinkInfo
-	addr *net.UDPAddr
+	// addr is the link's virtual address. alias is another one, of packets that a client marked: to QUIC they come on another path,
+	// so that a client can have a second path validated over the only link it has.
+	addr, alias *net.UDPAddr
 
 	// responder is the session whose probes were last seen on the link: the first to try.
 	responder atomic.Pointer[peerSession]
@@ -76,6 +78,14 @@ type port struct {
 func (p *port) Receive(b datagram.Batch) { p.m.receive(b, p.addr, p) }
 
 func (p *port) handleProbe(payload []byte) {
+	if payload[0] == aliasMark {
+		if len(payload) > 1 && payload[1] >= firstQUIC {
+			buf := datagram.NewBuffer()
+			n := copy(buf.B[:], payload[1:])
+			p.m.receive(datagram.NewBatch(buf.B[:n], n, 0, datagram.NotECT, buf), p.alias, noProbes{})
+		}
+		return
+	}
 	if f := p.m.probe.Load(); f != nil {
 		(*f)(p, payload)
 	}
@@ -101,16 +111,19 @@ func (m *Merged) Add(l datagram.Link, info LinkInfo) (netip.AddrPort, error) {
 	if m.done {
 		return netip.AddrPort{}, net.ErrClosed
 	}
-	m.lastID++
-	p := &port{m: m, link: l, info: info, addr: virtualAddr(m.lastID)}
-	m.changeLocked(func(ports map[uint64]*port) { ports[virtualID(p.addr)] = p })
+	m.lastID += 2
+	p := &port{m: m, link: l, info: info, addr: virtualAddr(m.lastID), alias: virtualAddr(m.lastID + 1)}
+	m.changeLocked(func(ports map[uint64]*port) { ports[virtualID(p.addr)], ports[virtualID(p.alias)] = p, p })
 	l.SetReceiver(p)
 	m.watchers.Go(func() {
 		select {
 		case <-l.Done():
 			m.adding.Lock()
 			defer m.adding.Unlock()
-			m.changeLocked(func(ports map[uint64]*port) { delete(ports, virtualID(p.addr)) })
+			m.changeLocked(func(ports map[uint64]*port) {
+				delete(ports, virtualID(p.addr))
+				delete(ports, virtualID(p.alias))
+			})
 		case <-m.stop:
 		}
 		l.SetReceiver(nil)
@@ -169,6 +182,6 @@ func (m *Merged) Close() error {
 // Stats returns what was counted.
 func (m *Merged) Stats() ConnStats {
 	st := m.stats.snapshot()
-	st.Links = len(*m.ports.Load())
+	st.Links = len(*m.ports.Load()) / 2 // two addresses each
 	return st
 }

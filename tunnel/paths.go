@@ -80,6 +80,9 @@ func (s *Session) watchLink(l *slotLink) {
 
 // validate has QUIC prove that slot i reaches the gateway (RFC 9000 §8.2). The caller holds validating, not mu.
 func (s *Session) validate(ctx context.Context, i int) error {
+	// HTTP/3 asked for the connection's state when the settings came, which reads what a move writes. Asking once more, before the first
+	// move, orders the two by the lock inside. There is no move before a slot was validated.
+	s.settled.Do(func() { s.conn.ConnectionState() })
 	sl := s.slots[i]
 	s.mu.Lock()
 	path := sl.path
@@ -105,6 +108,28 @@ func (s *Session) validate(ctx context.Context, i int) error {
 	return nil
 }
 
+// prepareSpare has a slot validated over the first link, by the gateway's alias for it, so that Repoint has one even if there is never a
+// standby. It costs the gateway one of the two connection IDs that it has to spare, which a standby needs.
+func (s *Session) prepareSpare() {
+	s.validating.Lock()
+	defer s.validating.Unlock()
+	s.mu.Lock()
+	i := s.freeLocked()
+	if s.err != nil || s.moves > 0 || s.slots[i].validated {
+		s.mu.Unlock()
+		return
+	}
+	spare := s.newLink(s.slots[i], s.cfg.Link, s.cfg.Info)
+	spare.alias = true
+	s.slots[i].point(spare, false)
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(s.ctx, revalidate)
+	defer cancel()
+	if err := s.validate(ctx, i); err != nil {
+		s.cfg.Logger.Debug("spare slot not validated", "gateway", s.cfg.Gateway, "err", err)
+	}
+}
+
 // Standby points a free slot to l and validates it end to end, so that Failover can move there without asking. A standby that was set
 // before is let go. It fails when no answer comes before ctx ends; the session and its former standby do not suffer.
 func (s *Session) Standby(ctx context.Context, l datagram.Link, info LinkInfo) error {
@@ -113,9 +138,6 @@ func (s *Session) Standby(ctx context.Context, l datagram.Link, info LinkInfo) e
 	}
 	s.validating.Lock()
 	defer s.validating.Unlock()
-	// HTTP/3 asked for the connection's state when the settings came, which reads what a move writes. Asking once more, before the first
-	// move, orders the two by the lock inside.
-	s.settled.Do(func() { s.conn.ConnectionState() })
 	s.mu.Lock()
 	if s.err != nil {
 		defer s.mu.Unlock()
@@ -217,10 +239,9 @@ func (s *Session) movedLocked(reason string) {
 	s.stepSoon()
 }
 
-// Repoint moves the session to l without validating it first: the way back after every path was lost. A slot that was ever validated
-// carries it, so that congestion control and timers start anew; where there is none (no Standby was ever set) the active slot itself is
-// pointed to l, and QUIC's retransmission timer, backed off by then, sets the pace. So give a session a standby once, even one on a
-// second leg at the same relay.
+// Repoint moves the session to l without validating it first: the way back after every path was lost. A slot that was validated before
+// carries it, so that congestion control and timers start anew. Where there is none (no Standby was ever set, nor SingleLink) the active
+// slot itself is pointed to l, and QUIC's retransmission timer, backed off by then, sets the pace.
 func (s *Session) Repoint(l datagram.Link, info LinkInfo, reason string) error {
 	if l.MaxPayload() < initialPacket {
 		return fmt.Errorf("move to path %s: the link carries %d bytes at most, QUIC needs %d", info.Name, l.MaxPayload(), initialPacket)

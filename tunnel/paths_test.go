@@ -155,7 +155,14 @@ func TestRepointAfterTotalLoss(t *testing.T) {
 			w := newWorld(t, nil)
 			port := tcpServer(t, echo)
 			a, b := w.link("a"), w.link("b")
-			s := w.dial(a, nil)
+			s := w.dial(a, func(c *DialConfig) { c.SingleLink = !withStandby })
+			if !withStandby {
+				eventually(t, "a validated spare", func() bool {
+					s.mu.Lock()
+					defer s.mu.Unlock()
+					return s.slots[1].validated || s.slots[2].validated
+				})
+			}
 			if withStandby {
 				if err := s.Standby(timeout(t, 5*time.Second), b, LinkInfo{Name: "b"}); err != nil {
 					t.Fatal(err)
@@ -187,7 +194,7 @@ func TestRepointAfterTotalLoss(t *testing.T) {
 			}
 			eventually(t, "traffic on the new path", func() bool { return c.Offsets().Read > before+1<<20 })
 			t.Logf("1 MiB further after %v", time.Since(start))
-			if d := time.Since(start); withStandby && d > time.Second {
+			if d := time.Since(start); d > time.Second {
 				t.Errorf("took %v", d)
 			}
 			// The session is whole again: a standby can be had and moved to.
@@ -206,6 +213,38 @@ func TestRepointAfterTotalLoss(t *testing.T) {
 				t.Fatal(err)
 			}
 		})
+	}
+}
+
+// Both links lost at once, whatever else was set up before: the gateway must have a connection ID left for the third.
+func TestBothLinksLost(t *testing.T) {
+	w := newWorld(t, nil)
+	port := tcpServer(t, echo)
+	a, b, c := w.link("a"), w.link("b"), w.link("c")
+	s := w.dial(a, nil)
+	flow, err := s.DialTCP(timeout(t, 5*time.Second), "127.0.0.1", port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop, got := make(chan struct{}), make(chan error, 1)
+	go func() {
+		_, err := exchange(flow, stop, 100*time.Microsecond)
+		got <- err
+	}()
+	eventually(t, "traffic", func() bool { return flow.Offsets().Read > 1<<20 })
+	if err := s.Standby(timeout(t, 5*time.Second), b, LinkInfo{}); err != nil {
+		t.Fatal(err)
+	}
+	cut(a, true)
+	cut(b, true)
+	before := flow.Offsets().Read
+	if err := s.Repoint(c, LinkInfo{}, "both lost"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "traffic on the third", func() bool { return flow.Offsets().Read > before+1<<20 })
+	close(stop)
+	if err := <-got; err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -25,6 +25,9 @@ type DialConfig struct {
 	Link datagram.Link
 	// Info describes Link.
 	Info LinkInfo
+	// SingleLink says that there is no other link to make a standby of: the session then prepares to be repointed without one. A Standby
+	// set all the same works, but until the first move the loss of both links at once is not survived.
+	SingleLink bool
 	// Gateway is who must answer: exactly this node, of kind gateway.
 	Gateway identity.Node
 	// Certificate returns this node's certificate: of kind client, or site for a gateway that dials.
@@ -109,6 +112,9 @@ func Dial(ctx context.Context, cfg DialConfig) (*Session, error) {
 	s.tasks.Go(func() { s.ctrl.run(s.ctx) })
 	s.tasks.Go(s.watchPaths)
 	s.tasks.Go(s.tellPaths)
+	if cfg.SingleLink {
+		s.tasks.Go(s.prepareSpare)
+	}
 	go s.run()
 	return s, nil
 }

@@ -21,6 +21,9 @@ type slotLink struct {
 	info LinkInfo
 	mon  *monitor
 
+	// alias marks what is sent, so that the gateway takes it as coming on another path.
+	alias bool
+
 	// receives says that the link's receiver is this one.
 	receives atomic.Bool
 	// gone is closed when the slot points elsewhere.
@@ -117,6 +120,11 @@ func (s *slot) WriteMsgUDP(b, oob []byte, _ *net.UDPAddr) (n, oobn int, err erro
 	l := s.to.Load()
 	if l == nil {
 		s.stats.droppedUnknown.Add(count(len(b), segment))
+		return len(b), len(oob), nil
+	}
+	if l.alias {
+		// Only the validation of the slot goes this way: single packets.
+		l.link.Send(append([]byte{aliasMark}, b...), 0, datagram.NotECT)
 		return len(b), len(oob), nil
 	}
 	l.link.Send(b, segment, ecn)

@@ -18,6 +18,9 @@ import (
 // firstQUIC is the least first byte of a QUIC packet: its fixed bit is set (RFC 9000 §17.2, RFC 9443). Below are STUN's probes.
 const firstQUIC = 64
 
+// aliasMark is the first byte before a QUIC packet that is to be taken as coming on the link's other path (see port.alias).
+const aliasMark = 63
+
 // virtualPort is the port of every virtual address.
 const virtualPort = 443
 
