@@ -292,6 +292,7 @@ func (r *relay) keep(ctx context.Context) {
 	r.mu.Lock()
 	log := r.k.cfg.Logger.With("relay", r.ref.Name)
 	r.mu.Unlock()
+	defer r.set(nil, ErrUnwanted) // who waits for the leg looks again
 	for ctx.Err() == nil {
 		started := time.Now()
 		r.mu.Lock()

@@ -375,7 +375,7 @@ func TestUnwantedIsClosed(t *testing.T) {
 	get(t, k, 10*time.Second)
 }
 
-// A waiter that began before the relay was taken up gets the leg; one whose relay is given up is told.
+// A waiter that began before the relay was taken up gets the leg; one whose own time is over gets the cause.
 func TestLegWaits(t *testing.T) {
 	t.Parallel()
 	r := startRelay(t, newPKI(t, relayNode))
@@ -399,6 +399,35 @@ func TestLegWaits(t *testing.T) {
 	k2.Want("a", []control.RelayRef{r.pki.ref(r.addr, gatewayNode)})
 	if _, err := k2.Leg(ctx, relayNode); !errors.Is(err, cause) {
 		t.Errorf("%v, want the cause", err)
+	}
+}
+
+// Who waits for a leg on a relay that is given up is told at once.
+func TestLegOfAGivenUpRelay(t *testing.T) {
+	t.Parallel()
+	fw := newFirewall(t, netip.MustParseAddrPort("127.0.0.1:1")) // drops UDP; nobody behind it
+	k := New(Config{})
+	k.Want("a", []control.RelayRef{newPKI(t, relayNode).ref(fw.addr, gatewayNode)})
+	run(t, k)
+	waitFor(t, 5*time.Second, "the first attempt", func() bool { return fw.dropped.Load() > 0 })
+	got := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		_, err := k.Leg(ctx, relayNode)
+		got <- err
+	}()
+	before := fw.dropped.Load()
+	waitFor(t, 5*time.Second, "a repetition, by when the waiter waits", func() bool { return fw.dropped.Load() > before })
+	k.Want("a", nil)
+	select {
+	case err := <-got:
+		if !errors.Is(err, ErrUnwanted) {
+			t.Errorf("%v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the waiter waits on")
+		<-got
 	}
 }
 
