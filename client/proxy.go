@@ -256,7 +256,7 @@ func serveConns(ctx context.Context, l net.Listener, handle func(context.Context
 				if ctx.Err() != nil {
 					return ctx.Err()
 				}
-				if ne, ok := err.(net.Error); ok && ne.Timeout() {
+				if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
 					continue
 				}
 				return fmt.Errorf("accept on %v: %w", l.Addr(), err)

@@ -258,7 +258,7 @@ func (s *Stack) Run(ctx context.Context) error {
 	cancel()
 	if reading {
 		interrupt(s.dev)
-		<-read
+		_ = <-read // the interruption
 		resume(s.dev)
 	}
 	s.tcp.stop()

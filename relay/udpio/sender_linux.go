@@ -22,7 +22,7 @@ func (s *Sender) write(b []byte, segment int, ecn datagram.ECN) error {
 func (s *Sender) try(fd uintptr) bool {
 	for {
 		_, s.err = unix.SendmsgN(int(fd), s.b, s.oob, nil, unix.MSG_DONTWAIT)
-		if s.err != unix.EINTR {
+		if !errors.Is(s.err, unix.EINTR) {
 			return true
 		}
 	}
