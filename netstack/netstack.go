@@ -258,7 +258,7 @@ func (s *Stack) Run(ctx context.Context) error {
 	cancel()
 	if reading {
 		interrupt(s.dev)
-		_ = <-read // the interruption
+		<-read //nolint:errcheck // the interruption
 		resume(s.dev)
 	}
 	s.tcp.stop()
