@@ -44,6 +44,7 @@ type fakeLink struct {
 	maxSize   int          // what MaxPayload says
 
 	sent, dropped, ect atomic.Int64
+	pending            atomic.Int64    // what is to arrive at this end
 	sizes              [2]atomic.Int64 // datagrams below 1201 bytes and above
 	onSend             atomic.Pointer[func(payload []byte)]
 }
@@ -59,7 +60,19 @@ func newLinkPair(t testing.TB) (a, b *fakeLink) {
 		l.wg.Add(1)
 		go l.deliver()
 	}
-	t.Cleanup(func() { a.end(); b.end() })
+	t.Cleanup(func() {
+		// What was sent arrives first: a session's last word, for one.
+		for _, l := range []*fakeLink{a, b} {
+			select {
+			case <-l.done:
+				continue
+			default:
+			}
+			eventually(t, "link empty", func() bool { return l.pending.Load() == 0 })
+		}
+		a.end()
+		b.end()
+	})
 	return a, b
 }
 
@@ -75,6 +88,7 @@ func (l *fakeLink) deliver() {
 			} else {
 				b.Release()
 			}
+			l.pending.Add(-1)
 		}
 	}
 }
@@ -127,14 +141,15 @@ func (l *fakeLink) push(payload []byte, segment int, ecn datagram.ECN) {
 	buf := datagram.NewBuffer()
 	n := copy(buf.B[:], payload)
 	b := datagram.NewBatch(buf.B[:n], segment, 0, ecn, buf)
+	l.peer.pending.Add(1)
 	select {
 	case l.peer.in <- b:
-	case <-l.peer.done:
-		b.Release()
+		return
 	default:
 		l.dropped.Add(int64(b.Count()))
-		b.Release()
 	}
+	l.peer.pending.Add(-1)
+	b.Release()
 }
 
 func (l *fakeLink) SetReceiver(r datagram.Receiver) {
@@ -380,16 +395,29 @@ func tcpServer(t testing.TB, f func(*net.TCPConn)) uint16 {
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var conns []*net.TCPConn
 	wg.Go(func() {
 		for {
 			c, err := ln.AcceptTCP()
 			if err != nil {
 				return
 			}
+			mu.Lock()
+			conns = append(conns, c)
+			mu.Unlock()
 			wg.Go(func() { f(c) })
 		}
 	})
-	t.Cleanup(func() { ln.Close(); wg.Wait() })
+	t.Cleanup(func() {
+		ln.Close()
+		mu.Lock()
+		for _, c := range conns {
+			c.Close() // a gateway that did not hear of its session's end would keep it
+		}
+		mu.Unlock()
+		wg.Wait()
+	})
 	return uint16(ln.Addr().(*net.TCPAddr).Port)
 }
 

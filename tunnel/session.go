@@ -198,9 +198,17 @@ func (s *Session) run() {
 	s.cfg.Logger.Info("session ended", "gateway", s.cfg.Gateway, "reason", err.Reason, "remote", err.Remote)
 	s.cancel()
 	s.tasks.Wait()
+	if !err.Remote {
+		// While the Transports live, QUIC answers what still arrives with the close again: the first one may have been lost.
+		time.Sleep(min(max(3*s.conn.ConnectionStats().SmoothedRTT, leastLinger), mostLinger))
+	}
 	s.release()
 	close(s.done)
 }
+
+// leastLinger and mostLinger bound how long a closed session stays to repeat that it is; in between it is three round trips
+// (RFC 9000 §10.2).
+const leastLinger, mostLinger = 20 * time.Millisecond, 250 * time.Millisecond
 
 // release closes transports and slots, in this order.
 func (s *Session) release() {
