@@ -2,17 +2,24 @@ package e2e
 
 import (
 	"context"
+	"crypto"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
@@ -24,7 +31,8 @@ import (
 // stolen is what a thief finds in the state folder of a node.
 type stolen struct {
 	node   identity.Node
-	cert   *tls.Certificate
+	key    crypto.Signer
+	certs  map[string]*tls.Certificate // leaf, and site of a gateway
 	config *control.Config
 	trust  control.Trust
 }
@@ -42,12 +50,64 @@ func steal(t *testing.T, n *lab.Node) stolen {
 		Config *control.Config `json:"config"`
 	}
 	check(t, json.Unmarshal(read("config.json"), &cache))
-	chain := must(identity.DecodeCertificates([]byte(state.Certificates.Leaf)))(t)
-	cert := must(identity.TLSCertificate(chain, must(identity.DecodeKey(read("node.key")))(t)))(t)
-	if cache.Config == nil || cache.Config.Dialling == nil {
+	key := must(identity.DecodeKey(read("node.key")))(t)
+	certs := make(map[string]*tls.Certificate)
+	for name, pem := range map[string]string{"leaf": state.Certificates.Leaf, "site": state.Certificates.Site} {
+		if pem != "" {
+			certs[name] = must(identity.TLSCertificate(must(identity.DecodeCertificates([]byte(pem)))(t), key))(t)
+		}
+	}
+	if cache.Config == nil {
 		t.Fatalf("%s has no configuration", n.Name)
 	}
-	return stolen{state.Node, cert, cache.Config, state.Trust}
+	return stolen{state.Node, key, certs, cache.Config, state.Trust}
+}
+
+// ask sends a request to the platform from the client's host.
+func ask(l *lab.Lab, method, path, bearer string, form url.Values) (*http.Response, error) {
+	c := l.Client.HTTPClient()
+	c.Transport.(*http.Transport).TLSClientConfig = &tls.Config{InsecureSkipVerify: true} // what is asked is refused anyway, or harmless
+	req, err := http.NewRequest(method, l.PlatformURL()+path, strings.NewReader(form.Encode()))
+	if err != nil {
+		return nil, err
+	}
+	if form != nil {
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
+	if bearer != "" {
+		req.Header.Set("Authorization", "Bearer "+bearer)
+	}
+	return c.Do(req)
+}
+
+// accessToken has the platform give a token for an assertion about node, signed with key (RFC 7523).
+func accessToken(l *lab.Lab, key crypto.Signer, node identity.Node) (string, error) {
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: key}, (&jose.SignerOptions{}).WithType("JWT"))
+	if err != nil {
+		return "", err
+	}
+	now := time.Now()
+	assertion, err := jwt.Signed(signer).Claims(jwt.Claims{
+		Issuer: node.String(), Subject: node.String(), Audience: jwt.Audience{l.PlatformURL()}, ID: rand.Text(),
+		IssuedAt: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(now.Add(time.Minute)),
+	}).Serialize()
+	if err != nil {
+		return "", err
+	}
+	resp, err := ask(l, http.MethodPost, "/api/v1/node/token", "", url.Values{
+		"grant_type": {"urn:ietf:params:oauth:grant-type:jwt-bearer"}, "assertion": {assertion},
+	})
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	var answer struct {
+		Token string `json:"access_token"`
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode != http.StatusOK || answer.Token == "" {
+		return "", fmt.Errorf("the platform answers %s: %w", resp.Status, err)
+	}
+	return answer.Token, nil
 }
 
 // TestOrganizationsAreApart: what another organization has gets nowhere, at each layer.
@@ -146,13 +206,38 @@ func TestOrganizationsAreApart(t *testing.T) {
 		return lg, err
 	}
 	ref, rivalRef := home.Relays[0], mine.config.Dialling.Gateways[0].Relays[0]
+	rivals := map[string]stolen{"client": mine, "gateway": steal(t, rivalOffice), "relay": steal(t, rivalRelay)}
+	gatewayRef := rivals["gateway"].config.Gateway.Relays[0]
 	t.Run("relay: the other's credential opens no allocation", func(t *testing.T) {
-		lg, err := legTo(within(t, 20*time.Second), ref, rivalRef.Username, rivalRef.Password)
-		if err == nil {
-			lg.Close()
-			t.Error("an allocation was made")
+		for _, c := range []control.RelayRef{rivalRef, gatewayRef} {
+			lg, err := legTo(within(t, 20*time.Second), ref, c.Username, c.Password)
+			if err == nil {
+				lg.Close()
+				t.Errorf("an allocation was made for %s", c.Username)
+			}
+			t.Logf("refused: %v", err)
 		}
-		t.Logf("refused: %v", err)
+	})
+	t.Run("platform: a node proves itself and sees its organization only", func(t *testing.T) {
+		for kind, r := range rivals {
+			if _, err := accessToken(l, r.key, theirs.node); err == nil {
+				t.Errorf("the key of the other's %s passes for the laptop", kind)
+			}
+			access, err := accessToken(l, r.key, r.node)
+			if err != nil {
+				t.Errorf("the %s is not itself: %v", kind, err)
+				continue
+			}
+			resp := must(ask(l, http.MethodGet, "/api/v1/orgs/"+lab.DefaultOrg+"/status", access, nil))(t)
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusUnauthorized && resp.StatusCode != http.StatusForbidden && resp.StatusCode != http.StatusNotFound {
+				t.Errorf("the other's %s asks for the organization's status: %s", kind, resp.Status)
+			}
+			told := string(must(json.Marshal(r.config))(t))
+			if kind != "relay" && (strings.Contains(told, lab.WebAddr.String()) || strings.Contains(told, home.Node.ID)) {
+				t.Errorf("the other's %s is told of this organization", kind)
+			}
+		}
 	})
 	t.Run("relay: a forged user name opens no allocation", func(t *testing.T) {
 		name := strings.ReplaceAll(ref.Username, theirs.node.ID, mine.node.ID)
@@ -210,24 +295,27 @@ func TestOrganizationsAreApart(t *testing.T) {
 			}
 			return errors.Join(c.Close())
 		}
-		if err := dial(theirs.cert, theirs.trust); err != nil {
+		if err := dial(theirs.certs["leaf"], theirs.trust); err != nil {
 			t.Errorf("the test's own way does not work with the right certificate: %v", err)
 		}
-		mark := office.Log.Mark()
-		if err := dial(mine.cert, theirs.trust); err == nil {
-			t.Error("the gateway took the other's certificate")
-		} else {
-			t.Logf("refused: %v", err)
+		for kind, r := range rivals {
+			for which, cert := range r.certs {
+				mark := office.Log.Mark()
+				if err := dial(cert, theirs.trust); err == nil {
+					t.Errorf("the gateway took the %s of the other's %s", which, kind)
+				} else {
+					t.Logf("%s of the %s refused: %v", which, kind, err)
+				}
+				if _, err := office.Log.Wait(within(t, 5*time.Second), mark, `(?i)refus`); err != nil {
+					t.Error(err)
+				}
+			}
 		}
-		if _, err := office.Log.Wait(within(t, 5*time.Second), mark, `(?i)refus`); err != nil {
-			t.Error(err)
-		}
-		if err := dial(mine.cert, mine.trust); err == nil {
+		if err := dial(theirs.certs["leaf"], mine.trust); err == nil {
 			t.Error("the spy took the other's gateway for its own")
 		}
 	})
 	if n := web.Calls() - calls; n > 0 {
 		t.Errorf("the other's page was fetched %d times", n)
 	}
-	_, _ = rivalRelay, rivalOffice
 }

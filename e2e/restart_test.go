@@ -92,7 +92,7 @@ func TestSurvival(t *testing.T) {
 			lives(t, "address changed", 10*time.Second, func() { must(s.MoveClient())(t) })
 		}
 	})
-	for _, how := range []string{"killed", "cut"} {
+	for _, how := range []string{"killed", "cut", "drained"} {
 		t.Run("the relay in use is "+how, func(t *testing.T) {
 			healthy(t, s)
 			pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 5*time.Millisecond))(t)
@@ -103,14 +103,17 @@ func TestSurvival(t *testing.T) {
 				victim = s.RelayB
 			}
 			lives(t, "relay "+how, 10*time.Second, func() {
-				if how == "killed" {
+				switch how {
+				case "killed":
 					victim.Kill()
-				} else {
+				case "cut":
 					check(t, s.Cut(used))
+				case "drained":
+					check(t, victim.Stop())
 				}
 			})
 			check(t, s.Cut())
-			if how == "killed" {
+			if how != "cut" {
 				check(t, victim.Proc.Start())
 				check(t, victim.WaitReady(within(t, resume)))
 			}
