@@ -3,8 +3,8 @@ package client
 import (
 	"context"
 	"errors"
-	"io"
 	"log/slog"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -335,7 +335,7 @@ func (x *ipExchange) serve(ctx context.Context, conn *tunnel.IPConn, first []byt
 	pkt := first
 	for {
 		icmp, err := conn.WritePacket(pkt)
-		if err != nil && errors.Is(err, io.ErrClosedPipe) {
+		if errors.Is(err, net.ErrClosed) {
 			return
 		}
 		if len(icmp) > 0 {

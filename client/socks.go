@@ -2,6 +2,7 @@ package client
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/subtle"
 	"encoding/binary"
@@ -11,9 +12,9 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"sync"
+	"sync/atomic"
 	"time"
-
-	"sallyway/tunnel"
 )
 
 // handshakeTimeout bounds what a proxy's user may take to say what it wants.
@@ -178,33 +179,26 @@ func (s *SOCKS) associate(ctx context.Context, r *bufio.Reader, c net.Conn) erro
 	return nil
 }
 
-// relayDatagrams keeps one UDP flow per destination.
+// socksFlows and socksQueue bound the destinations of one association, and the datagrams that wait for a flow to be opened.
+const (
+	socksFlows = 256
+	socksQueue = 32
+)
+
+// relayDatagrams keeps one UDP flow per destination, each on a goroutine of its own, so that a destination that is not reached holds up nobody.
 func (s *SOCKS) relayDatagrams(ctx context.Context, pc *net.UDPConn, owner netip.Addr) {
-	const maxFlows = 256
-	flows := map[string]*tunnel.UDPConn{}
-	done := make(chan string, maxFlows)
-	defer func() {
-		for _, f := range flows {
-			_ = f.Close()
-		}
-		for range flows {
-			<-done
-		}
-	}()
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	defer running.Wait()
+	defer cancel()
+	var source atomic.Pointer[netip.AddrPort] // where the owner last sent from
+	var mu sync.Mutex
+	flows := map[string]chan []byte{} // guarded by mu
 	buf := make([]byte, maxSOCKSDatagram)
 	for {
 		n, from, err := pc.ReadFromUDPAddrPort(buf)
 		if err != nil {
 			return
-		}
-		for drained := false; !drained; {
-			select {
-			case key := <-done:
-				_ = flows[key].Close()
-				delete(flows, key)
-			default:
-				drained = true
-			}
 		}
 		if from.Addr().Unmap() != owner {
 			continue
@@ -213,36 +207,64 @@ func (s *SOCKS) relayDatagrams(ctx context.Context, pc *net.UDPConn, owner netip
 		if err != nil {
 			continue
 		}
+		source.Store(&from)
 		key := joinHostPort(host, port)
-		f := flows[key]
-		if f == nil {
-			if len(flows) >= maxFlows {
-				continue
-			}
-			if f, err = s.Dialer.DialUDP(ctx, host, port); err != nil {
-				s.Logger.Info("datagram refused", "to", key, "err", err)
-				continue
-			}
-			flows[key] = f
-			header := append([]byte{0, 0, 0}, socksAddr(host, port)...)
-			go func() {
-				pumpSOCKS(f, pc, from, header)
-				done <- key
-			}()
+		mu.Lock()
+		queue := flows[key]
+		if queue == nil && len(flows) < socksFlows {
+			queue = make(chan []byte, socksQueue)
+			flows[key] = queue
+			running.Go(func() {
+				s.flow(ctx, pc, &source, host, port, queue)
+				mu.Lock()
+				delete(flows, key)
+				mu.Unlock()
+			})
 		}
-		_ = f.WritePacket(payload) // a datagram may be lost
+		mu.Unlock()
+		select {
+		case queue <- bytes.Clone(payload): // a nil queue takes nothing: too many destinations
+		default:
+		}
 	}
 }
 
-func pumpSOCKS(f *tunnel.UDPConn, pc *net.UDPConn, to netip.AddrPort, header []byte) {
-	buf := make([]byte, maxSOCKSDatagram)
-	copy(buf, header)
-	for {
-		n, err := f.ReadPacket(buf[len(header):])
-		if err != nil {
-			return
+// flow carries the datagrams of one destination until its flow or ctx ends.
+func (s *SOCKS) flow(ctx context.Context, pc *net.UDPConn, source *atomic.Pointer[netip.AddrPort], host string, port uint16, queue <-chan []byte) {
+	f, err := s.Dialer.DialUDP(ctx, host, port)
+	if err != nil {
+		s.Logger.Info("datagram refused", "to", joinHostPort(host, port), "err", err)
+		return
+	}
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		header := append([]byte{0, 0, 0}, socksAddr(host, port)...)
+		buf := make([]byte, maxSOCKSDatagram)
+		copy(buf, header)
+		for {
+			n, err := f.ReadPacket(buf[len(header):])
+			if err != nil {
+				return
+			}
+			if _, err := pc.WriteToUDPAddrPort(buf[:len(header)+n], *source.Load()); errors.Is(err, net.ErrClosed) {
+				return
+			}
 		}
-		if _, err := pc.WriteToUDPAddrPort(buf[:len(header)+n], to); errors.Is(err, net.ErrClosed) {
+	}()
+	defer func() {
+		_ = f.Close()
+		<-over
+	}()
+	for {
+		select {
+		case b := <-queue:
+			if err := f.WritePacket(b); err != nil {
+				return
+			}
+		case <-over:
+			return
+		case <-ctx.Done():
 			return
 		}
 	}

@@ -321,8 +321,8 @@ func (r *relay) keep(ctx context.Context) {
 		if r.k.cfg.OnDown != nil {
 			r.k.cfg.OnDown(r.node, err)
 		}
-		// A relay that takes a leg and loses it at once must not be dialled in a tight loop.
-		if time.Since(started) < time.Second && !sleep(ctx, jitter(r.k.retry)) {
+		// A relay that takes legs and loses them soon must not be dialled in a tight loop.
+		if time.Since(started) < r.k.retry && !sleep(ctx, jitter(r.k.retry)) {
 			return
 		}
 	}
@@ -337,6 +337,18 @@ func (r *relay) hold(ctx context.Context, l *leg.Leg, log *slog.Logger) error {
 	upgrade := time.NewTicker(r.k.upgrade)
 	defer upgrade.Stop()
 	draining := l.Draining()
+	upgrades := make(chan *leg.Leg, 1) // nil: the attempt failed
+	trying := false
+	uctx, stop := context.WithCancel(ctx)
+	defer func() {
+		stop()
+		if !trying {
+			return
+		}
+		if better := <-upgrades; better != nil {
+			_ = better.Close()
+		}
+	}()
 	for {
 		select {
 		case <-ctx.Done():
@@ -355,11 +367,20 @@ func (r *relay) hold(ctx context.Context, l *leg.Leg, log *slog.Logger) error {
 				r.k.cfg.OnDown(r.node, errors.New("the relay is draining"))
 			}
 		case <-upgrade.C:
-			if l.Transport() == r.k.cfg.Transports[0] {
+			if trying || l.Transport() == r.k.cfg.Transports[0] {
 				continue
 			}
-			better, err := r.dial(ctx, r.k.cfg.Transports[:1])
-			if err != nil {
+			trying = true
+			go func() {
+				better, err := r.dial(uctx, r.k.cfg.Transports[:1])
+				if err != nil {
+					better = nil
+				}
+				upgrades <- better
+			}()
+		case better := <-upgrades:
+			trying = false
+			if better == nil {
 				continue
 			}
 			log.Info("leg moved up", "from", l.Transport(), "to", better.Transport())
