@@ -75,7 +75,8 @@ func (l *lab) dialTLS(cfg *tls.Config) (*tls.Conn, error) {
 // TestServerLimits holds the HTTPS server against slow, old and greedy clients.
 func TestServerLimits(t *testing.T) {
 	t.Parallel()
-	l := start(t)
+	const patience = time.Second
+	l := start(t, func(c *Config) { c.headerTimeout = patience })
 	t.Run("slow clients are cut", func(t *testing.T) {
 		overTLS := func() net.Conn {
 			c, err := l.dialTLS(&tls.Config{})
@@ -104,7 +105,7 @@ func TestServerLimits(t *testing.T) {
 						}
 					}()
 				}
-				if err := c.SetReadDeadline(began.Add(headerTimeout + 5*time.Second)); err != nil {
+				if err := c.SetReadDeadline(began.Add(patience + 15*time.Second)); err != nil {
 					t.Error(err)
 				}
 				if b, err := io.ReadAll(c); errors.Is(err, os.ErrDeadlineExceeded) {
