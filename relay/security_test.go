@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"bytes"
 	"net"
 	"net/netip"
 	"testing"
@@ -132,6 +133,33 @@ func TestPlainControlBesideDTLSIsNotHeard(t *testing.T) {
 	}
 	if n := l.Allocations(); n != 2 {
 		t.Errorf("%d allocations", n)
+	}
+}
+
+// TestReflectionInTheLongRun asks for challenges in one forged source's name for five minutes, just below the rate at which answers are
+// counted, with the smallest request there is. What the source is sent beyond what was sent in its name must stay small all the same.
+func TestReflectionInTheLongRun(t *testing.T) {
+	l := start(t, nil)
+	sock, err := net.ListenPacket("udp4", "127.0.0.9:0") // takes the answers, which nobody reads
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sock.Close()
+	from := sock.LocalAddr().(*net.UDPAddr).AddrPort()
+	m := stun.MustBuild(stun.NewType(stun.MethodRefresh, stun.ClassRequest), stun.TransactionID)
+	const minutes, perSecond = 5, 18
+	asked := 0
+	for range minutes * 60 * perSecond {
+		l.clock.advance(time.Second / perSecond)
+		l.shards[0].handle(bytes.Clone(m.Raw), message(len(m.Raw), from))
+		asked++
+	}
+	answered := asked - int(l.count.limited.Load())
+	const challenge = 60 // bytes, as TestAmplification measures it for this request
+	in, out := asked*len(m.Raw), answered*challenge
+	t.Logf("%d of %d answered: %d bytes in, %d out, %.2f", answered, asked, in, out, float64(out)/float64(in))
+	if answered < 200 || float64(out) > 1.3*float64(in) {
+		t.Errorf("%d bytes in, %d out", in, out)
 	}
 }
 
