@@ -353,6 +353,9 @@ func (s *Session) step(role PathRole, l *slotLink, now time.Time, interval time.
 	}
 	next, state, changed := l.mon.step(now, interval)
 	if changed {
+		if role == RoleActive && state == Alive {
+			s.pathAnswers(l)
+		}
 		select {
 		case s.events <- PathEvent{Role: role, Link: l.link, Info: l.info, State: state}:
 		default:
@@ -360,6 +363,19 @@ func (s *Session) step(role PathRole, l *slotLink, now time.Time, interval time.
 		}
 	}
 	return max(next, time.Millisecond)
+}
+
+// pathAnswers says once more that the session moved, when a path that it moved to without validating it begins to answer. The first
+// message may have been lost before the gateway had bound its end, and QUIC's own retransmission is backed off by the outage.
+func (s *Session) pathAnswers(l *slotLink) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.moves == 0 || s.slots[s.active].to.Load() != l {
+		return
+	}
+	if err := s.ctrl.send(Notice{Type: noticePath, Reason: "the path answers"}); err != nil {
+		s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)
+	}
 }
 
 // tellPaths calls OnPath.
