@@ -29,16 +29,17 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"strings"
 	"time"
 )
 
 // Spec describes a daemon to the shell. It is a value: nothing here changes after the start.
 type Spec struct {
-	Name  string   // program and, unless StateName is given, state folder: gatewayd, relayd, platformd
+	Name  string   // program and, unless StateName is given, state folder: gatewayd, "sallyway connect"
 	Role  string   // what the unit is named after: gateway, relay, platform
 	Start []string // command words that run it in the foreground, for example {"up"}
 
-	// StateName is the folder below /var/lib/sallyway. Empty means Name.
+	// StateName is the folder below /var/lib/sallyway, and what `install` names files in /etc/sallyway after. Empty means Name.
 	StateName string
 	// StateFlag is the name of the flag that names the state folder. Empty means state.
 	StateFlag string
@@ -71,6 +72,12 @@ func (s Spec) stateFlag() string {
 		return s.StateFlag
 	}
 	return "state"
+}
+
+// program is the executable's name: the first word of Name.
+func (s Spec) program() string {
+	name, _, _ := strings.Cut(s.Name, " ")
+	return name
 }
 
 // startLine is the command that a person types to start the daemon.

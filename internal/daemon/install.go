@@ -42,16 +42,22 @@ func systemctl(ctx context.Context, args ...string) error {
 	return nil
 }
 
+// booted says whether systemd runs this host (sd_booted(3)).
+func booted() bool {
+	fi, err := os.Lstat("/run/systemd/system")
+	return err == nil && fi.IsDir()
+}
+
 // Paths as the installed system sees them.
 func (in *installer) unitPath() string {
 	return "/etc/systemd/system/" + in.spec.unitName() + ".service"
 }
-func (in *installer) tokenPath() string  { return "/etc/sallyway/" + in.spec.Name + ".token" }
-func (in *installer) configPath() string { return "/etc/sallyway/" + in.spec.Name + ".yaml" }
+func (in *installer) tokenPath() string  { return "/etc/sallyway/" + in.spec.stateName() + ".token" }
+func (in *installer) configPath() string { return "/etc/sallyway/" + in.spec.stateName() + ".yaml" }
 func (in *installer) polkitPath() string {
 	return "/etc/polkit-1/rules.d/50-" + in.spec.unitName() + ".rules"
 }
-func (in *installer) exePath() string { return "/usr/local/bin/" + in.spec.Name }
+func (in *installer) exePath() string { return "/usr/local/bin/" + in.spec.program() }
 
 // at returns where a path of the installed system is written.
 func (in *installer) at(path string) string { return filepath.Join(in.root, path) }
@@ -76,21 +82,20 @@ func (in *installer) install(ctx context.Context, token Secret, args []string, s
 			return Usagef("a token in a unit can be read by everybody\nhand it over with `install --token-file -`")
 		}
 	}
+	credential := ""
+	if !in.spec.NoToken {
+		credential = in.tokenPath()
+		if _, err := os.Stat(in.at(credential)); token == "" && err != nil {
+			return Usagef("no token given\n`sallyway %s create NAME` prints one; then: %s install --token-file -", in.spec.Role, in.spec.Name)
+		}
+	}
 	exe, err := in.place()
 	if err != nil {
 		return err
 	}
-	credential := ""
-	if !in.spec.NoToken {
-		credential = in.tokenPath()
-		_, err := os.Stat(in.at(credential))
-		if token == "" && err != nil {
-			return Usagef("no token given\n`sallyway %s create NAME` prints one; then: %s install --token-file -", in.spec.Role, in.spec.Name)
-		}
-		if token != "" {
-			if err := in.write(credential, token.Reveal()+"\n", 0o600); err != nil {
-				return err
-			}
+	if credential != "" && token != "" {
+		if err := in.write(credential, token.Reveal()+"\n", 0o600); err != nil {
+			return err
 		}
 	}
 	if _, err := os.Stat(in.at(in.configPath())); errors.Is(err, fs.ErrNotExist) {
@@ -235,6 +240,9 @@ func InstallCommand(spec Spec) *cobra.Command {
 			if err := needRoot(root, spec.Name+" install"); err != nil {
 				return err
 			}
+			if root == "" && !booted() {
+				return Usagef("systemd does not run this host\nrun `%s` under what starts its services, or write the unit for another host with --root DIR", spec.startLine())
+			}
 			var secret Secret
 			if !spec.NoToken {
 				var err error
@@ -274,6 +282,7 @@ func UninstallCommand(spec Spec) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			in.live = in.live && booted()
 			return in.uninstall(cmd.Context(), purge)
 		},
 	}

@@ -131,7 +131,29 @@ func TestInstallRefuses(t *testing.T) {
 			if _, err := os.Stat(filepath.Join(root, "etc/systemd/system")); !errors.Is(err, fs.ErrNotExist) {
 				t.Fatalf("a unit was written: %v", err)
 			}
+			if _, err := os.Stat(filepath.Join(root, "usr")); tc.args == nil && !errors.Is(err, fs.ErrNotExist) {
+				t.Fatalf("the program was copied: %v", err)
+			}
 		})
+	}
+}
+
+// TestInstallOfTwoWords shows a daemon that is a verb of a program: its files have no spaces in their names, and the
+// unit runs the verb.
+func TestInstallOfTwoWords(t *testing.T) {
+	root := t.TempDir()
+	spec := Spec{Name: "sallyway connect", Role: "client", StateName: "client"}
+	if code, out := runInstall(t, spec, planted+"\n", "install", "--token-file", "-", "--root", root, "--", "--standby", "0"); code != ExitOK {
+		t.Fatalf("exit %d: %s", code, out)
+	}
+	for _, path := range []string{"etc/sallyway/client.token", "etc/sallyway/client.yaml", "usr/local/bin/sallyway"} {
+		if _, err := os.Stat(filepath.Join(root, path)); err != nil {
+			t.Error(err)
+		}
+	}
+	unit, err := os.ReadFile(filepath.Join(root, "etc/systemd/system/sallyway-client.service"))
+	if want := "ExecStart=/usr/local/bin/sallyway connect --config /etc/sallyway/client.yaml --standby 0\n"; err != nil || !strings.Contains(string(unit), want) {
+		t.Fatalf("%v: unit lacks %q:\n%s", err, want, unit)
 	}
 }
 

@@ -93,7 +93,8 @@ func (s Spec) unitName() string { return "sallyway-" + s.Role }
 
 // unit returns the unit's text. exe and the paths are as the installed system sees them; args follow the start command.
 func (s Spec) unit(exe, config, token string, args []string) (string, error) {
-	words := append([]string{exe}, s.Start...)
+	words := append([]string{exe}, strings.Fields(s.Name)[1:]...) // connect, of `sallyway connect`
+	words = append(words, s.Start...)
 	words = append(words, "--config", config)
 	words = append(words, args...)
 	line := make([]string, len(words))
