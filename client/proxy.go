@@ -58,7 +58,7 @@ func (p *HTTPProxy) Serve(ctx context.Context, l net.Listener) error {
 			}
 			p.forward(w, r, transport)
 		}),
-		ReadHeaderTimeout: handshakeTimeout, MaxHeaderBytes: 64 << 10,
+		ReadHeaderTimeout: handshakeTimeout, MaxHeaderBytes: 64 << 10, DisableGeneralOptionsHandler: true,
 		BaseContext: func(net.Listener) context.Context { return ctx },
 		ConnState: func(_ net.Conn, s http.ConnState) {
 			switch s {

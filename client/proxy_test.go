@@ -78,8 +78,11 @@ func TestHTTPProxyCurl(t *testing.T) {
 		{"without password", []string{"-o", "/dev/null", "-w", "%{http_code}", "-x", locked, url}, "407", 0},
 		{"wrong password", []string{"-o", "/dev/null", "-w", "%{http_code}", "-x", locked, "-U", "alice:wrong", url}, "407", 0},
 		{"CONNECT, wrong password", []string{"-o", "/dev/null", "-w", "%{http_connect}", "-p", "-x", locked, "-U", "alice:wrong", url}, "407", 56},
-		{"denied", []string{"-o", "/dev/null", "-w", "%{http_code} %header{proxy-status}", "-x", open, "http://denied.corp.example/"},
-			`403 "sallyway";error=http_request_denied;details="the rule says no";rule="no-entry"`, 0},
+		{
+			"denied",
+			[]string{"-o", "/dev/null", "-w", "%{http_code} %header{proxy-status}", "-x", open, "http://denied.corp.example/"},
+			`403 "sallyway";error=http_request_denied;details="the rule says no";rule="no-entry"`, 0,
+		},
 		{"CONNECT denied", []string{"-o", "/dev/null", "-w", "%{http_connect}", "-p", "-x", open, "http://denied.corp.example/"}, "403", 56},
 		{"refused", []string{"-o", "/dev/null", "-w", "%{http_code}", "-x", open, "http://refused.corp.example/"}, "502", 0},
 		{"silent", []string{"-o", "/dev/null", "-w", "%{http_code}", "-x", open, "http://silent.corp.example/"}, "504", 0},
@@ -326,8 +329,10 @@ func TestServeEndsItsConnections(t *testing.T) {
 	}{
 		"forward": {(&Forward{Dialer: h, Logger: h.log, Host: "x.corp.example", Port: port}).Serve, "", nil},
 		"SOCKS":   {(&SOCKS{Dialer: h, Logger: h.log}).Serve, "\x05\x01\x00" + string(socksRequest(1, "x.corp.example", port)), []byte{5, 0, 5, 0, 0, 1, 0, 0, 0, 0, 0, 0}},
-		"HTTP": {(&HTTPProxy{Dialer: h, Logger: h.log}).Serve, fmt.Sprintf("CONNECT x.corp.example:%d HTTP/1.1\r\nHost: x\r\n\r\n", port),
-			[]byte("HTTP/1.1 200 Connection established\r\n\r\n")},
+		"HTTP": {
+			(&HTTPProxy{Dialer: h, Logger: h.log}).Serve, fmt.Sprintf("CONNECT x.corp.example:%d HTTP/1.1\r\nHost: x\r\n\r\n", port),
+			[]byte("HTTP/1.1 200 Connection established\r\n\r\n"),
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l, err := net.Listen("tcp", "127.0.0.1:0")

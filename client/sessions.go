@@ -266,6 +266,7 @@ type gatewayLink struct {
 	wanted atomic.Bool
 	told   atomic.Int64 // when a configuration last spoke of the gateway, in Unix nanoseconds
 	failed int          // attempts in a row; of run
+	single bool         // the session was opened for one link; of run
 
 	mu      sync.Mutex
 	current *tunnel.Session
@@ -396,8 +397,12 @@ func (g *gatewayLink) dial(ctx context.Context, l *leg.Leg, name string) (*tunne
 	if err != nil {
 		return nil, err
 	}
+	// A session that begins with one relay keeps to one link, and is repointed when that is lost: it gets no standby even if a second relay
+	// joins the configuration later.
+	g.single = len(g.ref.Load().Relays) == 1
 	return tunnel.Dial(ctx, tunnel.DialConfig{
-		Link: ch, Info: linkInfo(l, name, g.node), Gateway: g.node, Certificate: g.s.cfg.Certificate, Trust: g.s.cfg.Trust, Logger: g.log,
+		SingleLink: g.single,
+		Link:       ch, Info: linkInfo(l, name, g.node), Gateway: g.node, Certificate: g.s.cfg.Certificate, Trust: g.s.cfg.Trust, Logger: g.log,
 		OnPath: func(tunnel.PathEvent) { poke(g.events) },
 	})
 }
@@ -440,7 +445,7 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 		case <-tick.C:
 		}
 		g.rescue(ctx, t)
-		if g.standbyMissing(t) && time.Now().After(nextStandby) && busy.CompareAndSwap(false, true) {
+		if !g.single && g.standbyMissing(t) && time.Now().After(nextStandby) && busy.CompareAndSwap(false, true) {
 			nextStandby = time.Now().Add(2 * time.Second)
 			standby.Go(func() {
 				defer busy.Store(false)

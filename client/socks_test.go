@@ -335,8 +335,14 @@ func TestSOCKSAssociate(t *testing.T) {
 		b := append(bytes.Clone(c.header), c.payload...)
 		// What can not be relayed is dropped, and does not disturb: a fragment, a reserved field, a cut header, refused destinations.
 		for _, bad := range [][]byte{
-			{0, 0, 1, 1, 127, 0, 0, 1, 0, 9, 'x'}, {1, 0, 0, 1, 127, 0, 0, 1, 0, 9}, {0, 0, 0}, {0, 0, 0, 1, 127}, {0, 0, 0, 9, 1, 2, 3, 4}, {},
-			append([]byte("\x00\x00\x00\x03\x13denied.corp.example"), 0, 9), {0, 0, 0, 1, 192, 0, 2, 1, 0, 9, 'x'},
+			{0, 0, 1, 1, 127, 0, 0, 1, 0, 9, 'x'},
+			{1, 0, 0, 1, 127, 0, 0, 1, 0, 9},
+			{0, 0, 0},
+			{0, 0, 0, 1, 127},
+			{0, 0, 0, 9, 1, 2, 3, 4},
+			{},
+			append([]byte("\x00\x00\x00\x03\x13denied.corp.example"), 0, 9),
+			{0, 0, 0, 1, 192, 0, 2, 1, 0, 9, 'x'},
 		} {
 			if _, err := relay.Write(bad); err != nil {
 				t.Fatal(err)

@@ -40,8 +40,10 @@ func testDialling() *control.Dialling {
 			{Node: gateway2, Name: "lab", FQDN: fqdn("lab")},
 		},
 		Resources: []control.ReachableResource{
-			{Resource: policy.Resource{Name: "db", Address: "DB.corp.example.", TCP: ports("5432"), Virtual: addrs("100.112.0.10", "fd77::10"), Domains: []string{"intra.example", "Corp.Example."}},
-				FQDN: fqdn("db"), Gateways: []control.ServingGateway{{Node: gateway1, Priority: 2}, {Node: gateway2, Priority: 1}}},
+			{
+				Resource: policy.Resource{Name: "db", Address: "DB.corp.example.", TCP: ports("5432"), Virtual: addrs("100.112.0.10", "fd77::10"), Domains: []string{"intra.example", "Corp.Example."}},
+				FQDN:     fqdn("db"), Gateways: []control.ServingGateway{{Node: gateway1, Priority: 2}, {Node: gateway2, Priority: 1}},
+			},
 			{Resource: policy.Resource{Name: "lan", Address: "10.0.0.0/8", TCP: ports("22,443")}, FQDN: fqdn("lan"), Gateways: one},
 			{Resource: policy.Resource{Name: "rack", Address: "10.0.3.0/24", TCP: ports("5432")}, FQDN: fqdn("rack"), Gateways: two},
 			{Resource: policy.Resource{Name: "host", Address: "10.0.3.7", UDP: ports("53"), ICMP: true, Virtual: addrs("100.112.0.11")}, FQDN: fqdn("host"), Gateways: two},
@@ -52,10 +54,14 @@ func testDialling() *control.Dialling {
 			{Resource: policy.Resource{Name: "six", Address: "2001:db8:1::/48", TCP: ports("all"), Domains: []string{"six.example"}}, FQDN: fqdn("six"), Gateways: one},
 			{Resource: policy.Resource{Name: "six-host", Address: "2001:db8:1::7", TCP: ports("443"), Virtual: addrs("fd77::11")}, FQDN: fqdn("six-host"), Gateways: two},
 			{Resource: policy.Resource{Name: "mapped", Address: "::ffff:192.168.9.9", TCP: ports("80")}, FQDN: fqdn("mapped"), Gateways: one},
-			{Resource: policy.Resource{Name: "far", Address: "172.16.0.0/12", TCP: ports("80")}, FQDN: fqdn("far"),
-				Gateways: []control.ServingGateway{{Node: identity.Node{Org: "acme", Kind: identity.Gateway, ID: "g-unknown"}}}},
-			{Resource: policy.Resource{Name: "weighed", Address: "192.168.1.1", TCP: ports("80")}, FQDN: fqdn("weighed"),
-				Gateways: []control.ServingGateway{{Node: gateway1, Weight: 1}, {Node: gateway2, Weight: 10}}},
+			{
+				Resource: policy.Resource{Name: "far", Address: "172.16.0.0/12", TCP: ports("80")}, FQDN: fqdn("far"),
+				Gateways: []control.ServingGateway{{Node: identity.Node{Org: "acme", Kind: identity.Gateway, ID: "g-unknown"}}},
+			},
+			{
+				Resource: policy.Resource{Name: "weighed", Address: "192.168.1.1", TCP: ports("80")}, FQDN: fqdn("weighed"),
+				Gateways: []control.ServingGateway{{Node: gateway1, Weight: 1}, {Node: gateway2, Weight: 10}},
+			},
 		},
 	}
 }
@@ -124,7 +130,9 @@ func TestLookup(t *testing.T) {
 		{"fd77::5", policy.ICMP, 0, "", "fd77::5", gateway1},
 		{"lab.acme.sallyway.internal", policy.ICMP, 0, "", "", identity.Node{}}, // has no address
 		// nothing
-		{"", policy.TCP, 80, "", "", identity.Node{}}, {".", policy.TCP, 80, "", "", identity.Node{}}, {"example.com", policy.TCP, 80, "", "", identity.Node{}},
+		{"", policy.TCP, 80, "", "", identity.Node{}},
+		{".", policy.TCP, 80, "", "", identity.Node{}},
+		{"example.com", policy.TCP, 80, "", "", identity.Node{}},
 	} {
 		r, err := tab.lookup(c.host, c.proto, c.port)
 		if c.want == "" {

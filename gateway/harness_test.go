@@ -277,7 +277,7 @@ func clientHost(t testing.TB, c *tunnel.IPConn) *stack.Stack {
 		t.Fatal(err)
 	}
 	for _, a := range clientVirtual {
-		proto := tcpip.NetworkProtocolNumber(ipv4.ProtocolNumber)
+		proto := ipv4.ProtocolNumber
 		if a.Is6() {
 			proto = ipv6.ProtocolNumber
 		}
@@ -308,7 +308,7 @@ func clientHost(t testing.TB, c *tunnel.IPConn) *stack.Stack {
 			if err != nil {
 				return
 			}
-			proto := tcpip.NetworkProtocolNumber(ipv4.ProtocolNumber)
+			proto := ipv4.ProtocolNumber
 			if b[0]>>4 == 6 {
 				proto = ipv6.ProtocolNumber
 			}

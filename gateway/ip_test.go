@@ -141,8 +141,10 @@ func TestEchoOverIP(t *testing.T) {
 		name string
 		dst  netip.Addr
 	}{
-		{"what the gateway's kernel answers", loopVirtual[0]}, {"the same over IPv6", loopVirtual[1]},
-		{"the gateway itself", gatewayVirtual[0]}, {"the gateway itself over IPv6", gatewayVirtual[1]},
+		{"what the gateway's kernel answers", loopVirtual[0]},
+		{"the same over IPv6", loopVirtual[1]},
+		{"the gateway itself", gatewayVirtual[0]},
+		{"the gateway itself over IPv6", gatewayVirtual[1]},
 	} {
 		e := netstack.Echo{Src: clientVirtual[i%2], Dst: c4.dst, ID: 7, Seq: uint16(i), Data: data}
 		send(t, c, e.AppendPacket(nil))
@@ -199,7 +201,7 @@ func TestEchoOverIP(t *testing.T) {
 }
 
 func full(a netip.Addr, port uint16) (tcpip.FullAddress, tcpip.NetworkProtocolNumber) {
-	proto := tcpip.NetworkProtocolNumber(ipv4.ProtocolNumber)
+	proto := ipv4.ProtocolNumber
 	if a.Is6() {
 		proto = ipv6.ProtocolNumber
 	}

@@ -44,8 +44,7 @@ type fakeLink struct {
 	maxSize   int          // what MaxPayload says
 
 	sent, dropped, ect atomic.Int64
-	pending            atomic.Int64    // what is to arrive at this end
-	sizes              [2]atomic.Int64 // datagrams below 1201 bytes and above
+	pending            atomic.Int64 // what is to arrive at this end
 	onSend             atomic.Pointer[func(payload []byte)]
 }
 

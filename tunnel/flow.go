@@ -181,7 +181,7 @@ func (s *Stream) SetWriteDeadline(t time.Time) error { return s.str.SetWriteDead
 
 // streamError says in words of this package why reading from or writing to a stream failed.
 func streamError(err error) error {
-	if err == nil || err == io.EOF || errors.Is(err, os.ErrDeadlineExceeded) {
+	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
 	}
 	if e, ok := errors.AsType[*quic.StreamError](err); ok {
@@ -266,7 +266,7 @@ func (f *connFlow) Close() error {
 }
 
 func connError(err error) error {
-	if err == nil || err == io.EOF {
+	if err == nil || errors.Is(err, io.EOF) {
 		return err
 	}
 	if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {

@@ -67,7 +67,7 @@ func (c *IPConn) start() {
 	c.tasks.Go(func() { _ = c.receiveFrames(c.ctx, c.take) }) // the capsules' reader says how it ended
 	c.tasks.Go(func() {
 		err := c.receiveIPCapsules()
-		if err == io.EOF || errors.Is(err, ErrReset) {
+		if errors.Is(err, io.EOF) || errors.Is(err, ErrReset) {
 			err = net.ErrClosed
 		}
 		c.cancel(err)
@@ -142,7 +142,7 @@ func (c *IPConn) WritePacket(b []byte) (icmp []byte, err error) {
 }
 
 func (c *IPConn) err() error {
-	if err := context.Cause(c.ctx); err != context.Canceled {
+	if err := context.Cause(c.ctx); !errors.Is(err, context.Canceled) {
 		return err
 	}
 	return ErrNoSession // the session's context ended

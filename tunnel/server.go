@@ -96,7 +96,6 @@ type Server struct {
 	cfg    ServeConfig
 	merged *Merged
 	tr     *quic.Transport
-	ln     *quic.Listener
 
 	mu       sync.Mutex // guards what follows
 	sessions map[*peerSession]struct{}

@@ -277,7 +277,7 @@ func (s *Session) receiveNotices(notices *noticeReader) {
 				// A gateway ends the control stream only with the session; without it neither moves nor notices work.
 				s.cfg.Logger.Warn("control stream failed", "gateway", s.cfg.Gateway, "err", err)
 				reason := "control stream failed"
-				if err == io.EOF {
+				if errors.Is(err, io.EOF) {
 					reason = "control stream ended"
 				}
 				go func() { _ = s.conn.CloseWithError(quic.ApplicationErrorCode(CloseNormal), reason) }()

@@ -66,7 +66,7 @@ func copyFlow(dst, src Flow, fail func(error)) {
 			}
 		}
 		switch {
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			if err := dst.CloseWrite(); err != nil {
 				fail(err)
 			}

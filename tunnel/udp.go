@@ -26,8 +26,6 @@ const (
 	maxCapsule = 1 << 20
 	// udpQueue is how many datagrams wait to be read at the client; what comes when it is full is dropped.
 	udpQueue = 256
-	// capsuleHeader is room for a capsule's type, length and context ID, in bytes.
-	capsuleHeader = 1 + 8 + 1
 )
 
 // capsuleProtocol is the value of the Capsule-Protocol header field (RFC 9297 §3.4).
@@ -171,7 +169,7 @@ func (s *Session) DialUDP(ctx context.Context, host string, port uint16) (*UDPCo
 		err := c.receiveCapsules(func(n int) []byte { return make([]byte, n) }, c.enqueue)
 		reset, ok := errors.AsType[*resetError](err)
 		switch {
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			err = net.ErrClosed
 		case ok && reset.code == codeReset: // the gateway's word for ICMP port unreachable
 			err = &ProxyError{Type: ConnectionRefused, Detail: "the destination refused the datagram"}
@@ -206,7 +204,7 @@ func (c *UDPConn) ReadPacket(b []byte) (int, error) {
 }
 
 func (c *UDPConn) err() error {
-	if err := context.Cause(c.ctx); err != context.Canceled {
+	if err := context.Cause(c.ctx); !errors.Is(err, context.Canceled) {
 		return err
 	}
 	return ErrNoSession // the session's context ended

@@ -52,6 +52,7 @@ func booted() bool {
 func (in *installer) unitPath() string {
 	return "/etc/systemd/system/" + in.spec.unitName() + ".service"
 }
+
 func (in *installer) tokenPath() string  { return "/etc/sallyway/" + in.spec.stateName() + ".token" }
 func (in *installer) configPath() string { return "/etc/sallyway/" + in.spec.stateName() + ".yaml" }
 func (in *installer) polkitPath() string {
