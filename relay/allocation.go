@@ -39,7 +39,6 @@ type allocation struct {
 	sent    atomic.Uint64 // payload bytes from the node
 	got     atomic.Uint64 // payload bytes to the node
 	dropped atomic.Uint64 // datagrams
-	asked   atomic.Int64  // rendezvous requests are paid for until then, Unix nanoseconds
 
 	mu     sync.Mutex                  // guards the rest
 	perms  map[netip.Addr]int64        // permissions: until when, Unix nanoseconds
@@ -169,6 +168,9 @@ func (s *Server) bind(a *allocation, number uint16, peer netip.AddrPort, now int
 	}
 	if c == nil {
 		if len(a.byPeer) >= s.cfg.Limits.Channels {
+			s.unbindGoneLocked(a)
+		}
+		if len(a.byPeer) >= s.cfg.Limits.Channels {
 			a.mu.Unlock()
 			return bindFull
 		}
@@ -189,6 +191,16 @@ func (s *Server) bind(a *allocation, number uint16, peer netip.AddrPort, now int
 		}
 	}
 	return bound
+}
+
+// unbindGoneLocked removes a's channels to allocations that have ended, so that who comes and goes can not use up a's channels. a.mu is held.
+func (s *Server) unbindGoneLocked(a *allocation) {
+	for peer, c := range a.byPeer {
+		if b, ok := s.table.relayed.get(peer); (ok && !b.dead.Load()) || a.org.hasPeer(peer) {
+			continue
+		}
+		a.unbindLocked(c)
+	}
 }
 
 // unbindLocked removes c and parts it from the peer's channel. a.mu is held.

@@ -698,6 +698,34 @@ func TestRendezvousIsLimited(t *testing.T) {
 	if codes[0] < rendezvousBurst || codes[codeQuota] == 0 {
 		t.Errorf("answers %v", codes)
 	}
+	// Coming back with another allocation pays nothing.
+	a.want(0, a.do(stun.MethodRefresh, lifetime(0)))
+	again := allocated(t, l, client1)
+	again.want(codeQuota, again.do(wire.MethodRendezvous, wire.Node(gateway1)))
+}
+
+// TestEndedAllocationsDoNotUseUpChannels: who allocates, has a gateway bind a channel, and leaves, again and again, locks nobody out.
+func TestEndedAllocationsDoNotUseUpChannels(t *testing.T) {
+	const channels = 4
+	l := start(t, func(c *Config) { c.Limits.Channels = channels })
+	g := allocated(t, l, gateway1)
+	for i := range uint16(3 * channels) {
+		a := allocated(t, l, client1)
+		a.want(0, a.do(wire.MethodRendezvous, wire.Node(gateway1)))
+		g.indication(wire.MethodRendezvous)
+		g.want(0, g.bind(0x4100+i, a.relayed))
+		a.want(0, a.do(stun.MethodRefresh, lifetime(0)))
+	}
+	// Channels to allocations that live count.
+	for i := range uint16(channels + 1) {
+		a := allocated(t, l, client1)
+		a.want(0, a.do(wire.MethodRendezvous, wire.Node(gateway1)))
+		want := stun.ErrorCode(0)
+		if i == channels {
+			want = codeCapacity
+		}
+		g.want(want, g.bind(0x4200+i, a.relayed))
+	}
 }
 
 func TestDrain(t *testing.T) {

@@ -17,10 +17,11 @@ const (
 	indicationInterval = 100 * time.Millisecond
 )
 
-// rendezvousRate and rendezvousBurst bound one allocation's rendezvous requests, per second and at once.
+// rendezvousRate and rendezvousBurst bound one node's rendezvous requests, per second and at once: a site that connects to every gateway
+// after a restart needs the burst.
 const (
-	rendezvousRate  = 50
-	rendezvousBurst = 100
+	rendezvousRate  = 5
+	rendezvousBurst = 200
 )
 
 // repeat is an indication to be sent again.
@@ -40,7 +41,7 @@ func (s *Server) rendezvous(o *origin, m *stun.Message, a *allocation, key stun.
 	}
 	target := identity.Node(want)
 	now := s.now().UnixNano()
-	if !a.takeRendezvous(now) {
+	if !a.node.takeRendezvous(now) {
 		s.fail(o, m, key, codeQuota)
 		return
 	}
@@ -78,16 +79,16 @@ func (s *Server) rendezvous(o *origin, m *stun.Message, a *allocation, key stun.
 // codeNotFound is the rendezvous answer for a node that has no allocation here.
 const codeNotFound stun.ErrorCode = 404
 
-// takeRendezvous takes one request of a's allowance.
-func (a *allocation) takeRendezvous(now int64) bool {
+// takeRendezvous takes one request of the node's allowance, which outlives its allocations.
+func (n *nodeState) takeRendezvous(now int64) bool {
 	const each = int64(time.Second) / rendezvousRate
 	for {
-		old := a.asked.Load()
+		old := n.asked.Load()
 		next := max(old, now) + each
 		if next-now > rendezvousBurst*each {
 			return false
 		}
-		if a.asked.CompareAndSwap(old, next) {
+		if n.asked.CompareAndSwap(old, next) {
 			return true
 		}
 	}

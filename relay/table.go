@@ -70,6 +70,7 @@ func (t *shared[V]) set(k netip.AddrPort, v V) {
 // nodeState is what all allocations of a node share.
 type nodeState struct {
 	bucket bucket
+	asked  atomic.Int64  // rendezvous requests are paid for until then, Unix nanoseconds
 	allocs []*allocation // oldest first
 }
 
@@ -151,7 +152,7 @@ func (t *table) takePortLocked(now int64, try func(port uint16) bool) (uint16, b
 	return 0, false
 }
 
-// releasePorts forgets quarantines that are over.
+// releasePorts forgets quarantines that are over, and nodes that are gone and owe nothing.
 func (t *table) releasePorts(now int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -159,6 +160,9 @@ func (t *table) releasePorts(now int64) {
 		if until <= now {
 			delete(t.quarantined, p)
 		}
+	}
+	for n, st := range t.nodes {
+		t.forgetLocked(n, st, now)
 	}
 }
 
@@ -174,6 +178,13 @@ func (t *table) insertLocked(a *allocation) {
 	}
 }
 
+// forgetLocked drops the state of a node without allocations, unless it still owes for what it asked: ending an allocation does not pay.
+func (t *table) forgetLocked(n identity.Node, st *nodeState, now int64) {
+	if len(st.allocs) == 0 && st.asked.Load() <= now {
+		delete(t.nodes, n)
+	}
+}
+
 // removeLocked takes a out of the table and quarantines its port. It reports whether a was in it.
 func (t *table) removeLocked(a *allocation, now int64) bool {
 	if _, live := t.all[a]; !live {
@@ -181,9 +192,7 @@ func (t *table) removeLocked(a *allocation, now int64) bool {
 	}
 	delete(t.all, a)
 	a.node.allocs = slices.DeleteFunc(a.node.allocs, func(x *allocation) bool { return x == a })
-	if len(a.node.allocs) == 0 {
-		delete(t.nodes, a.owner)
-	}
+	t.forgetLocked(a.owner, a.node, now)
 	if t.orgCount[a.owner.Org]--; t.orgCount[a.owner.Org] == 0 {
 		delete(t.orgCount, a.owner.Org)
 	}
