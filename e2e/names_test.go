@@ -16,6 +16,9 @@ func names(t *testing.T, s *lab.Site) {
 	dig := program(t, "dig")
 	ctx := within(t, time.Minute)
 	check(t, s.AddResource(ctx, lab.Resource{Name: "intranet", Gateway: lab.Office, Address: "*.corp.test", TCP: "80", Domain: "corp.test"}, "client:"+lab.Laptop))
+	if _, err := s.Laptop.Log.Wait(ctx, 0, `split DNS.*corp\.test`); err != nil { // until then the name is everybody's
+		t.Fatal(err)
+	}
 	ask := func(args ...string) (string, error) {
 		r, err := s.Client.Run(ctx, append([]string{dig, "+short", "+time=3", "+tries=1"}, args...)...)
 		return strings.TrimSpace(r.Stdout), err
