@@ -222,8 +222,9 @@ func fields(w io.Writer, pairs ...any) {
 	_ = tw.Flush() // as above
 }
 
-// printable takes control characters out: what others named must not steer the terminal.
+// printable takes control characters out: what others named must not steer the terminal. Lines become one.
 func printable(s string) string {
+	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")
 	return strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) {
 			return '?'

@@ -65,7 +65,7 @@ func notLoggedIn() error {
 	if _, err := os.Stat(local); err == nil {
 		return daemon.Usagef("not logged in\nrun: sallyway login --token-file %s", local)
 	}
-	return daemon.Usagef("not logged in\nrun: sallyway login --token-file admin.token\nplatformd writes admin.token into its data folder at its first start; it carries URL, CA pin and token (a bare token needs --url, and --ca-pin where the platform made its own certificate)")
+	return daemon.Usagef("not logged in\nrun: sallyway login --token-file admin.token\nplatformd writes admin.token into its data folder at its first start; it carries URL, CA pin and token (a bare token needs --url, and --ca-pin where the platform made its own certificate)\nthis host's own connection needs no login: sallyway connect status, gatewayd status, relayd status")
 }
 
 func (a *app) login() *cobra.Command {

@@ -87,6 +87,9 @@ func run(ctx context.Context, root *cobra.Command) int {
 // prepare walks the command tree: it marks the errors of commands, and lets a group of commands (`sallyway relay`)
 // refuse a word that it does not know, where cobra would print the help and call it a success.
 func prepare(c *cobra.Command) {
+	if verbs := []string{"up", "start", "serve", "run"}; slices.Contains(verbs, c.Name()) {
+		c.SuggestFor = append(c.SuggestFor, verbs...) // each daemon starts with another of them
+	}
 	if !c.Runnable() && c.HasSubCommands() && c.HasParent() {
 		c.RunE = func(c *cobra.Command, args []string) error {
 			if len(args) == 0 {

@@ -1,8 +1,10 @@
 package daemon
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -71,7 +73,7 @@ func (t *TokenFlags) Read(cmd *cobra.Command, log *slog.Logger) (Secret, error) 
 		}
 		return cleanToken([]byte(t.token.Reveal()), "--token")
 	case file > 0:
-		return t.readFile(cmd.InOrStdin(), log)
+		return t.readFile(cmd.InOrStdin(), cmd.ErrOrStderr(), log)
 	}
 	dir := os.Getenv("CREDENTIALS_DIRECTORY")
 	if dir == "" {
@@ -91,8 +93,16 @@ func (t *TokenFlags) Read(cmd *cobra.Command, log *slog.Logger) (Secret, error) 
 	return cleanToken(b, path)
 }
 
-func (t *TokenFlags) readFile(stdin io.Reader, log *slog.Logger) (Secret, error) {
+func (t *TokenFlags) readFile(stdin io.Reader, prompt io.Writer, log *slog.Logger) (Secret, error) {
 	if t.file == "-" {
+		if typed(stdin) {
+			fmt.Fprintln(prompt, "Paste the token, then press Enter:")
+			line, err := bufio.NewReader(io.LimitReader(stdin, maxToken+1)).ReadBytes('\n')
+			if err != nil && !errors.Is(err, io.EOF) {
+				return "", Usagef("read the token from the terminal: %w", err)
+			}
+			return cleanToken(line, "standard input")
+		}
 		b, err := io.ReadAll(io.LimitReader(stdin, maxToken+1))
 		if err != nil {
 			return "", Usagef("read the token from standard input: %w", err)
@@ -107,6 +117,20 @@ func (t *TokenFlags) readFile(stdin io.Reader, log *slog.Logger) (Secret, error)
 		log.Warn("the token file can be read by other users; chmod 600 it", "path", t.file, "mode", fi.Mode().Perm())
 	}
 	return cleanToken(b, t.file)
+}
+
+// typed says whether a person types what r reads: it is a terminal, or another character device that is not /dev/null.
+func typed(r io.Reader) bool {
+	f, ok := r.(*os.File)
+	if !ok {
+		return false
+	}
+	fi, err := f.Stat()
+	if err != nil || fi.Mode()&fs.ModeCharDevice == 0 {
+		return false
+	}
+	null, err := os.Stat(os.DevNull)
+	return err != nil || !os.SameFile(fi, null)
 }
 
 func readLimited(path string) ([]byte, error) {
