@@ -67,7 +67,7 @@ func open(ctx context.Context, cfg Config) (*Client, error) {
 		c.standby = 1
 	}
 	a, err := agent.Open(ctx, agent.Config{
-		StateDir: cfg.StateDir, Kind: identity.Client, Token: cfg.Token, Version: version.Version, Logger: cfg.Logger, Heartbeat: c.heartbeat,
+		StateDir: cfg.StateDir, Kind: identity.Client, Token: cfg.Token, Version: version.Get().Version, Logger: cfg.Logger, Heartbeat: c.heartbeat,
 	})
 	if err != nil {
 		return nil, err

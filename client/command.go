@@ -289,7 +289,7 @@ func (c *Client) checks(h *Host) []daemon.Check {
 	for _, g := range c.sessions.Status() {
 		row := daemon.Check{Check: "gateway " + g.Name, Result: daemon.Pass, Detail: "session over " + g.Path}
 		if !g.Up {
-			row.Result, row.Detail, row.Remedy = daemon.Fail, g.Error, "see `sallyway status`: is the gateway healthy, and on the same relay?"
+			row.Result, row.Detail, row.Remedy = daemon.Fail, g.Error, "where you are admin, see `sallyway status`: is the gateway healthy, and on the same relay?"
 		}
 		out = append(out, row)
 	}
@@ -321,8 +321,12 @@ func HostChecks(h *Host) []daemon.Check {
 	st := h.Status()
 	row := daemon.Check{Check: "TUN", Result: daemon.Pass, Detail: fmt.Sprintf("%s, %d routes, DNS by %s", st.TUN, len(st.Routes), st.DNS)}
 	switch {
+	case st.Why == tunOff:
+		row.Detail = st.Why
 	case st.TUN == "":
 		row.Result, row.Detail, row.Remedy = daemon.Warn, st.Why, "run as root, or with CAP_NET_ADMIN and /dev/net/tun, to have one"
+	case strings.HasPrefix(st.DNS, "off: "):
+		row.Result, row.Remedy = daemon.Warn, "names of resources do not resolve on this host, addresses work; see what DNS says is in the way"
 	case len(st.Skipped) > 0:
 		row.Result, row.Remedy = daemon.Warn, "left out: "+strings.Join(st.Skipped, "; ")+". Reach these by name or virtual address"
 	}
@@ -353,7 +357,7 @@ func RenderLegs(w io.Writer, rs []legs.Status) {
 		if r.Up {
 			fmt.Fprintf(w, "relay      %s (%s) up over %s since %s, seen as %v\n", r.Name, r.Host, r.Transport, r.Since.Local().Format(time.DateTime), r.Reflexive)
 		} else {
-			fmt.Fprintf(w, "relay      %s (%s) down, try %d: %s\n", r.Name, r.Host, r.Tries, r.Error)
+			fmt.Fprintf(w, "relay      %s (%s) down, try %d: %s\n", r.Name, r.Host, r.Tries, strings.ReplaceAll(r.Error, "\n", "; "))
 		}
 	}
 }

@@ -80,12 +80,15 @@ type HostStatus struct {
 	Dropped   uint64         `json:"dropped_packets"`
 }
 
+// tunOff is why there is no TUN device where none is wanted.
+const tunOff = "turned off"
+
 // OpenHost opens the TUN device. Without /dev/net/tun or CAP_NET_ADMIN it warns once, with the remedy, and returns a Host that does nothing,
 // unless cfg.TUN is On.
 func OpenHost(cfg HostConfig, s *Sessions) (*Host, error) {
 	h := &Host{cfg: cfg, sessions: s, updates: make(chan *control.Dialling, 1)}
 	if cfg.TUN == Off {
-		h.status.Why = "turned off"
+		h.status.Why = tunOff
 		return h, nil
 	}
 	dev, err := tun.Open(tun.Config{Name: cfg.Name, MTU: cfg.MTU})

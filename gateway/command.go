@@ -175,7 +175,10 @@ func (d *gatewayDaemon) checks() []daemon.Check {
 	}
 	d.mu.Lock()
 	nat := daemon.Check{Check: "NAT", Result: daemon.Pass, Detail: d.nat.Text}
-	if d.nat.Text == "" {
+	switch {
+	case d.nat.At.IsZero():
+		nat.Result, nat.Detail, nat.Remedy = daemon.Warn, "not measured yet", "ask again in a few seconds; it is measured once a relay is reached"
+	case d.nat.Text == "":
 		nat.Result, nat.Detail, nat.Remedy = daemon.Warn, "not known: "+d.nat.Error, "let UDP port 5349 out to the relays"
 	}
 	d.mu.Unlock()
@@ -189,7 +192,9 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 	}
 	agent.Render(w, st.Platform)
 	client.RenderLegs(w, st.Relays)
-	fmt.Fprintf(w, "nat        %s%s\n", st.NAT.Text, st.NAT.Error)
+	if !st.NAT.At.IsZero() {
+		fmt.Fprintf(w, "nat        %s%s\n", st.NAT.Text, st.NAT.Error)
+	}
 	for _, r := range st.Resources {
 		fmt.Fprintf(w, "resource   %s\n", r)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 )
 
@@ -63,7 +64,7 @@ func renderChecks(w io.Writer, checks []Check) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "CHECK\tRESULT\tDETAIL")
 	for _, c := range checks {
-		fmt.Fprintf(t, "%s\t%s\t%s\n", c.Check, c.Result, c.Detail)
+		fmt.Fprintf(t, "%s\t%s\t%s\n", c.Check, c.Result, strings.ReplaceAll(c.Detail, "\n", "; "))
 	}
 	if err := t.Flush(); err != nil {
 		return err
