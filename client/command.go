@@ -129,6 +129,7 @@ func (o *options) run(cmd *cobra.Command) error {
 	if err != nil {
 		return enrolError(err, "client", "sallyway connect")
 	}
+	hc.OnNetwork = c.legs.Kick
 	hc.StateDir, hc.Platform, hc.Logger = sh.State.Dir(), c.agent.PlatformURL(), sh.Log
 	host, err := OpenHost(hc, c.sessions)
 	if err != nil {

@@ -49,7 +49,9 @@ type HostConfig struct {
 	StateDir string
 	// Platform is the platform's URL, whose address no route may cover.
 	Platform string
-	Logger   *slog.Logger
+	// OnNetwork is called when the host's addresses or routes changed; nil is no call.
+	OnNetwork func()
+	Logger    *slog.Logger
 }
 
 // Host is the TUN device with its addresses, routes and split DNS, and the netstack behind it. Run it once; Update and Status may be
@@ -158,7 +160,12 @@ func (h *Host) follow(ctx context.Context) {
 	var watching sync.WaitGroup
 	defer watching.Wait()
 	watching.Go(func() {
-		if err := h.dev.Watch(ctx, func() { poke(network) }); err != nil {
+		if err := h.dev.Watch(ctx, func() {
+			poke(network)
+			if h.cfg.OnNetwork != nil {
+				h.cfg.OnNetwork()
+			}
+		}); err != nil {
 			h.cfg.Logger.Warn("changes of the host's network are only seen at intervals", "err", err, "interval", recheckInterval)
 		}
 	})

@@ -113,6 +113,10 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 	d.sites = client.NewSessions(client.SessionsConfig{
 		Certificate: d.agent.SiteCertificate, Trust: client.GatewayTrust(d.agent, siteLog), Legs: d.siteLegs, Logger: siteLog,
 	})
+	hc.OnNetwork = func() {
+		d.legs.Kick()
+		d.siteLegs.Kick()
+	}
 	hc.StateDir, hc.Platform, hc.Logger = sh.State.Dir(), d.agent.PlatformURL(), sh.Log
 	if d.host, err = client.OpenHost(hc, d.sites); err != nil {
 		return nil, daemon.Failf("%w", err)

@@ -85,6 +85,7 @@ type relay struct {
 	ref     control.RelayRef // of node; what else is in it may change
 	current *leg.Leg
 	changed chan struct{} // closed and replaced when current changes
+	kick    chan struct{} // 1 place: the host's network changed
 	lastErr error
 	since   time.Time
 	tries   int
@@ -186,7 +187,7 @@ func (k *Keeper) reconcile(ctx context.Context, g *errgroup.Group) {
 			continue
 		}
 		rctx, cancel := context.WithCancel(ctx)
-		r := &relay{k: k, node: n, cancel: cancel, ref: ref, changed: make(chan struct{})}
+		r := &relay{k: k, node: n, cancel: cancel, ref: ref, changed: make(chan struct{}), kick: make(chan struct{}, 1)}
 		k.relays[n] = r
 		g.Go(func() error {
 			r.keep(rctx)
@@ -299,6 +300,10 @@ func (r *relay) keep(ctx context.Context) {
 		r.tries++
 		try := r.tries
 		r.mu.Unlock()
+		select {
+		case <-r.kick: // this attempt is for it
+		default:
+		}
 		log.Info("dialling relay", "try", try)
 		l, err := r.dial(ctx, r.k.cfg.Transports)
 		if err != nil {
@@ -307,7 +312,7 @@ func (r *relay) keep(ctx context.Context) {
 			}
 			r.set(nil, err)
 			log.Warn("relay not reached", "err", err, "retry_every", r.k.retry)
-			if !sleep(ctx, time.Until(started.Add(jitter(r.k.retry)))) {
+			if !r.pause(ctx, time.Until(started.Add(jitter(r.k.retry)))) {
 				return
 			}
 			continue
@@ -322,7 +327,7 @@ func (r *relay) keep(ctx context.Context) {
 			r.k.cfg.OnDown(r.node, err)
 		}
 		// A relay that takes legs and loses them soon must not be dialled in a tight loop.
-		if time.Since(started) < r.k.retry && !sleep(ctx, jitter(r.k.retry)) {
+		if time.Since(started) < r.k.retry && !r.pause(ctx, jitter(r.k.retry)) {
 			return
 		}
 	}
@@ -501,6 +506,35 @@ func (r *relay) resolve(ctx context.Context, ref control.RelayRef) ([]netip.Addr
 // jitter is d give or take a tenth.
 func jitter(d time.Duration) time.Duration {
 	return d - d/10 + rand.N(d/5)
+}
+
+// pause is sleep that a change of the network ends early.
+func (r *relay) pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-r.kick:
+	case <-ctx.Done():
+	}
+	return ctx.Err() == nil
+}
+
+// Kick says that the host's network changed: legs are checked at once, and lost ones dialled at once.
+func (k *Keeper) Kick() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, r := range k.relays {
+		select {
+		case r.kick <- struct{}{}:
+		default:
+		}
+		r.mu.Lock()
+		if r.current != nil {
+			r.current.Suspect()
+		}
+		r.mu.Unlock()
+	}
 }
 
 // sleep waits and reports whether ctx is still alive.

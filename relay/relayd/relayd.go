@@ -113,7 +113,7 @@ func (o *options) run(cmd *cobra.Command) error {
 	defer sh.Close()
 	d := &relayDaemon{opts: o, sh: sh}
 	d.agent, err = agent.Open(cmd.Context(), agent.Config{
-		StateDir: sh.State.Dir(), Kind: identity.Relay, Token: token.Reveal(), Version: version.Version, Logger: sh.Log, Heartbeat: d.heartbeat,
+		StateDir: sh.State.Dir(), Kind: identity.Relay, Token: token.Reveal(), Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
 	})
 	if err != nil {
 		return enrolError(err)

@@ -4,12 +4,14 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -277,6 +279,27 @@ func (a *Agent) checkLocked(c *control.Config) error {
 	}
 	if _, err := c.Trust.For(c.Node.Kind); err != nil {
 		return fmt.Errorf("configuration: %w", err)
+	}
+	return a.checkRootsLocked(c.Trust.Roots)
+}
+
+// checkRootsLocked refuses roots other than those this node was enrolled with, unless one of these has signed them: a configuration is not
+// signed itself, so whoever speaks for the platform could else put an organization of its own in place of ours.
+func (a *Agent) checkRootsLocked(roots string) error {
+	known, err := identity.DecodeCertificates([]byte(a.state.Trust.Roots))
+	if err != nil {
+		return fmt.Errorf("roots from the enrolment: %w", err)
+	}
+	shown, err := identity.DecodeCertificates([]byte(roots))
+	if err != nil {
+		return fmt.Errorf("roots of the configuration: %w", err)
+	}
+	for _, s := range shown {
+		if !slices.ContainsFunc(known, func(k *x509.Certificate) bool {
+			return k.Equal(s) || (s.IsCA && s.CheckSignatureFrom(k) == nil)
+		}) {
+			return fmt.Errorf("the configuration names the root %v, which neither is the one this node was enrolled with nor is signed by it: the platform was installed anew, or somebody speaks in its name; enrol anew with a fresh token to accept it", identity.CertificateKeyHash(s))
+		}
 	}
 	return nil
 }

@@ -2,7 +2,11 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
+	"math/big"
 	"net"
 	"path/filepath"
 	"strings"
@@ -283,6 +287,12 @@ func TestLowerVersionsAreRefused(t *testing.T) {
 		if st := a.Status(); st.ConfigVersion != 9 || st.ConfigError == "" {
 			t.Errorf("after a configuration without roots: %+v", st)
 		}
+		otherRoots := f.configFor(n, 10)
+		otherRoots.Trust.Roots = foreignRoot(t) + otherRoots.Trust.Roots
+		step(otherRoots)
+		if st := a.Status(); st.ConfigVersion != 9 || !strings.Contains(st.ConfigError, "enrolled with") {
+			t.Errorf("after a configuration with a foreign root: %+v", st)
+		}
 
 		// A newer configuration with an older, foreign or missing snapshot is taken over without the snapshot.
 		for i, jws := range []string{
@@ -417,4 +427,26 @@ func TestWaitConfigSaysWhy(t *testing.T) {
 			t.Errorf("WaitConfig: %v", err)
 		}
 	})
+}
+
+// foreignRoot is a root that nobody here was enrolled with.
+func foreignRoot(t *testing.T) string {
+	t.Helper()
+	key, err := identity.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(7), Subject: pkix.Name{CommonName: "root"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(identity.EncodeCertificates(c))
 }
