@@ -36,7 +36,7 @@ func existing(ctx context.Context, dir string) (*store.SQLite, *registry.Registr
 		}
 		return nil, nil, err
 	}
-	st, reg, _, err := openRegistry(ctx, dir, slog.New(slog.DiscardHandler), time.Now)
+	st, reg, err := openRegistry(ctx, dir, slog.New(slog.DiscardHandler), time.Now)
 	return st, reg, err
 }
 

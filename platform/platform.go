@@ -128,8 +128,7 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 }
 
 func (s *Server) open(ctx context.Context) (err error) {
-	var first bool
-	if s.store, s.reg, first, err = openRegistry(ctx, s.cfg.Data, s.cfg.Log, s.cfg.Now); err != nil {
+	if s.store, s.reg, err = openRegistry(ctx, s.cfg.Data, s.cfg.Log, s.cfg.Now); err != nil {
 		return err
 	}
 	s.reg.TokenLife = s.cfg.TokenLife
@@ -152,39 +151,42 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if err := s.remembered(ctx); err != nil {
 		return err
 	}
-	return s.adminToken(ctx, first)
+	return s.adminToken(ctx)
 }
 
 // openRegistry opens the database and the keys in a data folder, and makes what is missing.
-func openRegistry(ctx context.Context, dir string, log *slog.Logger, now func() time.Time) (*store.SQLite, *registry.Registry, bool, error) {
+func openRegistry(ctx context.Context, dir string, log *slog.Logger, now func() time.Time) (*store.SQLite, *registry.Registry, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, nil, false, fmt.Errorf("data folder: %w", err)
+		return nil, nil, fmt.Errorf("data folder: %w", err)
 	}
 	path := filepath.Join(dir, databaseFile)
 	_, err := os.Stat(path)
 	seal, err := openSealer(dir, errors.Is(err, fs.ErrNotExist))
 	if err != nil {
-		return nil, nil, false, err
+		return nil, nil, err
 	}
 	st, err := store.OpenSQLite(ctx, path)
 	if err != nil {
-		return nil, nil, false, err
+		return nil, nil, err
 	}
 	reg := &registry.Registry{Store: st, Seal: seal, Board: new(presence.Board), Log: log, Now: now}
-	first, err := reg.Bootstrap(ctx)
-	if err != nil {
-		return nil, nil, false, errors.Join(err, st.Close())
+	if _, err := reg.Bootstrap(ctx); err != nil {
+		return nil, nil, errors.Join(err, st.Close())
 	}
-	return st, reg, first, nil
+	return st, reg, nil
 }
 
 // adminToken writes the first administrator's credential, and shows how to log in. At later starts it keeps the file's URL and pin up to
 // date; a file that was removed stays away.
-func (s *Server) adminToken(ctx context.Context, first bool) error {
+func (s *Server) adminToken(ctx context.Context) error {
 	path := filepath.Join(s.cfg.Data, adminFile)
 	c := control.AdminCredential{URL: s.url, Pin: s.pin}
-	if first {
-		var err error
+	// Not "is the database new": a first start that failed after making it must not lock everybody out.
+	issued, err := s.reg.APITokenIssued(ctx)
+	if err != nil {
+		return err
+	}
+	if !issued {
 		if c.Token, err = s.reg.CreateAPIToken(ctx, "admin", "", store.ScopeAdmin, 0); err != nil {
 			return err
 		}

@@ -49,6 +49,16 @@ func (r *Registry) CreateAPIToken(ctx context.Context, name, org string, scope s
 	return token, err
 }
 
+// APITokenIssued says whether the platform ever issued a token for all organizations: whether anybody could log in.
+func (r *Registry) APITokenIssued(ctx context.Context) (issued bool, err error) {
+	err = r.Store.View(ctx, func(tx store.Tx) error {
+		ts, err := tx.APITokens(ctx, "")
+		issued = len(ts) > 0
+		return err
+	})
+	return issued, err
+}
+
 // RevokeAPITokens revokes all tokens of the platform (org empty) or of an organization.
 func (r *Registry) RevokeAPITokens(ctx context.Context, org string) (int, error) {
 	count := 0

@@ -156,12 +156,19 @@ func (c *change) enrolled(ctx context.Context, n *store.Node, req control.EnrolR
 	if err != nil {
 		return nil, err
 	}
+	revoked := false
 	for _, k := range old {
+		revoked = revoked || (k.Denied && k.NotAfter.After(c.now))
 		if k.Hash != reqs.main.Key {
 			k.Denied = true
 			if err := c.PutKey(ctx, k); err != nil {
 				return nil, err
 			}
+		}
+	}
+	if revoked {
+		if err := c.rotateRelayKeys(ctx, n.Org, 0); err != nil { // see RevokeNode
+			return nil, err
 		}
 	}
 	certs, err := c.issue(ctx, n, reqs)

@@ -51,39 +51,41 @@ const liveRelayKeys = 2
 
 // RotateRelayKeys gives every relay of org whose newest key is older than age a new one, and takes away all but the newest two.
 func (r *Registry) RotateRelayKeys(ctx context.Context, org string, age time.Duration) error {
-	return r.update(ctx, func(c *change) error {
-		relays, err := c.Nodes(ctx, org, identity.Relay, store.Page{})
+	return r.update(ctx, func(c *change) error { return c.rotateRelayKeys(ctx, org, age) })
+}
+
+func (c *change) rotateRelayKeys(ctx context.Context, org string, age time.Duration) error {
+	relays, err := c.Nodes(ctx, org, identity.Relay, store.Page{})
+	if err != nil {
+		return err
+	}
+	for _, n := range relays {
+		keys, err := c.RelayKeys(ctx, n.ID)
 		if err != nil {
 			return err
 		}
-		for _, n := range relays {
-			keys, err := c.RelayKeys(ctx, n.ID)
-			if err != nil {
-				return err
-			}
-			if len(keys) > 0 && c.now.Sub(keys[0].Created) < age {
+		if len(keys) > 0 && c.now.Sub(keys[0].Created) < age {
+			continue
+		}
+		if err := c.newRelayKey(ctx, n.ID); err != nil {
+			return err
+		}
+		for i, k := range keys {
+			if i < liveRelayKeys-1 {
 				continue
 			}
-			if err := c.newRelayKey(ctx, n.ID); err != nil {
-				return err
-			}
-			for i, k := range keys {
-				if i < liveRelayKeys-1 {
-					continue
-				}
-				if err := c.DeleteRelayKey(ctx, n.ID, k.ID); err != nil {
-					return err
-				}
-			}
-			if err := c.audit(ctx, org, "relay.key.rotate", n.Identity().String(), audit.OK, nil); err != nil {
-				return err
-			}
-			if err := c.bump(ctx, org); err != nil {
+			if err := c.DeleteRelayKey(ctx, n.ID, k.ID); err != nil {
 				return err
 			}
 		}
-		return nil
-	})
+		if err := c.audit(ctx, org, "relay.key.rotate", n.Identity().String(), audit.OK, nil); err != nil {
+			return err
+		}
+		if err := c.bump(ctx, org); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Allocate assigns relays to org's gateways by what is known of them now. started is when this process began to listen for heartbeats:

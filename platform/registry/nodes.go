@@ -340,7 +340,9 @@ func (r *Registry) RevokeNode(ctx context.Context, org string, kind identity.Kin
 		}
 		n.Status = store.Revoked
 		c.dropped = append(c.dropped, n.ID)
-		return map[string]any{"keys": keys}, nil
+		// The credentials that the revoked key holds were made under the relays' present keys. Those go in two steps, now and when the node
+		// is enrolled anew, so that they are gone when its name is let in again and nobody else is stranded.
+		return map[string]any{"keys": keys}, c.rotateRelayKeys(ctx, n.Org, 0)
 	})
 }
 

@@ -199,8 +199,11 @@ func LoadTrust(ctx context.Context, tx store.Tx, org string, now time.Time) (con
 
 // deniedNodes are the nodes whose relay credentials could still be alive although they may not use them.
 func deniedNodes(ctx context.Context, tx store.Tx, org string, live []*store.Node, keys []*store.Key, now time.Time) ([]identity.Node, error) {
-	dangerous := make(map[string]bool)
+	dangerous, good := make(map[string]bool), make(map[string]bool)
 	for _, k := range keys {
+		if !k.Denied {
+			good[k.Node] = true
+		}
 		if k.NotAfter.Add(DeniedMargin).After(now) {
 			dangerous[k.Node] = true
 		}
@@ -211,7 +214,8 @@ func deniedNodes(ctx context.Context, tx store.Tx, org string, live []*store.Nod
 	}
 	var out []identity.Node
 	for _, n := range slices.Concat(live, gone) {
-		if !dangerous[n.ID] || (n.Status == store.Active && n.Deleted.IsZero()) {
+		// A node that was revoked and has a fresh token is active again, but until the token is spent only the revoked key speaks for it.
+		if !dangerous[n.ID] || (n.Status == store.Active && n.Deleted.IsZero() && good[n.ID]) {
 			continue
 		}
 		out = append(out, n.Identity())
