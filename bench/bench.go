@@ -13,7 +13,10 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"sallyway/internal/lab"
@@ -25,19 +28,21 @@ type Config struct {
 	Runs  int    // of each kind
 	Time  time.Duration
 	Flows []int
-	RTT   int // round trips of the latency measurement
-	Dials int // new connections of the first-byte measurement
-	MTU   int // bytes; zero is 1500
+	RTT   int  // round trips of the latency measurement
+	Dials int  // new connections of the first-byte measurement
+	MTU   int  // bytes; zero is 1500
+	Peers bool // other products too, those that are installed
+	Many  int  // connections of the measurement of many at once; zero leaves it out
 }
 
 // Quick is a run of a few minutes.
 func Quick() Config {
-	return Config{Runs: 3, Time: 3 * time.Second, Flows: []int{1, 8}, RTT: 1000, Dials: 50}
+	return Config{Runs: 3, Time: 3 * time.Second, Flows: []int{1, 8}, RTT: 1000, Dials: 50, Many: 100}
 }
 
 // Full has more runs and flows.
 func Full() Config {
-	return Config{Runs: 7, Time: 5 * time.Second, Flows: []int{1, 2, 4, 8, 32}, RTT: 5000, Dials: 300}
+	return Config{Runs: 7, Time: 5 * time.Second, Flows: []int{1, 2, 4, 8, 32}, RTT: 5000, Dials: 300, Peers: true, Many: 1000}
 }
 
 // Ports of the private host.
@@ -46,7 +51,7 @@ const (
 	echoPort  = 7000
 )
 
-// The two ways that are compared.
+// The ways that are always compared; the peers come beside them.
 const (
 	Raw      = "raw TCP"
 	Sallyway = "Sallyway"
@@ -60,7 +65,7 @@ type Throughput struct {
 	BitsPerSecond float64            `json:"bits_per_second"`
 	Bytes         int64              `json:"bytes"`
 	Retransmits   int                `json:"retransmits"`
-	CPU           map[string]float64 `json:"cpu_seconds,omitempty"` // per process, of ours
+	CPU           map[string]float64 `json:"cpu_seconds,omitempty"` // per process, of ours or of the peer
 }
 
 // Latency is a measurement of small exchanges on an idle lab, in milliseconds.
@@ -89,12 +94,18 @@ type Result struct {
 	Throughput []Throughput `json:"throughput"`
 	Latency    []Latency    `json:"latency"`
 	Memory     []Memory     `json:"memory"`
+	Loaded     []Loaded     `json:"latency_under_load"`
+	Setup      []Setup      `json:"setup"`
+	Missing    []Missing    `json:"missing_peers,omitempty"`
+	Standings  []Standing   `json:"standings,omitempty"` // medians and ratios, of Throughput
 }
 
-// way is one of the compared ways: where the private host is reached.
+// way is one of the compared ways: where the private host is reached, and the processes that carry it.
 type way struct {
-	name string
-	addr netip.Addr
+	name        string
+	addr        netip.Addr
+	iperf, echo uint16 // ports
+	procs       []*lab.Proc
 }
 
 // runner is a run in progress.
@@ -114,8 +125,12 @@ func Run(ctx context.Context, cfg Config, out io.Writer) (*Result, error) {
 	}
 	defer l.Close()
 	res := &Result{Machine: thisMachine(ctx), Command: os.Args, Started: time.Now().UTC(), MTU: cmp.Or(cfg.MTU, 1500)}
-	r := &runner{cfg: cfg, out: out, res: res, ways: []way{{Raw, lab.RawAddr}, {Sallyway, lab.WebAddr}}}
-	for _, part := range []func(context.Context, *lab.Lab) error{r.prepare, r.latency, r.throughput, r.memory} {
+	r := &runner{cfg: cfg, out: out, res: res, ways: []way{
+		{name: Raw, addr: lab.RawAddr, iperf: iperfPort, echo: echoPort},
+		{name: Sallyway, addr: lab.WebAddr, iperf: iperfPort, echo: echoPort},
+	}}
+	defer r.stopPeers()
+	for _, part := range []func(context.Context, *lab.Lab) error{r.prepare, r.latency, r.throughput, r.memory, r.underLoad, r.setup} {
 		if err := part(ctx, l); err != nil {
 			return nil, err
 		}
@@ -142,6 +157,7 @@ func (r *runner) prepare(ctx context.Context, l *lab.Lab) error {
 	if err := l.AddResource(ctx, web, "client:"+lab.Laptop); err != nil {
 		return err
 	}
+	r.ways[1].procs = r.processes()
 	for _, n := range r.processes() {
 		u, err := n.Usage()
 		if err != nil {
@@ -149,10 +165,10 @@ func (r *runner) prepare(ctx context.Context, l *lab.Lab) error {
 		}
 		r.res.Memory = append(r.res.Memory, Memory{Process: n.Name, Idle: u.RSS})
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("the private host is not reached"))
+	soon, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("the private host is not reached"))
 	defer cancel()
 	for _, w := range r.ways {
-		err := lab.Until(ctx, 50*time.Millisecond, func() error {
+		err := lab.Until(soon, 50*time.Millisecond, func() error {
 			_, err := r.firstByte(ctx, w)
 			return err
 		})
@@ -160,7 +176,7 @@ func (r *runner) prepare(ctx context.Context, l *lab.Lab) error {
 			return fmt.Errorf("%s: %w", w.name, err)
 		}
 	}
-	return nil
+	return r.startPeers(ctx, l)
 }
 
 // processes are ours, with the platform.
@@ -174,7 +190,7 @@ func (r *runner) firstByte(ctx context.Context, w way) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	start := time.Now()
-	c, err := r.site.Client.Dial(ctx, "tcp", netip.AddrPortFrom(w.addr, echoPort).String())
+	c, err := r.site.Client.Dial(ctx, "tcp", netip.AddrPortFrom(w.addr, w.echo).String())
 	if err != nil {
 		return 0, err
 	}
@@ -192,30 +208,38 @@ func (r *runner) firstByte(ctx context.Context, w way) (time.Duration, error) {
 }
 
 func (r *runner) latency(ctx context.Context, l *lab.Lab) error {
-	for _, w := range r.ways {
+	for _, w := range slices.Clone(r.ways) {
 		fmt.Fprintf(r.out, "latency: %s\n", w.name)
-		p, err := l.Client.StartPulse(ctx, netip.AddrPortFrom(w.addr, echoPort), 2*time.Millisecond)
-		if err != nil {
+		if err := r.excuse(ctx, w, r.idle(ctx, l, w)); err != nil {
 			return err
 		}
-		err = p.WaitBeats(ctx, r.cfg.RTT)
-		p.Stop()
-		if err != nil {
-			return fmt.Errorf("latency of %s: %w", w.name, err)
-		}
-		rtt := p.RTT(50, 99)
-		dials := make([]time.Duration, r.cfg.Dials)
-		for i := range dials {
-			if dials[i], err = r.firstByte(ctx, w); err != nil {
-				return fmt.Errorf("first byte of %s: %w", w.name, err)
-			}
-		}
-		slices.Sort(dials)
-		r.res.Latency = append(r.res.Latency, Latency{
-			Way: w.name, RTT50: ms(rtt[0]), RTT99: ms(rtt[1]),
-			Connect50: ms(dials[len(dials)/2]), Connect99: ms(dials[len(dials)*99/100]),
-		})
 	}
+	return nil
+}
+
+// idle measures a way on the idle lab.
+func (r *runner) idle(ctx context.Context, l *lab.Lab, w way) error {
+	p, err := l.Client.StartPulse(ctx, netip.AddrPortFrom(w.addr, w.echo), pulsePace)
+	if err != nil {
+		return err
+	}
+	err = p.WaitBeats(ctx, r.cfg.RTT)
+	p.Stop()
+	if err != nil {
+		return fmt.Errorf("latency of %s: %w", w.name, err)
+	}
+	rtt := p.RTT(50, 99)
+	dials := make([]time.Duration, r.cfg.Dials)
+	for i := range dials {
+		if dials[i], err = r.firstByte(ctx, w); err != nil {
+			return fmt.Errorf("first byte of %s: %w", w.name, err)
+		}
+	}
+	slices.Sort(dials)
+	r.res.Latency = append(r.res.Latency, Latency{
+		Way: w.name, RTT50: ms(rtt[0]), RTT99: ms(rtt[1]),
+		Connect50: ms(dials[len(dials)/2]), Connect99: ms(dials[len(dials)*99/100]),
+	})
 	return nil
 }
 
@@ -226,10 +250,13 @@ func (r *runner) throughput(ctx context.Context, l *lab.Lab) error {
 	for run := range r.cfg.Runs {
 		for _, flows := range r.cfg.Flows {
 			for _, down := range []bool{false, true} {
-				for _, w := range r.ways {
+				for _, w := range slices.Clone(r.ways) {
 					t, err := r.once(ctx, l, w, flows, down)
+					if gone := r.excuse(ctx, w, err); gone != nil {
+						return fmt.Errorf("%s, %d flows, down %v: %w", w.name, flows, down, gone)
+					}
 					if err != nil {
-						return fmt.Errorf("%s, %d flows, down %v: %w", w.name, flows, down, err)
+						continue
 					}
 					fmt.Fprintf(r.out, "run %d/%d: %s %s, %d flows: %.0f Mbit/s\n", run+1, r.cfg.Runs, w.name, direction(down), flows, t.BitsPerSecond/1e6)
 					r.res.Throughput = append(r.res.Throughput, t)
@@ -241,21 +268,21 @@ func (r *runner) throughput(ctx context.Context, l *lab.Lab) error {
 }
 
 func (r *runner) once(ctx context.Context, l *lab.Lab, w way, flows int, down bool) (Throughput, error) {
-	before, err := r.cpu()
+	before, err := cpu(w)
 	if err != nil {
 		return Throughput{}, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.Time+30*time.Second)
 	defer cancel()
-	res, err := l.Client.Iperf3(ctx, lab.IperfRun{Addr: w.addr.String(), Port: iperfPort, Time: r.cfg.Time, Flows: flows, Down: down})
+	res, err := l.Client.Iperf3(ctx, lab.IperfRun{Addr: w.addr.String(), Port: w.iperf, Time: r.cfg.Time, Flows: flows, Down: down})
 	if err != nil {
 		return Throughput{}, err
 	}
 	t := Throughput{Way: w.name, Down: down, Flows: flows, BitsPerSecond: res.BitsPerSecond, Bytes: res.Bytes, Retransmits: res.Retransmits}
-	if w.name != Sallyway {
+	if len(w.procs) == 0 {
 		return t, nil
 	}
-	after, err := r.cpu()
+	after, err := cpu(w)
 	if err != nil {
 		return Throughput{}, err
 	}
@@ -266,17 +293,38 @@ func (r *runner) once(ctx context.Context, l *lab.Lab, w way, flows int, down bo
 	return t, nil
 }
 
-// cpu is what each of our processes has used so far.
-func (r *runner) cpu() (map[string]time.Duration, error) {
+// cpu is what each of a way's processes has used so far, with the children that it has now.
+func cpu(w way) (map[string]time.Duration, error) {
 	used := make(map[string]time.Duration)
-	for _, p := range r.processes() {
-		u, err := p.Usage()
+	for _, p := range w.procs {
+		d, err := treeCPU(p.PID())
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%s: %w", p.Name, err)
 		}
-		used[p.Name] = u.CPU
+		used[p.Name] = d
 	}
 	return used, nil
+}
+
+// treeCPU is what a process and its living descendants have used. Servers such as sshd work in children that stay as long
+// as their connection.
+func treeCPU(pid int) (time.Duration, error) {
+	u, err := lab.ReadUsage(pid)
+	if err != nil {
+		return 0, err
+	}
+	sum := u.CPU
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid)) // the pattern is good
+	for _, t := range tasks {
+		b, _ := os.ReadFile(t) // a thread that has ended has no children
+		for f := range strings.FieldsSeq(string(b)) {
+			if child, err := strconv.Atoi(f); err == nil {
+				d, _ := treeCPU(child) // has ended meanwhile
+				sum += d
+			}
+		}
+	}
+	return sum, nil
 }
 
 func (r *runner) memory(context.Context, *lab.Lab) error {

@@ -41,6 +41,45 @@ func TestRowsAreMediansPerKind(t *testing.T) {
 	}
 }
 
+func TestStandingsNextToPeers(t *testing.T) {
+	r := sample()
+	if md := r.Markdown(); strings.Contains(md, "peers") || strings.Contains(md, "Not measured") {
+		t.Errorf("a run without peers tells of them:\n%s", md)
+	}
+	r.Throughput = append(
+		r.Throughput,
+		Throughput{Way: WireGuardGo, Flows: 1, BitsPerSecond: 250e6, Bytes: 1e9, CPU: map[string]float64{"hub": 3, "agent": 4, "client": 5}},
+		Throughput{Way: OpenSSH, Flows: 1, BitsPerSecond: 1e9},
+	)
+	r.Missing = []Missing{{Nebula, "nebula is not installed: apt-get install nebula\nmore"}}
+	var own, wg Standing
+	for _, s := range r.standings() {
+		switch {
+		case s.Way == Sallyway && !s.Down:
+			own = s
+		case s.Way == WireGuardGo:
+			wg = s
+		}
+	}
+	if own.Median != 500e6 || own.Low != 400e6 || own.High != 600e6 || own.Runs != 3 || own.OfRaw != 0.05 || own.OfWireGuard != 2 || own.SallywayTimes != 1 {
+		t.Errorf("Sallyway: %+v", own)
+	}
+	if wg.CPUPerGB != 12 || wg.SallywayTimes != 2 || wg.OfWireGuard != 1 {
+		t.Errorf("wireguard-go: %+v", wg)
+	}
+	md := r.Markdown()
+	for _, want := range []string{
+		"| " + WireGuardGo + " | 1 | up | 250 | 250–250 | 12.0 | 0.025 | 1.00 | 2.00 × |",
+		"| " + OpenSSH + " | 1 | up | 1000 | 1000–1000 | – | 0.100 | 4.00 | 0.50 × |",
+		"- " + Nebula + ": nebula is not installed: apt-get install nebula\n",
+		"| 1 | up | 10000 | 500 | 5.0 % | 14.0 |", // the peer's processor time is not ours
+	} {
+		if !strings.Contains(md, want) {
+			t.Errorf("%q is missing in\n%s", want, md)
+		}
+	}
+}
+
 func TestWrite(t *testing.T) {
 	r := sample()
 	paths, err := r.Write(t.TempDir(), true)

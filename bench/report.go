@@ -45,7 +45,7 @@ func (r *Result) Rows() []Row {
 		}
 		speeds[k][t.Way] = append(speeds[k][t.Way], t.BitsPerSecond)
 		for p, s := range t.CPU {
-			if t.Bytes > 0 {
+			if t.Bytes > 0 && t.Way == Sallyway {
 				cpu[k][p] = append(cpu[k][p], s/(float64(t.Bytes)/1e9))
 			}
 		}
@@ -98,10 +98,12 @@ func (r *Result) Markdown() string {
 		}
 		b.WriteByte('\n')
 	}
+	r.standingsTable(&b)
 	b.WriteString("\n| idle | RTT p50 ms | RTT p99 ms | connect and first byte p50 ms | p99 ms |\n|---|---|---|---|---|\n")
 	for _, l := range r.Latency {
 		fmt.Fprintf(&b, "| %s | %.2f | %.2f | %.2f | %.2f |\n", l.Way, l.RTT50, l.RTT99, l.Connect50, l.Connect99)
 	}
+	r.loadTables(&b)
 	b.WriteString("\n| process | RSS idle MiB | after load MiB |\n|---|---|---|\n")
 	for _, p := range r.Memory {
 		fmt.Fprintf(&b, "| %s | %.0f | %.0f |\n", p.Process, float64(p.Idle)/(1<<20), float64(p.Loaded)/(1<<20))
@@ -115,6 +117,9 @@ func (r *Result) Markdown() string {
 func (r *Result) processNames() []string {
 	names := make(map[string]bool)
 	for _, t := range r.Throughput {
+		if t.Way != Sallyway {
+			continue
+		}
 		for p := range t.CPU {
 			names[p] = true
 		}
@@ -127,6 +132,7 @@ func (r *Result) Write(dir string, plot bool) ([]string, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
+	r.Standings = r.standings()
 	doc, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return nil, err

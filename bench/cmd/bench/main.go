@@ -16,7 +16,7 @@ import (
 func main() { os.Exit(daemon.Main(command())) }
 
 func command() *cobra.Command {
-	var quick bool
+	var quick, peers bool
 	var runs, mtu int
 	var out string
 	cmd := &cobra.Command{
@@ -32,6 +32,9 @@ func command() *cobra.Command {
 				cfg.Runs = runs
 			}
 			cfg.MTU = mtu
+			if cmd.Flags().Changed("peers") {
+				cfg.Peers = peers
+			}
 			exe, err := os.Executable()
 			if err != nil {
 				return err
@@ -61,8 +64,10 @@ func command() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.BoolVar(&quick, "quick", false, "a few minutes instead of half an hour")
+	f.BoolVar(&peers, "peers", true, "measure other products too, those that are installed (--quick: only when asked for)")
 	f.IntVar(&runs, "runs", 0, "runs of each kind (default: 3 quick, else 7)")
 	f.IntVar(&mtu, "mtu", 0, "MTU of the links between the sites, in bytes (default 1500)")
 	f.StringVar(&out, "out", "", "folder of the results (default: bench/results of the source tree)")
+	cmd.AddCommand(turnCommand())
 	return cmd
 }

@@ -1,0 +1,295 @@
+package bench
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/pion/turn/v5"
+	"github.com/quic-go/quic-go"
+
+	"sallyway/internal/lab"
+)
+
+// The stand-in for TURN as it is commonly built: pion's server, and pion's client beside the private network with a stock
+// QUIC listener on the relayed conn. The client dials the relayed address, and each of its TCP connections is a stream
+// that begins with the port (2 bytes) of the private host. The three ends are sub-commands of bench, so that each is a
+// process on its host; TurnConfig.Dir passes the certificate and the relayed address from one to the other.
+
+// TurnConfig is what an end of the stand-in is told.
+type TurnConfig struct {
+	Server netip.AddrPort // of TURN
+	Client netip.Addr     // who may call the relayed address
+	Target netip.Addr     // the private host
+	Dir    string         // of relayed (an address), ca.crt, and node.crt with node.key
+}
+
+// turnUser guards nothing: the stand-in lives in the lab.
+const turnUser, turnRealm, turnSecret = "bench", "bench", "bench"
+
+const (
+	turnALPN  = "bench-turn"
+	turnName  = "agent"
+	turnBlock = 256 << 10 // bytes that are spliced at once
+)
+
+// startTURN starts the stand-in's three processes.
+func startTURN(ctx context.Context, l *lab.Lab) (way, error) {
+	w := way{addr: loopback, iperf: turnIperfPort, echo: turnEchoPort}
+	exe, err := os.Executable()
+	if err != nil {
+		return w, err
+	}
+	dir, err := peerDir(l.Gateway, "turn")
+	if err != nil {
+		return w, err
+	}
+	ca, err := newAuthority()
+	if err != nil {
+		return w, err
+	}
+	cert, key, err := ca.issue(turnName, true)
+	if err != nil {
+		return w, err
+	}
+	if err := writeAll(dir, map[string]string{"ca.crt": ca.pem, "node.crt": cert, "node.key": key}); err != nil {
+		return w, err
+	}
+	for _, end := range []struct {
+		host *lab.Host
+		name string
+	}{{l.Relay2, "server"}, {l.Gateway, "agent"}, {l.Client, "client"}} {
+		p, err := end.host.Start(lab.Spec{Name: "turn-" + end.name, Grace: 2 * time.Second, Args: []string{
+			exe, "turn", end.name, "--server", netip.AddrPortFrom(l.Addr(l.Relay2), turnHubPort).String(),
+			"--client", l.Addr(l.Client).String(), "--target", lab.WebAddr.String(), "--dir", dir,
+		}})
+		if err != nil {
+			return w, err
+		}
+		w.procs = append(w.procs, p)
+		if err := p.WaitReady(ctx, 0, "^ready"); err != nil {
+			return w, err
+		}
+	}
+	return w, nil
+}
+
+// TurnServer is pion's server. It runs until ctx ends.
+func TurnServer(ctx context.Context, cfg TurnConfig) error {
+	conn, err := net.ListenPacket("udp4", cfg.Server.String())
+	if err != nil {
+		return err
+	}
+	host := cfg.Server.Addr()
+	s, err := turn.NewServer(turn.ServerConfig{
+		Realm: turnRealm,
+		AuthHandler: func(a *turn.RequestAttributes) (string, []byte, bool) {
+			return turnUser, turn.GenerateAuthKey(turnUser, turnRealm, turnSecret), a.Username == turnUser
+		},
+		PacketConnConfigs: []turn.PacketConnConfig{{
+			PacketConn: conn,
+			RelayAddressGenerator: &turn.RelayAddressGeneratorPortRange{
+				RelayAddress: host.AsSlice(), Address: host.String(), MinPort: 60000, MaxPort: 65000,
+			},
+		}},
+	})
+	if err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	fmt.Println("ready")
+	<-ctx.Done()
+	return s.Close()
+}
+
+// allocate asks for a relayed conn. Closing the client ends it.
+func allocate(cfg TurnConfig) (*turn.Client, net.PacketConn, error) {
+	conn, err := net.ListenPacket("udp4", ":0")
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := turn.NewClient(&turn.ClientConfig{
+		STUNServerAddr: cfg.Server.String(), TURNServerAddr: cfg.Server.String(), Conn: conn,
+		Username: turnUser, Password: turnSecret, Realm: turnRealm,
+	})
+	if err != nil {
+		return nil, nil, errors.Join(err, conn.Close())
+	}
+	if err := c.Listen(); err != nil {
+		c.Close()
+		return nil, nil, err
+	}
+	relayed, err := c.Allocate()
+	if err != nil {
+		c.Close()
+	}
+	return c, relayed, err
+}
+
+// TurnAgent takes streams on a relayed conn and connects each to the private host.
+func TurnAgent(ctx context.Context, cfg TurnConfig) error {
+	c, relayed, err := allocate(cfg)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := c.CreatePermission(net.UDPAddrFromAddrPort(netip.AddrPortFrom(cfg.Client, 0))); err != nil {
+		return err
+	}
+	cert, err := tls.LoadX509KeyPair(filepath.Join(cfg.Dir, "node.crt"), filepath.Join(cfg.Dir, "node.key"))
+	if err != nil {
+		return err
+	}
+	tr := &quic.Transport{Conn: relayed}
+	defer tr.Close()
+	ln, err := tr.Listen(&tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{turnALPN}, MinVersion: tls.VersionTLS13}, turnQUIC())
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(cfg.Dir, "relayed"), []byte(relayed.LocalAddr().String()), 0o600); err != nil {
+		return err
+	}
+	fmt.Println("ready")
+	for {
+		session, err := ln.Accept(ctx)
+		if err != nil {
+			return ignoreEnd(ctx, err)
+		}
+		go func() {
+			for {
+				s, err := session.AcceptStream(ctx)
+				if err != nil {
+					return
+				}
+				go serveStream(ctx, cfg.Target, s)
+			}
+		}()
+	}
+}
+
+func serveStream(ctx context.Context, target netip.Addr, s *quic.Stream) {
+	var port [2]byte
+	if _, err := io.ReadFull(s, port[:]); err != nil {
+		resetStream(s)
+		return
+	}
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", netip.AddrPortFrom(target, binary.BigEndian.Uint16(port[:])).String())
+	if err != nil {
+		resetStream(s)
+		return
+	}
+	splice(c.(*net.TCPConn), s)
+}
+
+// TurnClient listens on loopback and carries each connection to the agent.
+func TurnClient(ctx context.Context, cfg TurnConfig) error {
+	relayed, err := os.ReadFile(filepath.Join(cfg.Dir, "relayed"))
+	if err != nil {
+		return err
+	}
+	root, err := os.ReadFile(filepath.Join(cfg.Dir, "ca.crt"))
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(root)
+	session, err := quic.DialAddr(ctx, string(relayed), &tls.Config{RootCAs: roots, ServerName: turnName, NextProtos: []string{turnALPN}, MinVersion: tls.VersionTLS13}, turnQUIC())
+	if err != nil {
+		return err
+	}
+	var listeners []net.Listener
+	for local, port := range map[uint16]uint16{turnIperfPort: iperfPort, turnEchoPort: echoPort} {
+		ln, err := net.Listen("tcp", netip.AddrPortFrom(loopback, local).String())
+		if err != nil {
+			return err
+		}
+		listeners = append(listeners, ln)
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					s, err := session.OpenStreamSync(ctx)
+					if err == nil {
+						_, err = s.Write(binary.BigEndian.AppendUint16(nil, port))
+					}
+					if err != nil {
+						c.Close()
+						return
+					}
+					splice(c.(*net.TCPConn), s)
+				}()
+			}
+		}()
+	}
+	fmt.Println("ready")
+	select {
+	case <-ctx.Done():
+	case <-session.Context().Done():
+		err = context.Cause(session.Context())
+	}
+	for _, ln := range listeners {
+		ln.Close()
+	}
+	return errors.Join(err, session.CloseWithError(0, ""))
+}
+
+func turnQUIC() *quic.Config {
+	return &quic.Config{
+		KeepAlivePeriod: 5 * time.Second, MaxIncomingStreams: 4096,
+		InitialStreamReceiveWindow: 4 << 20, MaxStreamReceiveWindow: 16 << 20,
+		InitialConnectionReceiveWindow: 8 << 20, MaxConnectionReceiveWindow: 64 << 20,
+	}
+}
+
+func resetStream(s *quic.Stream) {
+	s.CancelRead(0)
+	s.CancelWrite(0)
+}
+
+// splice carries both ways until both have ended, and passes half-closes on.
+func splice(c *net.TCPConn, s *quic.Stream) {
+	defer c.Close()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		_, err := io.CopyBuffer(struct{ io.Writer }{c}, s, make([]byte, turnBlock))
+		if err == nil {
+			err = c.CloseWrite()
+		}
+		if err != nil {
+			resetStream(s)
+			c.Close()
+		}
+	})
+	wg.Go(func() {
+		_, err := io.CopyBuffer(s, struct{ io.Reader }{c}, make([]byte, turnBlock))
+		if err == nil {
+			err = s.Close()
+		}
+		if err != nil {
+			resetStream(s)
+			c.Close()
+		}
+	})
+	wg.Wait()
+}
+
+// ignoreEnd drops the error of something that ended because it was asked to.
+func ignoreEnd(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}

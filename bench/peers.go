@@ -1,0 +1,204 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"sallyway/internal/lab"
+)
+
+// Names of the peers: products and constructions that do the same job.
+const (
+	OpenSSH     = "OpenSSH through a hub"
+	WireGuardGo = "wireguard-go through a hub"
+	Nebula      = "Nebula through a relay"
+	OpenVPN     = "OpenVPN through a server"
+	PionTURN    = "TURN as commonly built (pion, quic-go)"
+)
+
+// Ports of the peers' hubs, all on the second relay's host: the router lets through TCP 2222, and UDP from 49152 on.
+const (
+	sshHubPort       = 2222
+	wireguardHubPort = 50820
+	nebulaHubPort    = 50242
+	openvpnHubPort   = 50194
+	turnHubPort      = 50478
+)
+
+// Ports on the client's loopback that lead to the private host's: those of the peers that forward ports.
+const (
+	sshIperfPort  = 15201
+	sshEchoPort   = 17000
+	turnIperfPort = 25201
+	turnEchoPort  = 27000
+)
+
+// peerWait bounds how long a peer has until the private host is reached through it.
+const peerWait = 20 * time.Second
+
+// peer is one of the compared products.
+type peer struct {
+	name  string
+	needs []string // programs
+	start func(context.Context, *lab.Lab) (way, error)
+}
+
+// Missing is a peer that did not take part.
+type Missing struct {
+	Peer string `json:"peer"`
+	Why  string `json:"why"`
+}
+
+var loopback = netip.MustParseAddr("127.0.0.1")
+
+// peers are all peers. Each reaches the private host in its own way, so that all may be up at once: those that route have
+// an address of the private host for themselves.
+func peers() []peer {
+	return []peer{
+		{OpenSSH, []string{"ssh", "sshd", "ssh-keygen"}, startSSH},
+		{WireGuardGo, []string{"wg"}, startWireGuard},
+		{Nebula, []string{"nebula", "nebula-cert"}, startNebula},
+		{OpenVPN, []string{"openvpn"}, startOpenVPN},
+		{PionTURN, nil, startTURN},
+	}
+}
+
+// peerPackages are the Debian packages of the peers' programs.
+var peerPackages = map[string]string{"wg": "wireguard-tools", "nebula-cert": "nebula"}
+
+// startPeers starts the peers whose programs are there and adds their ways. A peer that is missing or does not work is
+// named in the result.
+func (r *runner) startPeers(ctx context.Context, l *lab.Lab) error {
+	if !r.cfg.Peers {
+		return nil
+	}
+	for _, p := range peers() {
+		fmt.Fprintf(r.out, "peer: %s\n", p.name)
+		w, err := r.startPeer(ctx, l, p)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			for _, pr := range w.procs {
+				pr.Kill()
+			}
+			fmt.Fprintf(r.out, "peer: %s takes no part: %v\n", p.name, err)
+			r.res.Missing = append(r.res.Missing, Missing{p.name, err.Error()})
+			continue
+		}
+		r.ways = append(r.ways, w)
+	}
+	return nil
+}
+
+func (r *runner) startPeer(ctx context.Context, l *lab.Lab, p peer) (way, error) {
+	for _, program := range p.needs {
+		_, err := lab.Program(program)
+		var missing *lab.MissingError
+		if errors.As(err, &missing) {
+			if pkg := peerPackages[program]; pkg != "" {
+				missing.Package = pkg
+			}
+		}
+		if err != nil {
+			return way{}, err
+		}
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, peerWait, errors.New("the private host is not reached in time"))
+	defer cancel()
+	w, err := p.start(ctx, l)
+	w.name = p.name
+	if err != nil {
+		return w, err
+	}
+	err = lab.Until(ctx, 100*time.Millisecond, func() error {
+		_, err := r.firstByte(ctx, w)
+		return err
+	})
+	if err != nil {
+		for _, pr := range w.procs {
+			err = fmt.Errorf("%w\n%s:\n%s", err, pr.Name, pr.Log.Tail(5))
+		}
+	}
+	return w, err
+}
+
+// stopPeers ends the peers' processes, the newest first. The lab would too, at its end.
+func (r *runner) stopPeers() {
+	for _, w := range slices.Backward(r.ways) {
+		if w.name == Sallyway {
+			continue
+		}
+		for _, p := range slices.Backward(w.procs) {
+			if err := p.Stop(); err != nil {
+				p.Kill()
+			}
+		}
+	}
+}
+
+// startAll starts processes in turn and returns those that run, also with an error.
+func startAll(specs ...hostSpec) ([]*lab.Proc, error) {
+	var procs []*lab.Proc
+	for _, s := range specs {
+		p, err := s.host.Start(s.Spec)
+		if err != nil {
+			return procs, err
+		}
+		procs = append(procs, p)
+	}
+	return procs, nil
+}
+
+type hostSpec struct {
+	host *lab.Host
+	lab.Spec
+}
+
+// forwarding lets a host route, as hubs do.
+func forwarding(h *lab.Host) error {
+	return h.Do(func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0) })
+}
+
+// raise gives a link of a host an address and an MTU, brings it up, and routes prefixes over it.
+func raise(h *lab.Host, dev, addr string, mtu int, routes ...string) error {
+	return h.Do(func() error {
+		link, err := netlink.LinkByName(dev)
+		if err != nil {
+			return err
+		}
+		a, err := netlink.ParseAddr(addr)
+		if err != nil {
+			return err
+		}
+		err = errors.Join(netlink.LinkSetMTU(link, mtu), netlink.AddrReplace(link, a), netlink.LinkSetUp(link))
+		for _, prefix := range routes {
+			dst := netip.MustParsePrefix(prefix)
+			err = errors.Join(err, netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(dst)}))
+		}
+		return err
+	})
+}
+
+// peerDir makes the folder of a peer on a host.
+func peerDir(h *lab.Host, name string) (string, error) {
+	dir := h.Path(name)
+	return dir, os.MkdirAll(dir, 0o700)
+}
+
+// writeAll writes files into a folder, readable by their owner alone.
+func writeAll(dir string, files map[string]string) error {
+	var errs error
+	for name, text := range files {
+		errs = errors.Join(errs, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
+	}
+	return errs
+}
