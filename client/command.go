@@ -19,6 +19,7 @@ import (
 	"sallyway/internal/control/agent"
 	"sallyway/internal/daemon"
 	"sallyway/internal/legs"
+	"sallyway/tunnel"
 )
 
 // spec describes `sallyway connect` to the daemons' shell.
@@ -143,6 +144,9 @@ func (o *options) run(cmd *cobra.Command) error {
 	ls, err := o.listen(c)
 	if err != nil {
 		return err
+	}
+	if host.dev == nil && len(ls) == 0 && o.stdio == "" {
+		sh.Log.Warn("nothing on this host uses the connection: add --socks, --http or --forward, or run as root for a TUN device")
 	}
 	sh.OnStatus = func(context.Context) (any, error) { return c.status(host, ls), nil }
 	sh.OnDoctor = func(context.Context) []daemon.Check { return c.checks(host) }
@@ -289,7 +293,11 @@ func (c *Client) checks(h *Host) []daemon.Check {
 	out := append(agent.Checks(c.agent), LegChecks(c.legs)...)
 	for _, g := range c.sessions.Status() {
 		row := daemon.Check{Check: "gateway " + g.Name, Result: daemon.Pass, Detail: "session over " + g.Path}
-		if !g.Up {
+		switch {
+		case g.Up && g.State == tunnel.Dead:
+			row.Result, row.Detail = daemon.Fail, "the path over "+g.Path+" is dead: the session waits for another"
+			row.Remedy = "see the rows about relays"
+		case !g.Up:
 			row.Result, row.Detail, row.Remedy = daemon.Fail, g.Error, "where you are admin, see `sallyway status`: is the gateway healthy, and on the same relay?"
 		}
 		out = append(out, row)
@@ -306,6 +314,9 @@ func LegChecks(k *legs.Keeper) []daemon.Check {
 		case !r.Up:
 			row.Result, row.Detail = daemon.Fail, r.Error
 			row.Remedy = fmt.Sprintf("let UDP and TCP port 5349 out to %s, and see that relayd runs there", r.Host)
+			if r.Refused {
+				row.Remedy = "the relay refuses this node: is it disabled, revoked or deleted? ask an administrator of the organization"
+			}
 		case r.Transport != "udp":
 			row.Result, row.Remedy = daemon.Warn, fmt.Sprintf("UDP is blocked on the way: let UDP port 5349 out to %s; until then it is slower", r.Host)
 		}
@@ -367,6 +378,8 @@ func RenderLegs(w io.Writer, rs []legs.Status) {
 func RenderGateways(w io.Writer, gs []GatewayStatus) {
 	for _, g := range gs {
 		switch {
+		case g.Up && g.State == tunnel.Dead:
+			fmt.Fprintf(w, "gateway    %s: the path over %s is dead, the session waits for another\n", g.Name, g.Path)
 		case g.Up:
 			fmt.Fprintf(w, "gateway    %s over %s (standby %s), RTT %v, %d moves, %d bytes sent, %d received\n", g.Name, g.Path, orNone(g.Standby), g.RTT.Round(10*time.Microsecond), g.Moves, g.Sent, g.Received)
 		case g.Error != "":

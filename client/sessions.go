@@ -233,9 +233,11 @@ type GatewayStatus struct {
 	Up      bool          `json:"up"`
 	Since   time.Time     `json:"since,omitzero"`
 	Path    string        `json:"path,omitempty"`
-	Standby string        `json:"standby,omitempty"`
-	RTT     time.Duration `json:"rtt_ns,omitempty"`
-	Moves   uint64        `json:"moves"`
+	// State is the path's by its probes: unknown, alive, suspect or dead.
+	State   tunnel.Liveness `json:"state,omitempty"`
+	Standby string          `json:"standby,omitempty"`
+	RTT     time.Duration   `json:"rtt_ns,omitempty"`
+	Moves   uint64          `json:"moves"`
 	// LastMove says why the path last moved.
 	LastMove string `json:"last_move,omitempty"`
 	Sent     uint64 `json:"sent_bytes"`
@@ -337,7 +339,8 @@ func (g *gatewayLink) run(ctx context.Context) {
 		if err != nil {
 			g.failed++
 			g.set(nil, err)
-			if msg := err.Error(); msg != logged && ctx.Err() == nil {
+			// The first tries of a start come before the legs are up, or before the gateway is.
+			if msg := err.Error(); msg != logged && g.failed > 2 && ctx.Err() == nil {
 				logged = msg
 				g.log.Warn("gateway not reached", "err", err)
 			}
@@ -553,7 +556,7 @@ func (g *gatewayLink) status() GatewayStatus {
 		return st
 	}
 	p, stats := t.Path(), t.Stats()
-	st.Since, st.Path, st.Standby, st.RTT = stats.Since, p.Active.Info.Name, p.Standby.Info.Name, stats.RTT
+	st.Since, st.Path, st.Standby, st.RTT, st.State = stats.Since, p.Active.Info.Name, p.Standby.Info.Name, stats.RTT, p.Active.State
 	st.Moves, st.LastMove, st.Sent, st.Received = p.Moves, p.LastReason, stats.Sent, stats.Received
 	return st
 }

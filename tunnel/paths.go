@@ -235,7 +235,7 @@ func (s *Session) movedLocked(reason string) {
 	if err := s.ctrl.send(Notice{Type: noticePath, Reason: reason}); err != nil {
 		s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)
 	}
-	s.cfg.Logger.Info("session moved", "gateway", s.cfg.Gateway, "path", to.info.Name, "reason", reason)
+	s.cfg.Logger.Debug("session moved", "gateway", s.cfg.Gateway, "path", to.info.Name, "reason", reason)
 	s.stepSoon()
 }
 

@@ -168,7 +168,7 @@ func (s *Server) serve(ctx context.Context, conn *quic.Conn) {
 		_ = conn.CloseWithError(quic.ApplicationErrorCode(e.Code), e.Reason)
 		return
 	}
-	s.cfg.Logger.Info("session began", "peer", p.peer.Node, "key", p.peer.Key, "session", p.peer.Session, "path", p.info().Path.Name)
+	s.cfg.Logger.Debug("session began", "peer", p.peer.Node, "key", p.peer.Key, "session", p.peer.Session, "path", p.info().Path.Name)
 	if s.cfg.OnSession != nil {
 		s.cfg.OnSession(p.info(), nil)
 	}

@@ -171,6 +171,7 @@ type Config struct {
 // Relay is a relay's share of the configuration.
 type Relay struct {
 	Host     string          `json:"host"`
+	Port     uint16          `json:"port"` // that nodes are told to dial
 	Keys     []RelayKey      `json:"keys"` // newest first; at most two are live
 	Orgs     []RelayOrg      `json:"orgs"`
 	Denied   []identity.Node `json:"denied,omitempty"`

@@ -104,6 +104,8 @@ type Status struct {
 	Stats     *leg.Stats     `json:"stats,omitempty"`
 	Tries     int            `json:"tries,omitempty"`
 	Error     string         `json:"error,omitempty"`
+	// Refused says that the relay was reached and does not take this node: 401 or 403.
+	Refused bool `json:"refused,omitempty"`
 }
 
 // ParseTransports reads a choice of transports: auto, udp or tls. Auto is nil: UDP, then TLS.
@@ -280,6 +282,9 @@ func (r *relay) status() Status {
 	s := Status{Relay: r.ref.Node, Name: r.ref.Name, Host: r.ref.Host, Up: r.current != nil, Since: r.since, Tries: r.tries}
 	if r.lastErr != nil {
 		s.Error = r.lastErr.Error()
+		if e, ok := errors.AsType[*leg.Error](r.lastErr); ok {
+			s.Refused = e.Code == leg.CodeUnauthorized || e.Code == leg.CodeForbidden
+		}
 	}
 	if l := r.current; l != nil {
 		st := l.Stats()

@@ -89,7 +89,7 @@ func (v *View) Plan(id string) *Plan {
 }
 
 func (v *View) relayConfig(n *store.Node) *control.Relay {
-	c := &control.Relay{Host: n.Host, Keys: v.relayKeys[n.ID], Denied: v.denied, Draining: n.Draining}
+	c := &control.Relay{Host: n.Host, Port: n.Port, Keys: v.relayKeys[n.ID], Denied: v.denied, Draining: n.Draining}
 	if v.Org.Name == identity.SharedOrg {
 		c.Orgs = v.orgs
 	} else {

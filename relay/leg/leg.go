@@ -293,7 +293,7 @@ func (l *Leg) begin(ctx context.Context, car carrier) error {
 		<-l.ctx.Done()
 		car.close()
 	})
-	l.log.Info("leg is up", "local", l.LocalAddr(), "reflexive", l.ReflexiveAddr(), "relayed", l.RelayedAddr(), "rtt", l.Stats().RTT)
+	l.log.Debug("leg is up", "local", l.LocalAddr(), "reflexive", l.ReflexiveAddr(), "relayed", l.RelayedAddr(), "rtt", l.Stats().RTT)
 	return nil
 }
 

@@ -310,6 +310,8 @@ func (d *relayDaemon) heartbeat() control.Heartbeat {
 	s := srv.Snapshot()
 	if s.Draining {
 		hb.State = "draining"
+	} else if problem := d.portProblem(); problem != "" {
+		hb.State, hb.Problems = "degraded", []string{problem}
 	}
 	now := time.Now()
 	hb.Load = map[string]float64{"allocations": float64(s.Allocations)}
@@ -318,6 +320,16 @@ func (d *relayDaemon) heartbeat() control.Heartbeat {
 	}
 	d.lastBytes, d.lastBeat = s.Bytes, now
 	return hb
+}
+
+// portProblem says that nodes are told to dial another port than the relay listens on, or "".
+func (d *relayDaemon) portProblem() string {
+	srv, c := d.srv.Load(), d.agent.Config()
+	if srv == nil || c == nil || c.Relay == nil || c.Relay.Port == 0 || c.Relay.Port == srv.Addr().Port() {
+		return ""
+	}
+	return fmt.Sprintf("listens on port %d, and nodes are told to dial %d: sallyway relay update %s --port %d",
+		srv.Addr().Port(), c.Relay.Port, d.agent.Name(), srv.Addr().Port())
 }
 
 // Status is what `relayd status` shows.
@@ -342,6 +354,9 @@ func (d *relayDaemon) checks() []daemon.Check {
 	row := daemon.Check{Check: "relay", Result: daemon.Fail, Detail: "not serving yet", Remedy: "see the log: the relay waits for its platform"}
 	if st.Relay != nil {
 		row = daemon.Check{Check: "relay", Result: daemon.Pass, Detail: fmt.Sprintf("serving on %v, %d allocations", st.Listen, st.Relay.Allocations)}
+		if problem := d.portProblem(); problem != "" {
+			row.Result, row.Detail, row.Remedy = daemon.Warn, problem, "make both the same; where a firewall maps one port to the other, all is well"
+		}
 		if st.Relay.BufferErrors > 0 {
 			out = append(out, daemon.Check{
 				Check: "UDP buffers", Result: daemon.Warn, Detail: fmt.Sprintf("%d datagrams dropped for want of receive buffer", st.Relay.BufferErrors),
