@@ -8,7 +8,7 @@ packages=(iperf3 iproute2 iputils-ping nftables curl procps ca-certificates)
 tools=(iperf3 ip ping nft curl)
 if [ "${1:-}" != demo ]; then
 	packages+=(
-		dnsutils openssl                                                   # tools
+		dnsutils openssl systemd                                          # tools
 		postgresql postgresql-client openssh-server openssh-client coturn # real servers and clients
 		gcc libc6-dev                                                      # the race detector
 	)

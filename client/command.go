@@ -29,6 +29,8 @@ var spec = daemon.Spec{
 	RenderStatus: renderStatus,
 }
 
+var program = agent.Program{Create: "sallyway client create NAME", Start: "sallyway connect"}
+
 // options are the flags of `sallyway connect`.
 type options struct {
 	daemon.Options
@@ -107,17 +109,9 @@ func (o *options) run(cmd *cobra.Command) error {
 	if err != nil {
 		return daemon.Usagef("--transport: %w", err)
 	}
-	log, err := daemon.NewLogger(cmd.ErrOrStderr(), o.LogLevel, o.LogFormat)
+	token, err := program.Token(cmd, &o.Options)
 	if err != nil {
 		return err
-	}
-	token, err := o.Token.Read(cmd, log)
-	if err != nil {
-		return err
-	}
-	// A fresh host is told what is missing before anything on it is touched.
-	if token.Reveal() == "" && !agent.Enrolled(o.State) {
-		return enrolError(agent.ErrNotEnrolled, "client", "sallyway connect")
 	}
 	sh, err := daemon.Open(spec, &o.Options, cmd.ErrOrStderr())
 	if err != nil {
@@ -125,10 +119,10 @@ func (o *options) run(cmd *cobra.Command) error {
 	}
 	defer sh.Close()
 	c, err := open(cmd.Context(), Config{
-		StateDir: sh.State.Dir(), Token: token.Reveal(), Logger: sh.Log, Standby: standby(o.standby), Transports: transports,
+		StateDir: sh.State.Dir(), Token: token, Logger: sh.Log, Standby: standby(o.standby), Transports: transports,
 	})
 	if err != nil {
-		return enrolError(err, "client", "sallyway connect")
+		return program.Error(err)
 	}
 	hc.OnNetwork = c.legs.Kick
 	hc.StateDir, hc.Platform, hc.Logger = sh.State.Dir(), c.agent.PlatformURL(), sh.Log
@@ -190,18 +184,6 @@ func standby(n int) int {
 		return -1
 	}
 	return n
-}
-
-// enrolError says what to do about a node that can not start, with the exit code for it.
-func enrolError(err error, kind, command string) error {
-	var refused *agent.EnrolmentRefusedError
-	switch {
-	case errors.Is(err, agent.ErrNotEnrolled):
-		return daemon.Usagef("this host is not enrolled and no token was given.\nWhere you are admin, run: sallyway %s create NAME   and then here: %s --token-file FILE\nTo try everything on one machine first: make demo, in Sallyway's source folder", kind, command)
-	case errors.As(err, &refused):
-		return daemon.Refusedf("%w", err)
-	}
-	return daemon.Failf("%w", err)
 }
 
 func (o *options) host() (HostConfig, error) {

@@ -23,6 +23,8 @@ var spec = daemon.Spec{
 	HostDNS: true, RenderStatus: renderStatus,
 }
 
+var program = agent.Program{Create: "sallyway gateway create NAME", Start: "sudo gatewayd up"}
+
 // options are the flags of `gatewayd up`.
 type options struct {
 	daemon.Options
@@ -75,42 +77,22 @@ everything but this host itself, its links and metadata services.`,
 }
 
 func (o *options) run(cmd *cobra.Command) error {
-	log, err := daemon.NewLogger(cmd.ErrOrStderr(), o.LogLevel, o.LogFormat)
+	token, err := program.Token(cmd, &o.Options)
 	if err != nil {
 		return err
-	}
-	token, err := o.Token.Read(cmd, log)
-	if err != nil {
-		return err
-	}
-	// A fresh host is told what is missing before anything on it is touched.
-	if token.Reveal() == "" && !agent.Enrolled(o.State) {
-		return enrolError(agent.ErrNotEnrolled)
 	}
 	sh, err := daemon.Open(spec, &o.Options, cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}
 	defer sh.Close()
-	d, err := newGateway(cmd.Context(), o, sh, token.Reveal())
+	d, err := newGateway(cmd.Context(), o, sh, token)
 	if err != nil {
 		return err
 	}
 	sh.OnStatus = func(context.Context) (any, error) { return d.status(), nil }
 	sh.OnDoctor = func(context.Context) []daemon.Check { return d.checks() }
 	return sh.Run(cmd.Context(), d.run)
-}
-
-// enrolError says what to do about a host that can not start, with the exit code for it.
-func enrolError(err error) error {
-	var refused *agent.EnrolmentRefusedError
-	switch {
-	case errors.Is(err, agent.ErrNotEnrolled):
-		return daemon.Usagef("this host is not enrolled as a gateway and no token was given.\nWhere you are admin, run: sallyway gateway create NAME   and then here: sudo gatewayd up --token-file FILE\nTo try everything on one machine first: make demo, in Sallyway's source folder")
-	case errors.As(err, &refused):
-		return daemon.Refusedf("%w", err)
-	}
-	return daemon.Failf("%w", err)
 }
 
 func (o *options) host() (client.HostConfig, error) {

@@ -98,7 +98,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		StateDir: sh.State.Dir(), Kind: identity.Gateway, Token: token, Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
 	})
 	if err != nil {
-		return nil, enrolError(err)
+		return nil, program.Error(err)
 	}
 	d.legs = legs.New(legs.Config{
 		Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: transports, Keepalive: servingKeepalive,

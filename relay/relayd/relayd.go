@@ -37,6 +37,8 @@ var spec = daemon.Spec{
 	StopTimeout: DefaultDrain + 15*time.Second, RenderStatus: renderStatus,
 }
 
+var program = agent.Program{Create: "sallyway relay create NAME --host ADDRESS", Start: "relayd start"}
+
 // options are the flags of `relayd start`.
 type options struct {
 	daemon.Options
@@ -94,17 +96,9 @@ type relayDaemon struct {
 }
 
 func (o *options) run(cmd *cobra.Command) error {
-	log, err := daemon.NewLogger(cmd.ErrOrStderr(), o.LogLevel, o.LogFormat)
+	token, err := program.Token(cmd, &o.Options)
 	if err != nil {
 		return err
-	}
-	token, err := o.Token.Read(cmd, log)
-	if err != nil {
-		return err
-	}
-	// A fresh host is told what is missing before anything on it is touched.
-	if token.Reveal() == "" && !agent.Enrolled(o.State) {
-		return enrolError(agent.ErrNotEnrolled)
 	}
 	sh, err := daemon.Open(spec, &o.Options, cmd.ErrOrStderr())
 	if err != nil {
@@ -113,10 +107,10 @@ func (o *options) run(cmd *cobra.Command) error {
 	defer sh.Close()
 	d := &relayDaemon{opts: o, sh: sh}
 	d.agent, err = agent.Open(cmd.Context(), agent.Config{
-		StateDir: sh.State.Dir(), Kind: identity.Relay, Token: token.Reveal(), Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
+		StateDir: sh.State.Dir(), Kind: identity.Relay, Token: token, Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
 	})
 	if err != nil {
-		return enrolError(err)
+		return program.Error(err)
 	}
 	ctx, stop := context.WithCancel(cmd.Context())
 	defer stop()
@@ -125,17 +119,6 @@ func (o *options) run(cmd *cobra.Command) error {
 	sh.OnDoctor = func(context.Context) []daemon.Check { return d.checks() }
 	sh.OnDrain = func(context.Context) error { d.stop(); return nil }
 	return sh.Run(ctx, d.serve)
-}
-
-func enrolError(err error) error {
-	var refused *agent.EnrolmentRefusedError
-	switch {
-	case errors.Is(err, agent.ErrNotEnrolled):
-		return daemon.Usagef("this host is not enrolled as a relay and no token was given.\nWhere you are admin, run: sallyway relay create NAME --host ADDRESS   and then here: relayd start --token-file FILE\nTo try everything on one machine first: make demo, in Sallyway's source folder")
-	case errors.As(err, &refused):
-		return daemon.Refusedf("%w", err)
-	}
-	return daemon.Failf("%w", err)
 }
 
 // serve runs until ctx ends, then drains. The agent outlives the drain, so that the platform sees it.
