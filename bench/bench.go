@@ -97,6 +97,7 @@ type Result struct {
 	Loaded     []Loaded     `json:"latency_under_load"`
 	Setup      []Setup      `json:"setup"`
 	Missing    []Missing    `json:"missing_peers,omitempty"`
+	Relay      []Forwarded  `json:"relay,omitempty"`
 	Standings  []Standing   `json:"standings,omitempty"` // medians and ratios, of Throughput
 }
 
@@ -115,6 +116,8 @@ type runner struct {
 	site *lab.Site
 	ways []way
 	res  *Result
+
+	server *lab.Proc // iperf3's
 }
 
 // Run measures. It tells progress on out.
@@ -150,7 +153,7 @@ func (r *runner) prepare(ctx context.Context, l *lab.Lab) error {
 	if _, err := l.Private.Echo(fmt.Sprintf(":%d", echoPort)); err != nil {
 		return err
 	}
-	if _, err := l.Private.Iperf3Server(ctx, iperfPort); err != nil {
+	if r.server, err = l.Private.Iperf3Server(ctx, iperfPort); err != nil {
 		return err
 	}
 	web := lab.Resource{Name: "web", Gateway: lab.Office, Address: lab.WebAddr.String(), TCP: fmt.Sprintf("%d,%d", iperfPort, echoPort)}
@@ -274,7 +277,7 @@ func (r *runner) once(ctx context.Context, l *lab.Lab, w way, flows int, down bo
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.Time+30*time.Second)
 	defer cancel()
-	res, err := l.Client.Iperf3(ctx, lab.IperfRun{Addr: w.addr.String(), Port: w.iperf, Time: r.cfg.Time, Flows: flows, Down: down})
+	res, err := r.iperf(ctx, l, lab.IperfRun{Addr: w.addr.String(), Port: w.iperf, Time: r.cfg.Time, Flows: flows, Down: down})
 	if err != nil {
 		return Throughput{}, err
 	}
@@ -291,6 +294,16 @@ func (r *runner) once(ctx context.Context, l *lab.Lab, w way, flows int, down bo
 		t.CPU[name] = (d - before[name]).Seconds()
 	}
 	return t, nil
+}
+
+// iperf runs iperf3, and waits until its server listens again: it closes its port between two tests.
+func (r *runner) iperf(ctx context.Context, l *lab.Lab, run lab.IperfRun) (lab.IperfResult, error) {
+	mark := r.server.Log.Mark()
+	res, err := l.Client.Iperf3(ctx, run)
+	if err == nil {
+		_, err = r.server.Log.Wait(ctx, mark, "Server listening")
+	}
+	return res, err
 }
 
 // cpu is what each of a way's processes has used so far, with the children that it has now.

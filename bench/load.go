@@ -41,6 +41,7 @@ const (
 	manyWait   = 60 * time.Second
 	coldRuns   = 3
 	coldWait   = 30 * time.Second
+	coldPace   = 20 * time.Millisecond // of the attempts
 )
 
 // pulsePace is the pause between two small exchanges.
@@ -68,7 +69,7 @@ func (r *runner) loadedOnce(ctx context.Context, l *lab.Lab, w way, down bool) (
 	defer cancel()
 	load := make(chan error, 1)
 	go func() {
-		_, err := l.Client.Iperf3(ctx, lab.IperfRun{Addr: w.addr.String(), Port: w.iperf, Time: r.cfg.Time + time.Second, Down: down})
+		_, err := r.iperf(ctx, l, lab.IperfRun{Addr: w.addr.String(), Port: w.iperf, Time: r.cfg.Time + time.Second, Down: down})
 		load <- err
 	}()
 	p, err := l.Client.StartPulse(ctx, netip.AddrPortFrom(w.addr, w.echo), pulsePace)
@@ -182,16 +183,33 @@ func (r *runner) cold(ctx context.Context, w way) (time.Duration, error) {
 	if err := r.site.Laptop.Start(); err != nil {
 		return 0, err
 	}
-	err := lab.Until(ctx, time.Millisecond, func() error {
-		short, cancel := context.WithTimeout(ctx, time.Second)
-		defer cancel()
-		c, err := r.exchange(short, w)
-		if err == nil {
+	// A dial that came too early would wait for TCP's own repeat, so that a new one is made at a fixed pace.
+	done := make(chan time.Duration)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	t := time.NewTicker(coldPace)
+	defer t.Stop()
+	for {
+		wg.Go(func() {
+			c, err := r.exchange(ctx, w)
+			if err != nil {
+				return
+			}
 			c.Close()
+			select {
+			case done <- time.Since(start):
+			case <-ctx.Done():
+			}
+		})
+		select {
+		case d := <-done:
+			return d, nil
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		case <-t.C:
 		}
-		return err
-	})
-	return time.Since(start), err
+	}
 }
 
 // excuse takes a peer that fails out of the run and names it in the result. The two ways that are always compared are

@@ -19,6 +19,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"sallyway/internal/lab"
+	"sallyway/relay/udpio"
 )
 
 // The stand-in for TURN as it is commonly built: pion's server, and pion's client beside the private network with a stock
@@ -90,6 +91,10 @@ func TurnServer(ctx context.Context, cfg TurnConfig) error {
 	if err != nil {
 		return err
 	}
+	// Large buffers, as an operator would give it. Each read and write stays one datagram.
+	if _, _, err := udpio.New(conn.(*net.UDPConn), udpio.Config{NoOffload: true}); err != nil {
+		return errors.Join(err, conn.Close())
+	}
 	host := cfg.Server.Addr()
 	s, err := turn.NewServer(turn.ServerConfig{
 		Realm: turnRealm,
@@ -99,14 +104,14 @@ func TurnServer(ctx context.Context, cfg TurnConfig) error {
 		PacketConnConfigs: []turn.PacketConnConfig{{
 			PacketConn: conn,
 			RelayAddressGenerator: &turn.RelayAddressGeneratorPortRange{
-				RelayAddress: host.AsSlice(), Address: host.String(), MinPort: 60000, MaxPort: 65000,
+				RelayAddress: host.AsSlice(), Address: host.String(), MinPort: 50000, MaxPort: 65000, MaxRetries: 100,
 			},
 		}},
 	})
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}
-	fmt.Println("ready")
+	fmt.Println("ready", conn.LocalAddr())
 	<-ctx.Done()
 	return s.Close()
 }

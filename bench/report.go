@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -83,7 +84,11 @@ func median(v []float64) float64 {
 // Markdown is the result as tables.
 func (r *Result) Markdown() string {
 	var b strings.Builder
-	m := r.Machine
+	if len(r.Relay) > 0 {
+		r.relayTable(&b)
+		r.footer(&b)
+		return b.String()
+	}
 	fmt.Fprintf(&b, "Throughput through TUN → netstack → QUIC → relay → gateway, next to raw TCP over the same veths; medians.\n\n")
 	fmt.Fprintf(&b, "| flows | direction | raw TCP Mbit/s | Sallyway Mbit/s | of raw | CPU s/GB |")
 	procs := r.processNames()
@@ -108,10 +113,19 @@ func (r *Result) Markdown() string {
 	for _, p := range r.Memory {
 		fmt.Fprintf(&b, "| %s | %.0f | %.0f |\n", p.Process, float64(p.Idle)/(1<<20), float64(p.Loaded)/(1<<20))
 	}
-	fmt.Fprintf(&b, "\n%s, %d cores shared by all hosts, %.0f GiB, Linux %s, %s, MTU %d, %s, %s, commit %s, load before %s.\nCommand: `%s`, %s, %.0f s.\n",
-		m.CPU, m.Cores, m.MemoryGiB, m.Kernel, m.Congestion, r.MTU, m.Iperf3, m.Go, cmp.Or(m.Commit, "unknown"), m.Load,
-		strings.Join(r.Command, " "), r.Started.Format("2006-01-02 15:04 MST"), r.Took)
+	r.footer(&b)
 	return b.String()
+}
+
+// footer says where and how it was measured.
+func (r *Result) footer(b io.Writer) {
+	m, mtu := r.Machine, ""
+	if r.MTU > 0 {
+		mtu = fmt.Sprintf("MTU %d, ", r.MTU)
+	}
+	fmt.Fprintf(b, "\n%s, %d cores shared by all hosts, %.0f GiB, Linux %s, %s, %s%s, %s, commit %s, load before %s.\nCommand: `%s`, %s, %.0f s.\n",
+		m.CPU, m.Cores, m.MemoryGiB, m.Kernel, m.Congestion, mtu, m.Iperf3, m.Go, cmp.Or(m.Commit, "unknown"), m.Load,
+		strings.Join(r.Command, " "), r.Started.Format("2006-01-02 15:04 MST"), r.Took)
 }
 
 func (r *Result) processNames() []string {

@@ -16,7 +16,7 @@ import (
 func main() { os.Exit(daemon.Main(command())) }
 
 func command() *cobra.Command {
-	var quick, peers bool
+	var quick, peers, relayAlone bool
 	var runs, mtu int
 	var out string
 	cmd := &cobra.Command{
@@ -47,11 +47,19 @@ func command() *cobra.Command {
 				}
 				out = filepath.Join(root, "bench", "results")
 			}
-			res, err := bench.Run(cmd.Context(), cfg, cmd.ErrOrStderr())
+			run := func() (*bench.Result, error) { return bench.Run(cmd.Context(), cfg, cmd.ErrOrStderr()) }
+			if relayAlone {
+				alone := bench.RelayDefaults()
+				if runs > 0 {
+					alone.Runs = runs
+				}
+				run = func() (*bench.Result, error) { return bench.RunRelay(cmd.Context(), alone, cmd.ErrOrStderr()) }
+			}
+			res, err := run()
 			if err != nil {
 				return err
 			}
-			paths, err := res.Write(out, !quick)
+			paths, err := res.Write(out, !quick && !relayAlone)
 			if err != nil {
 				return err
 			}
@@ -65,6 +73,7 @@ func command() *cobra.Command {
 	f := cmd.Flags()
 	f.BoolVar(&quick, "quick", false, "a few minutes instead of half an hour")
 	f.BoolVar(&peers, "peers", true, "measure other products too, those that are installed (--quick: only when asked for)")
+	f.BoolVar(&relayAlone, "relay", false, "measure the relay alone, over loopback, next to pion's server")
 	f.IntVar(&runs, "runs", 0, "runs of each kind (default: 3 quick, else 7)")
 	f.IntVar(&mtu, "mtu", 0, "MTU of the links between the sites, in bytes (default 1500)")
 	f.StringVar(&out, "out", "", "folder of the results (default: bench/results of the source tree)")

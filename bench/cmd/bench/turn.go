@@ -14,7 +14,7 @@ import (
 func turnCommand() *cobra.Command {
 	parent := &cobra.Command{Use: "turn", Short: "The ends of the TURN stand-in, started by bench", Hidden: true}
 	for name, run := range map[string]func(context.Context, bench.TurnConfig) error{
-		"server": bench.TurnServer, "agent": bench.TurnAgent, "client": bench.TurnClient,
+		"server": bench.TurnServer, "agent": bench.TurnAgent, "client": bench.TurnClient, "relay": bench.RelayServer,
 	} {
 		var server, client, target, dir string
 		cmd := &cobra.Command{Use: name, Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
