@@ -37,7 +37,7 @@ type Config struct {
 
 // Quick is a run of a few minutes.
 func Quick() Config {
-	return Config{Runs: 3, Time: 3 * time.Second, Flows: []int{1, 8}, RTT: 1000, Dials: 50, Many: 100}
+	return Config{Runs: 3, Time: 3 * time.Second, Flows: []int{1, 8}, RTT: 1000, Dials: 50, Many: 1000}
 }
 
 // Full has more runs and flows.

@@ -215,7 +215,7 @@ func newRelayPair(server netip.AddrPort, i int, small bool, credentials func(ide
 		c    **relayClient
 	}{{identity.Client, &p.a}, {identity.Gateway, &p.b}} {
 		user, realm, password := credentials(end.kind, i)
-		c, err := newRelayClient(server, small, user, realm, password)
+		c, err := newRelayClient(source(i), server, small, user, realm, password)
 		if err != nil {
 			p.close()
 			return nil, err
@@ -227,6 +227,15 @@ func newRelayPair(server netip.AddrPort, i int, small bool, credentials func(ide
 		return nil, err
 	}
 	return p, nil
+}
+
+// sourcePairs come from one address: a relay answers a stranger only so often.
+const sourcePairs = 16
+
+// source is the loopback address of a pair.
+func source(i int) netip.Addr {
+	n := i / sourcePairs
+	return netip.AddrFrom4([4]byte{127, 1, byte(n >> 8), byte(n) + 1})
 }
 
 func (p *relayPair) close() {
@@ -287,7 +296,7 @@ func forward(ctx context.Context, pid int, pairs []*relayPair, segments, window 
 	wg.Wait()
 	return Forwarded{
 		Pairs: len(pairs), Segments: segments, Window: window, BitsPerSecond: float64(got) * 8 / took.Seconds(), PacketsPerS: float64(got) / relaySegment / took.Seconds(),
-		CPUPerGB: ratio((after - before).Seconds(), float64(got)/1e9), Lost: ratio(float64(sent-arrived.Load()), float64(sent)),
+		CPUPerGB: ratio((after - before).Seconds(), float64(got)/1e9), Lost: max(0, ratio(float64(sent-arrived.Load()), float64(sent))),
 	}, errors.Join(err, ctx.Err())
 }
 

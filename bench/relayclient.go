@@ -28,9 +28,9 @@ type relayClient struct {
 	relayed               netip.AddrPort
 }
 
-// newRelayClient allocates. Small leaves the socket's buffers as they are.
-func newRelayClient(server netip.AddrPort, small bool, user, realm, password string) (*relayClient, error) {
-	udp, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(server))
+// newRelayClient allocates from a local address. Small leaves the socket's buffers as they are.
+func newRelayClient(local netip.Addr, server netip.AddrPort, small bool, user, realm, password string) (*relayClient, error) {
+	udp, err := net.DialUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(local, 0)), net.UDPAddrFromAddrPort(server))
 	if err != nil {
 		return nil, err
 	}

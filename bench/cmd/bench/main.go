@@ -18,6 +18,7 @@ func main() { os.Exit(daemon.Main(command())) }
 func command() *cobra.Command {
 	var quick, peers, relayAlone bool
 	var runs, mtu int
+	var flows []int
 	var out string
 	cmd := &cobra.Command{
 		Use:   "bench",
@@ -30,6 +31,9 @@ func command() *cobra.Command {
 			}
 			if runs > 0 {
 				cfg.Runs = runs
+			}
+			if len(flows) > 0 {
+				cfg.Flows = flows
 			}
 			cfg.MTU = mtu
 			if cmd.Flags().Changed("peers") {
@@ -75,6 +79,7 @@ func command() *cobra.Command {
 	f.BoolVar(&peers, "peers", true, "measure other products too, those that are installed (--quick: only when asked for)")
 	f.BoolVar(&relayAlone, "relay", false, "measure the relay alone, over loopback, next to pion's server")
 	f.IntVar(&runs, "runs", 0, "runs of each kind (default: 3 quick, else 7)")
+	f.IntSliceVar(&flows, "flows", nil, "how many TCP connections at once, such as 1,8 (default: 1,8 quick, else 1,2,4,8,32)")
 	f.IntVar(&mtu, "mtu", 0, "MTU of the links between the sites, in bytes (default 1500)")
 	f.StringVar(&out, "out", "", "folder of the results (default: bench/results of the source tree)")
 	cmd.AddCommand(turnCommand())
