@@ -197,7 +197,15 @@ func (o *options) host() (HostConfig, error) {
 }
 
 // listen opens the proxies' and forwards' listeners, so that what is wrong with an address shows at once.
-func (o *options) listen(c *Client) ([]listener, error) {
+func (o *options) listen(c *Client) (out []listener, err error) {
+	defer func() {
+		if err != nil {
+			for _, l := range out {
+				_ = l.l.Close()
+			}
+			out = nil
+		}
+	}()
 	var password string
 	if o.proxyPasswordFile != "" {
 		b, err := os.ReadFile(o.proxyPasswordFile)
@@ -209,7 +217,6 @@ func (o *options) listen(c *Client) ([]listener, error) {
 	if (o.proxyUser == "") != (password == "") {
 		return nil, daemon.Usagef("--proxy-user and --proxy-password-file go together")
 	}
-	var out []listener
 	add := func(name string, at netip.AddrPort, serve func(context.Context, net.Listener) error) error {
 		l, err := net.Listen("tcp", at.String())
 		if err != nil {
@@ -234,16 +241,16 @@ func (o *options) listen(c *Client) ([]listener, error) {
 	socks := &SOCKS{Dialer: c.sessions, Logger: c.log, User: o.proxyUser, Password: password}
 	web := &HTTPProxy{Dialer: c.sessions, Logger: c.log, User: o.proxyUser, Password: password}
 	if err := errors.Join(proxy("socks", o.socks, socks.Serve), proxy("http", o.http, web.Serve)); err != nil {
-		return nil, err
+		return out, err
 	}
 	for _, s := range o.forwards {
 		at, host, port, err := ParseForward(s)
 		if err != nil {
-			return nil, daemon.Usagef("%w", err)
+			return out, daemon.Usagef("%w", err)
 		}
 		fw := &Forward{Dialer: c.sessions, Logger: c.log, Host: host, Port: port}
 		if err := add("forward to "+joinHostPort(host, port), at, fw.Serve); err != nil {
-			return nil, err
+			return out, err
 		}
 	}
 	return out, nil

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -242,6 +243,31 @@ func splitHostPort(s string) (string, uint16, error) {
 	return host, uint16(p), nil
 }
 
+// acceptPause is how long a listener waits when the host has nothing left for another connection: somebody may be done by then.
+const acceptPause = 100 * time.Millisecond
+
+// scarce reports whether accept failed for want of descriptors or memory, which passes, and not because of the listener.
+func scarce(err error) bool {
+	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// sleep waits and reports whether ctx is still alive.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 // serveConns accepts until ctx ends, runs handle for each connection, and returns when all have ended.
 func serveConns(ctx context.Context, l net.Listener, handle func(context.Context, net.Conn)) error {
 	g, gctx := errgroup.WithContext(ctx)
@@ -256,7 +282,7 @@ func serveConns(ctx context.Context, l net.Listener, handle func(context.Context
 				if ctx.Err() != nil {
 					return ctx.Err()
 				}
-				if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
+				if scarce(err) && sleep(gctx, acceptPause) {
 					continue
 				}
 				return fmt.Errorf("accept on %v: %w", l.Addr(), err)

@@ -415,3 +415,43 @@ func FuzzParseForward(f *testing.F) {
 		}
 	})
 }
+
+// scarceListener has no descriptor for the first connection.
+type scarceListener struct {
+	net.Listener
+	failed atomic.Bool
+}
+
+func (l *scarceListener) Accept() (net.Conn, error) {
+	if !l.failed.Swap(true) {
+		return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+	}
+	return l.Listener.Accept()
+}
+
+// A host that is out of descriptors for a moment costs connections, not the client.
+func TestServeOutlivesWantOfDescriptors(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	over := make(chan error, 1)
+	go func() {
+		over <- serveConns(ctx, &scarceListener{Listener: l}, func(_ context.Context, c net.Conn) { _, _ = c.Write([]byte("hi")) })
+	}()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	if b, err := io.ReadAll(c); string(b) != "hi" {
+		t.Errorf("got %q, %v", b, err)
+	}
+	cancel()
+	if err := <-over; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}

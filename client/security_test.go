@@ -2,6 +2,7 @@ package client
 
 import (
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -53,6 +54,27 @@ func TestProxiesBeyondLoopbackNeedCredentials(t *testing.T) {
 			}
 		}
 	}
+}
+
+// A listener that can not be had gives back those before it.
+func TestListenIsAllOrNothing(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := l.Addr().String()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	o := &options{socks: at, http: at}
+	if ls, err := o.listen(&Client{log: slog.New(slog.DiscardHandler)}); err == nil {
+		t.Fatalf("two listeners on %s: %v", at, ls)
+	}
+	again, err := net.Listen("tcp", at)
+	if err != nil {
+		t.Fatalf("the first listener is still open: %v", err)
+	}
+	_ = again.Close()
 }
 
 // TestHTTPProxyIsNoOrigin sends what a page of the web can make a browser send to a port of this host, under a name that the page has

@@ -258,17 +258,19 @@ func (s *Sessions) Status() []GatewayStatus {
 
 // gatewayLink is the way to one gateway: a session, or the attempts to get one.
 type gatewayLink struct {
-	s      *Sessions
-	node   identity.Node
-	log    *slog.Logger
-	ref    atomic.Pointer[control.GatewayRef]
-	cancel context.CancelFunc
-	wake   chan struct{} // 1 place: legs or the configuration changed, or a flow wants a session
-	events chan struct{} // 1 place: a path changed
-	wanted atomic.Bool
-	told   atomic.Int64 // when a configuration last spoke of the gateway, in Unix nanoseconds
-	failed int          // attempts in a row; of run
-	single bool         // the session was opened for one link; of run
+	s           *Sessions
+	node        identity.Node
+	log         *slog.Logger
+	ref         atomic.Pointer[control.GatewayRef]
+	cancel      context.CancelFunc
+	wake        chan struct{} // 1 place: legs or the configuration changed, or a flow wants a session
+	events      chan struct{} // 1 place: a path changed
+	wanted      atomic.Bool
+	told        atomic.Int64    // when a configuration last spoke of the gateway, in Unix nanoseconds
+	failed      int             // attempts in a row; of run
+	single      bool            // the session was opened for one link; of run
+	suspected   tunnel.LinkInfo // whose leg was last asked to check its relay; of run
+	suspectedAt time.Time       // when; of run
 
 	mu      sync.Mutex
 	current *tunnel.Session
@@ -468,6 +470,7 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 		reason, gone = "the leg on the relay is gone", true
 	case p.Active.State == tunnel.Dead:
 		reason, gone = "probes are not answered", true
+		g.suspect(p.Active.Info)
 	case g.draining(p.Active.Info):
 		reason = "the relay is draining"
 	default:
@@ -499,6 +502,23 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 		}
 		g.log.Info("path moved", "from", p.Active.Info.Name, "to", info.Name, "reason", reason)
 		return
+	}
+}
+
+// suspectInterval is how often a leg under a dead path is asked to check its relay.
+const suspectInterval = 2 * time.Second
+
+// suspect has the leg under a dead path check its relay now instead of at its next keepalive: if it is gone, another one is dialled, by
+// another transport where that works.
+func (g *gatewayLink) suspect(info tunnel.LinkInfo) {
+	if info == g.suspected && time.Since(g.suspectedAt) < suspectInterval {
+		return
+	}
+	g.suspected, g.suspectedAt = info, time.Now()
+	for _, ref := range g.ref.Load().Relays {
+		if l, _ := g.s.cfg.Legs.Current(ref.Node); l != nil && linkInfo(l, ref.Name, g.node) == info {
+			l.Suspect()
+		}
 	}
 }
 

@@ -60,8 +60,8 @@ func routerFilter(raw bool) error {
 	return c.Flush()
 }
 
-// cutRules replaces the chain cut by rules that drop everything from and to the given links.
-func cutRules(links []string) error {
+// cutRules replaces the chain cut by rules that drop everything from and to the given links, and where noUDP says so all UDP.
+func cutRules(links []string, noUDP bool) error {
 	c, err := nftables.New()
 	if err != nil {
 		return err
@@ -73,6 +73,9 @@ func cutRules(links []string) error {
 		for _, side := range [][]expr.Any{in(l), out(l)} {
 			c.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: append(side, &expr.Verdict{Kind: expr.VerdictDrop})})
 		}
+	}
+	if noUDP {
+		c.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: append(udp(), &expr.Verdict{Kind: expr.VerdictDrop})})
 	}
 	return c.Flush()
 }

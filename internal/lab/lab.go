@@ -31,6 +31,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sallyway/internal/lab/wan"
 )
 
 // Config says what kind of lab. The zero Config is the usual one.
@@ -38,6 +40,9 @@ type Config struct {
 	MTU int  // of the links between the sites, in bytes; zero is 1500
 	NAT bool // client and gateways stand behind masquerading routers of their own, IPv4 only
 	Raw bool // RawAddr in the private network can be reached around the product, for comparison
+	// Access, when not nil, makes the link between the client's site and the router a long one: A is the client's end, so that
+	// AtoB is its upload. The lab makes both ends. Its stats are AccessStats.
+	Access *wan.Config
 	// Bin is the folder of the programs under test; empty is $SALLYWAY_BIN, then bin/ of the source tree.
 	Bin string
 	Log *slog.Logger // nil is silence
@@ -55,8 +60,11 @@ type Lab struct {
 	hosts []*Host
 	moves int // of the client; MoveClient is not called concurrently
 
+	access *wan.Link // nil without Config.Access
+
 	mu      sync.Mutex
 	cut     []string // links that are cut; guarded by mu
+	noUDP   bool     // the router drops UDP; guarded by mu
 	procs   []*Proc  // guarded by mu
 	closers []func() // guarded by mu
 	closed  bool     // guarded by mu
@@ -138,7 +146,15 @@ func (l *Lab) Cut(hosts ...*Host) error {
 	for _, h := range hosts {
 		l.cut = append(l.cut, site{name: h.Name}.link())
 	}
-	return l.Router.Do(func() error { return cutRules(l.cut) })
+	return l.Router.Do(func() error { return cutRules(l.cut, l.noUDP) })
+}
+
+// BlockUDP has the router drop all UDP from now on, in silence, or no more.
+func (l *Lab) BlockUDP(on bool) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.noUDP = on
+	return l.Router.Do(func() error { return cutRules(l.cut, l.noUDP) })
 }
 
 // Close ends every process, the newest first, closes what was opened on the hosts, and removes the lab. It is idempotent.

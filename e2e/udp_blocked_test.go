@@ -1,0 +1,73 @@
+package e2e
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"sallyway/internal/lab"
+	"sallyway/internal/legs"
+)
+
+// transports waits until every leg of a node is up over the transport.
+func transports(t *testing.T, n *lab.Node, want string, most time.Duration) {
+	t.Helper()
+	ctx := within(t, most)
+	err := lab.Until(ctx, 100*time.Millisecond, func() error {
+		var st struct {
+			Relays []legs.Status `json:"relays"`
+		}
+		if err := n.Status(ctx, &st); err != nil {
+			return err
+		}
+		for _, r := range st.Relays {
+			if !r.Up || string(r.Transport) != want {
+				return fmt.Errorf("%s: relay %s up %v over %q, want %s: %s", n.Name, r.Name, r.Up, r.Transport, want, r.Error)
+			}
+		}
+		if len(st.Relays) == 0 {
+			return fmt.Errorf("%s has no legs", n.Name)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestUDPBlocked: where UDP does not pass, everything works over TLS by itself, and goes back to UDP when that passes again, under an
+// open connection.
+func TestUDPBlocked(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	check(t, l.BlockUDP(true))
+	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true}, nil)
+	check(t, err)
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.echo.Addr, resume)
+	transports(t, s.GatewayA, "tls", resume)
+	transports(t, s.Laptop, "tls", resume)
+	const n = 20 << 20
+	resp := must(s.Client.HTTPClient().Post(p.web.URL("/sum"), "application/octet-stream", lab.Pattern(n)))(t)
+	defer resp.Body.Close()
+	b := make([]byte, 64)
+	if k, _ := resp.Body.Read(b); string(b[:k]) != lab.PatternSum(n) {
+		t.Errorf("20 MiB up: %q", b[:k])
+	}
+	pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
+	defer pulse.Stop()
+	check(t, pulse.WaitBeats(within(t, 10*time.Second), 20))
+	open := time.Now()
+	check(t, l.BlockUDP(false))
+	transports(t, s.GatewayA, "udp", 45*time.Second)
+	transports(t, s.Laptop, "udp", 45*time.Second)
+	check(t, pulse.WaitBeats(within(t, 10*time.Second), 20))
+	gap, _ := pulse.LongestGap(open)
+	t.Logf("moved up to UDP: longest silence %v", gap.Round(time.Millisecond))
+	blocked := time.Now()
+	check(t, l.BlockUDP(true))
+	check(t, pulse.WaitBeats(within(t, 60*time.Second), 50))
+	transports(t, s.Laptop, "tls", 60*time.Second)
+	check(t, pulse.WaitBeats(within(t, 60*time.Second), 50))
+	gap, _ = pulse.LongestGap(blocked)
+	t.Logf("UDP blocked under an open connection: longest silence %v", gap.Round(time.Millisecond))
+}
