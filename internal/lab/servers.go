@@ -74,6 +74,7 @@ type IperfRun struct {
 	Flows int           // zero is one
 	UDP   bool
 	Rate  string // such as 50M; for UDP
+	CC    string // congestion control of TCP at both ends; empty is the hosts' own
 }
 
 // IperfResult is what iperf3 found, as the receiver saw it.
@@ -114,6 +115,9 @@ func (h *Host) iperf3(ctx context.Context, run IperfRun) (IperfResult, error) {
 	}
 	if run.UDP {
 		args = append(args, "-u", "-b", run.Rate, "-l", "1200")
+	}
+	if run.CC != "" {
+		args = append(args, "-C", run.CC)
 	}
 	r, err := h.Run(ctx, args...)
 	var doc struct {

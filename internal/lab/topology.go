@@ -235,8 +235,12 @@ func (l *Lab) connect(s site, h *Host, nat bool) error {
 		a: l.Router, aName: s.link(), aAddr: []string{s.v4(1).String() + "/28", s.v6(1).String() + "/64"},
 		b: h, bName: "eth0", bAddr: []string{s.v4(2).String() + "/28", s.v6(2).String() + "/64"}, mtu: l.cfg.MTU,
 	}
+	outer := lay
+	if s.n == siteClient && l.cfg.Access != nil {
+		outer = l.layAccess
+	}
 	if !nat {
-		if err := lay(w); err != nil {
+		if err := outer(w); err != nil {
 			return err
 		}
 		return h.Do(func() error {
@@ -249,7 +253,7 @@ func (l *Lab) connect(s site, h *Host, nat bool) error {
 	}
 	l.hosts = append(l.hosts, box)
 	w.b = box
-	if err := lay(w); err != nil {
+	if err := outer(w); err != nil {
 		return err
 	}
 	inside := wire{a: box, aName: "lan0", aAddr: []string{"192.168.77.1/24"}, b: h, bName: "eth0", bAddr: []string{"192.168.77.2/24"}, mtu: l.cfg.MTU}

@@ -1,0 +1,67 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"sallyway/internal/lab/wan"
+	"sallyway/tun"
+)
+
+// layAccess lays a wire as an emulated link: w.a is the router's end and w.b the client's. It runs until the lab is closed.
+func (l *Lab) layAccess(w wire) error {
+	end := func(h *Host, name string, addrs []string) (d *tun.Device, err error) {
+		err = h.Do(func() error {
+			if d, err = tun.Open(tun.Config{Name: name, MTU: w.mtu}); err != nil {
+				return err
+			}
+			return raise(name, addrs)
+		})
+		if err != nil {
+			err = fmt.Errorf("%s on %s: %w", name, h.Name, err)
+		}
+		return d, err
+	}
+	client, err := end(w.b, w.bName, w.bAddr)
+	router, err2 := end(w.a, w.aName, w.aAddr)
+	shut := func() {
+		for _, d := range []*tun.Device{client, router} {
+			if d != nil {
+				d.Close()
+			}
+		}
+	}
+	if err := errors.Join(err, err2); err != nil {
+		shut()
+		return fmt.Errorf("the client's access: %w", err)
+	}
+	cfg := *l.cfg.Access
+	cfg.A, cfg.B = client, router
+	if l.access, err = wan.New(cfg); err != nil {
+		shut()
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := l.access.Run(ctx); err != nil {
+			l.cfg.Log.Warn("the client's access has ended", "error", err)
+		}
+	}()
+	l.onClose(func() {
+		cancel()
+		<-ended
+		shut()
+	})
+	return nil
+}
+
+// AccessStats are the counts of the client's emulated access link, see Config.Access; AtoB is its upload.
+func (l *Lab) AccessStats() wan.Stats {
+	if l.access == nil {
+		return wan.Stats{}
+	}
+	return l.access.Stats()
+}

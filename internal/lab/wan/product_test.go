@@ -1,0 +1,130 @@
+package wan_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"sallyway/internal/lab"
+	"sallyway/internal/lab/wan"
+)
+
+const (
+	iperfPort = 5201
+	echoPort  = 5202
+)
+
+// TestProductOverWAN measures the product and plain TCP over one long access link, interleaved, and reports medians. It is a
+// measurement, not a check, and runs when asked for:
+//
+//	SALLYWAY_WAN=1 go test -count=1 -v -run TestProductOverWAN ./internal/lab/wan
+//
+// SALLYWAY_WAN_RTT, _LOSS, _MBIT, _SECONDS, _RUNS and _CC change the link and the load.
+func TestProductOverWAN(t *testing.T) {
+	if os.Getenv("SALLYWAY_WAN") == "" {
+		t.Skip("a measurement: set SALLYWAY_WAN=1")
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("needs root for network namespaces")
+	}
+	number := func(name string, otherwise float64) float64 {
+		v := os.Getenv("SALLYWAY_WAN_" + name)
+		if v == "" {
+			return otherwise
+		}
+		n, err := strconv.ParseFloat(v, 64)
+		if err != nil {
+			t.Fatalf("SALLYWAY_WAN_%s: %v", name, err)
+		}
+		return n
+	}
+	way := wan.Direction{
+		Delay: time.Duration(number("RTT", 80) / 2 * float64(time.Millisecond)),
+		Rate:  int64(number("MBIT", 100) * 1e6),
+		Loss:  number("LOSS", 0.5) / 100,
+	}
+	seconds, runs := time.Duration(number("SECONDS", 10))*time.Second, int(number("RUNS", 3))
+	cc := os.Getenv("SALLYWAY_WAN_CC")
+	if cc == "" {
+		cc = "cubic"
+	}
+	ctx := t.Context()
+	l, err := lab.New(lab.Config{Raw: true, Access: &wan.Config{AtoB: way, BtoA: way, Seed: 1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	site, err := l.Build(ctx, lab.SiteConfig{NoBranch: true}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Private.Iperf3Server(ctx, iperfPort); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Private.Echo(":" + strconv.Itoa(echoPort)); err != nil {
+		t.Fatal(err)
+	}
+	ports := strconv.Itoa(iperfPort) + "," + strconv.Itoa(echoPort)
+	web := lab.Resource{Name: "web", Gateway: lab.Office, Address: lab.WebAddr.String(), TCP: ports}
+	if err := l.AddResource(ctx, web, "client:"+lab.Laptop); err != nil {
+		t.Fatal(err)
+	}
+	addrs := map[string]string{"raw TCP": lab.RawAddr.String(), "sallyway": lab.WebAddr.String()}
+	names := []string{"raw TCP", "sallyway"}
+	soon, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("the private host is not reached"))
+	defer cancel()
+	err = lab.Until(soon, 50*time.Millisecond, func() error {
+		ctx, cancel := context.WithTimeout(soon, 3*time.Second)
+		defer cancel()
+		c, err := l.Client.Dial(ctx, "tcp", lab.WebAddr.String()+":"+strconv.Itoa(echoPort))
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := make(map[string][]float64)
+	for range runs {
+		for _, down := range []bool{false, true} {
+			for _, name := range names {
+				key := name + " up"
+				if down {
+					key = name + " down"
+				}
+				before := l.AccessStats()
+				run, cancel := context.WithTimeout(ctx, seconds+30*time.Second)
+				res, err := l.Client.Iperf3(run, lab.IperfRun{Addr: addrs[name], Port: iperfPort, Time: seconds, Down: down, CC: cc})
+				cancel()
+				if err != nil {
+					t.Errorf("%s: %v", key, err)
+					continue
+				}
+				mbit := res.BitsPerSecond / 1e6
+				found[key] = append(found[key], mbit)
+				t.Logf("%s: %.1f Mbit/s, %d retransmits of the sender's TCP", key, mbit, res.Retransmits)
+				t.Logf("  link up %s", difference(before.AtoB, l.AccessStats().AtoB))
+				t.Logf("  link down %s", difference(before.BtoA, l.AccessStats().BtoA))
+			}
+		}
+	}
+	for key, f := range found {
+		slices.Sort(f)
+		t.Logf("median of %d: %s %.1f Mbit/s (%.1f to %.1f)", len(f), key, f[len(f)/2], f[0], f[len(f)-1])
+	}
+	if t.Failed() {
+		t.Log(site.Laptop.Log.Tail(20))
+	}
+}
+
+// difference tells what has come through between two counts.
+func difference(a, b wan.Count) string {
+	n := func(x, y uint64) string { return strconv.FormatUint(y-x, 10) }
+	return n(a.Passed, b.Passed) + " passed, " + n(a.Lost, b.Lost) + " lost, " + n(a.QueueDrops, b.QueueDrops) + " found the queue full, " +
+		n(a.Bytes, b.Bytes) + " bytes"
+}
