@@ -43,9 +43,6 @@ type Config struct {
 	// Access, when not nil, makes the link between the client's site and the router a long one: A is the client's end, so that
 	// AtoB is its upload. The lab makes both ends. Its stats are AccessStats.
 	Access *wan.Config
-	// Access, when not nil, makes the link between the client's site and the router a long one: A is the client's end, so that
-	// AtoB is its upload. The lab makes both ends. Its stats are AccessStats.
-	Access *wan.Config
 	// Bin is the folder of the programs under test; empty is $SALLYWAY_BIN, then bin/ of the source tree.
 	Bin string
 	Log *slog.Logger // nil is silence
@@ -62,8 +59,6 @@ type Lab struct {
 	tmp   string
 	hosts []*Host
 	moves int // of the client; MoveClient is not called concurrently
-
-	access *wan.Link // nil without Config.Access
 
 	access *wan.Link // nil without Config.Access
 
