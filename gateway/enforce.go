@@ -24,6 +24,8 @@ type enforcer struct {
 	stale    func() (bool, error)
 	allow    *AllowList
 	resolver *net.Resolver
+	// ranges are the organization's virtual range, which this host routes to other gateways; nil is none.
+	ranges func() []netip.Prefix
 	// keepGoing serves new flows also when the snapshot is past its time.
 	keepGoing bool
 }
@@ -65,7 +67,7 @@ func (e *enforcer) check(ctx context.Context, peer identity.Node, t policy.Targe
 		if !d.Allowed {
 			return nil, tunnel.Denied(d.Rule, d.Reason)
 		}
-		if err := e.allow.Check(t.Addr, t.Port); err != nil {
+		if err := e.checkAddr(t.Addr, t.Port); err != nil {
 			return nil, prohibited(err)
 		}
 		return &destination{[]netip.Addr{t.Addr}, d}, nil
@@ -100,7 +102,7 @@ func (e *enforcer) check(ctx context.Context, peer identity.Node, t policy.Targe
 		if !byAddr.Allowed {
 			continue
 		}
-		if err := e.allow.Check(at.Addr, at.Port); err != nil {
+		if err := e.checkAddr(at.Addr, at.Port); err != nil {
 			refused = prohibited(err)
 			continue
 		}
@@ -113,6 +115,19 @@ func (e *enforcer) check(ctx context.Context, peer identity.Node, t policy.Targe
 		return nil, refused
 	}
 	return nil, tunnel.Denied(d.Rule, d.Reason)
+}
+
+// checkAddr holds an address against what no policy opens. An address of the virtual range that is none of this gateway's resources would
+// leave by its TUN, and another gateway would take the peer for this one.
+func (e *enforcer) checkAddr(a netip.Addr, port uint16) error {
+	if e.ranges != nil {
+		for _, r := range e.ranges() {
+			if r.Contains(a) {
+				return fmt.Errorf("%v is a virtual address that another gateway serves: go there directly", a)
+			}
+		}
+	}
+	return e.allow.Check(a, port)
 }
 
 // mayResolveInto reports whether an address could allow peer what a name did not: only then is a name worth a look-up.

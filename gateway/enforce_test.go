@@ -203,3 +203,32 @@ func TestNamesResolveOnlyWhatPolicyCovers(t *testing.T) {
 		t.Error("nonsense is resolved")
 	}
 }
+
+// What the host routes to other gateways is not reached through this one: they would see the gateway, not the peer.
+func TestEnforcerIsNoWayToOtherGateways(t *testing.T) {
+	z := newZone(t, map[string]string{"db.corp.example": "10.0.9.9", "rebind.corp.example": "100.112.0.77"})
+	e := newEnforcer(t, z, "0.0.0.0/0")
+	e.ranges = func() []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix("100.112.0.0/12")} }
+	wide := *e
+	s, _ := e.snapshot()
+	all := *s
+	all.Resource = append([]policy.Resource{{ID: "r2", Name: "wide", Address: "100.64.0.0/10", TCP: []policy.PortRange{policy.AllPorts}}}, all.Resource...)
+	wide.snapshot = func() (*policy.Snapshot, error) { return &all, nil }
+	for _, c := range []struct {
+		e    *enforcer
+		host string
+	}{
+		{e, "rebind.corp.example"},
+		{&wide, "100.112.0.77"},
+		{&wide, "::ffff:100.112.0.77"},
+	} {
+		d, err := c.e.check(t.Context(), client1, policy.Target{Proto: policy.TCP, Host: c.host, Port: 5432})
+		if !errors.Is(err, tunnel.ErrDenied) || !strings.Contains(err.Error(), "another gateway") {
+			t.Errorf("%s: %+v, %v", c.host, d, err)
+		}
+	}
+	d, err := e.check(t.Context(), client1, policy.Target{Proto: policy.TCP, Host: "100.112.0.9", Port: 5432})
+	if err != nil || d.addrs[0].String() != "10.0.9.9" {
+		t.Errorf("a virtual address of this gateway's resource: %+v, %v", d, err)
+	}
+}

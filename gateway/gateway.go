@@ -68,6 +68,7 @@ type gatewayDaemon struct {
 	nat   natResult
 
 	virtual atomic.Pointer[[]netip.Addr]
+	ranges  atomic.Pointer[[]netip.Prefix] // the organization's virtual range
 }
 
 // natResult is what was found about the NAT in front of the gateway.
@@ -82,6 +83,7 @@ type natResult struct {
 func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string) (*gatewayDaemon, error) {
 	d := &gatewayDaemon{opts: o, sh: sh, names: map[identity.Node]string{}}
 	d.virtual.Store(&[]netip.Addr{})
+	d.ranges.Store(&[]netip.Prefix{})
 	allow, err := ParseAllow(o.allow, ownSockets(sh)...)
 	if err != nil {
 		return nil, daemon.Usagef("%w", err)
@@ -123,7 +125,10 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 	}
 	m := newMetrics()
 	sh.Metrics.MustRegister(m.flows, m.packetsDropped)
-	enforce := &enforcer{snapshot: d.agent.Snapshot, stale: d.agent.SnapshotProblem, allow: allow, resolver: net.DefaultResolver, keepGoing: o.servePastExpiry}
+	enforce := &enforcer{
+		snapshot: d.agent.Snapshot, stale: d.agent.SnapshotProblem, allow: allow, resolver: net.DefaultResolver, keepGoing: o.servePastExpiry,
+		ranges: func() []netip.Prefix { return *d.ranges.Load() },
+	}
 	d.handler = &handler{
 		log: sh.Log, enforce: enforce, names: &names{enforce: enforce, servers: d.nameServers}, pings: &pinger{},
 		virtual: func() []netip.Addr { return *d.virtual.Load() }, metrics: m,
@@ -217,6 +222,8 @@ func (d *gatewayDaemon) follow(c *control.Config) {
 	if c.Dialling != nil {
 		virtual := slices.Clone(c.Dialling.Virtual)
 		d.virtual.Store(&virtual)
+		ranges := slices.Clone(c.Dialling.Range)
+		d.ranges.Store(&ranges)
 		d.sites.Update(client.TrimRelays(c.Dialling, 1+max(d.opts.standby, 0)))
 		d.host.Update(c.Dialling)
 	}
