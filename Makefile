@@ -37,7 +37,7 @@ TEST_EXEC = $(if $(filter 0,$(shell id -u)),,-exec "$(CURDIR)/$(AS_ROOT)")
 export SALLYWAY_BIN := $(CURDIR)/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-peers install dist clean help prerequisites
+.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-peers peers install dist clean help prerequisites
 
 build: ## build the programs into bin/ (the default)
 	@$(find_go)
@@ -85,14 +85,18 @@ layering: ## hold the imports against the table in layering_test.go
 	@$(find_go)
 	$(AS_CALLER) "$$go" test -count=1 -vet=off .
 
-bench: bench-peers ## run the benchmarks, next to the peers that are installed; results go to bench/results (root by sudo)
+bench: build peers ## run the benchmarks, next to the peers that are installed; results go to bench/results (root by sudo)
 	@$(AS_ROOT) bin/bench
 
 bench-quick: build ## one short throughput run through the whole path, next to raw TCP (root by sudo)
 	@$(AS_ROOT) bin/bench --quick
 
-bench-peers: build ## build the peers that are Go modules of ours: wireguard-go
+bench-peers: build peers ## one short run next to the peers that are installed (root by sudo)
+	@$(AS_ROOT) bin/bench --quick --peers
+
+peers: ## build the peers of the benchmarks that are Go modules of ours: wireguard-go
 	@$(find_go)
+	$(AS_CALLER) mkdir -p bin
 	CGO_ENABLED=0 $(AS_CALLER) "$$go" build -trimpath -buildvcs=false -o bin/wireguard-go golang.zx2c4.com/wireguard
 
 install: build ## install the programs into PREFIX/bin (DESTDIR is put before it)
