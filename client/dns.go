@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/miekg/dns"
@@ -22,6 +23,9 @@ const upstreamTimeout = 3 * time.Second
 // ednsSize is the UDP size that answers offer, in bytes: the largest the stub sends.
 const ednsSize = 4096
 
+// maxQueries bounds the queries that are being answered; more are dropped, and their askers ask again.
+const maxQueries = 512
+
 // stub answers the host's DNS queries for what lies behind gateways (split DNS): names of resources and gateways from the
 // configuration, domains that a resource names from the gateway's network by DNS over HTTPS (RFC 8484), and, where the host can not
 // split by domain, everything else from the resolvers that the host had before.
@@ -32,9 +36,11 @@ type stub struct {
 	resolve func(ctx context.Context, gateways []identity.Node, query []byte) ([]byte, error)
 	// upstreams are the host's own resolvers, when queries outside of our domains reach us at all.
 	upstreams func() []netip.AddrPort
+
+	asking atomic.Int32 // queries being answered
 }
 
-// answer returns the reply to a query, both in wire format, or nil for what is no query. size bounds the reply in bytes and is
+// answer returns the reply to a query, both in wire format, or nil for what is no query and for one too many. size bounds the reply in bytes and is
 // dns.MaxMsgSize over TCP; a longer one is truncated (RFC 1035 §4.1.1).
 func (s *stub) answer(ctx context.Context, query []byte, size int) []byte {
 	var q dns.Msg
@@ -46,6 +52,10 @@ func (s *stub) answer(ctx context.Context, query []byte, size int) []byte {
 		if opt := q.IsEdns0(); opt != nil {
 			size = max(size, min(int(opt.UDPSize()), ednsSize))
 		}
+	}
+	defer s.asking.Add(-1)
+	if s.asking.Add(1) > maxQueries {
+		return nil
 	}
 	m := s.reply(ctx, &q, query)
 	if opt := q.IsEdns0(); opt != nil && m.IsEdns0() == nil {
@@ -70,7 +80,7 @@ func (s *stub) reply(ctx context.Context, q *dns.Msg, raw []byte) *dns.Msg {
 	if addrs, known := t.addresses(name); known {
 		return s.fromTable(q, question, addrs)
 	}
-	if gateways := t.resolver(name); len(gateways) > 0 {
+	if gateways, known := t.resolver(name); known {
 		m, err := s.exchange(ctx, gateways, raw)
 		if err != nil {
 			s.log.Info("name not resolved by gateway", "name", name, "err", err)

@@ -7,13 +7,17 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/miekg/dns"
 
+	"sallyway/internal/control"
 	"sallyway/internal/identity"
+	"sallyway/internal/policy"
 )
 
 // upstream is one of the host's own resolvers: a DNS server over UDP and TCP on one loopback port.
@@ -374,4 +378,70 @@ func FuzzStubAnswer(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The gateway of the resource that names a name most closely resolves it, in whatever order resources come, and a name that belongs to
+// gateways of which this node knows none is asked of nobody else.
+func TestStubAsksTheClosestGateway(t *testing.T) {
+	up := newUpstream(t, func(_ string, q *dns.Msg) *dns.Msg { return new(dns.Msg).SetReply(q) })
+	d := anyDialling()
+	d.Gateways = append(d.Gateways, control.GatewayRef{Node: gateway2, Name: "lab"})
+	d.Resources = []control.ReachableResource{
+		{Resource: policy.Resource{Name: "all", Address: "10.0.0.0/8", Domains: []string{"intra.example"}}, Gateways: []control.ServingGateway{{Node: gateway1}}},
+		{Resource: policy.Resource{Name: "eu", Address: "10.2.0.0/16", Domains: []string{"eu.intra.example"}}, Gateways: []control.ServingGateway{{Node: gateway2}}},
+		{Resource: policy.Resource{Name: "none", Address: "10.3.0.0/16", Domains: []string{"alone.example"}}},
+	}
+	s := newStub(up.addr)
+	tab := newTable(d)
+	s.table = func() *table { return tab }
+	var asked []identity.Node
+	s.resolve = func(_ context.Context, gateways []identity.Node, _ []byte) ([]byte, error) {
+		asked = gateways
+		return nil, errors.New("no gateway here")
+	}
+	for name, want := range map[string][]identity.Node{
+		"db.eu.intra.example.": {gateway2}, "db.us.intra.example.": {gateway1}, "db.alone.example.": nil,
+	} {
+		asked = nil
+		if m := s.ask(t, question(name, dns.TypeA), dns.MinMsgSize); m.Rcode != dns.RcodeServerFailure || !slices.Equal(asked, want) {
+			t.Errorf("%s: %s, asked %v, want %v", name, dns.RcodeToString[m.Rcode], asked, want)
+		}
+	}
+	if up.asked() != "" {
+		t.Error("names behind gateways leak to the host's resolver")
+	}
+}
+
+// However fast queries come, the stub holds a bounded number of them.
+func TestStubBoundsQueries(t *testing.T) {
+	s := newStub()
+	var held atomic.Int32
+	release := make(chan struct{})
+	s.resolve = func(context.Context, []identity.Node, []byte) ([]byte, error) {
+		held.Add(1)
+		<-release
+		return nil, errors.New("no gateway here")
+	}
+	q, err := question("x.intra.example.", dns.TypeA).Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var asking sync.WaitGroup
+	var dropped atomic.Int32
+	for range maxQueries + 100 {
+		asking.Go(func() {
+			if s.answer(t.Context(), q, dns.MinMsgSize) == nil {
+				dropped.Add(1)
+			}
+		})
+	}
+	eventually(t, "every query is held or dropped", func() bool { return held.Load()+dropped.Load() == maxQueries+100 })
+	if held.Load() != maxQueries {
+		t.Errorf("%d queries are held, want %d", held.Load(), maxQueries)
+	}
+	close(release)
+	asking.Wait()
+	if s.answer(t.Context(), q, dns.MinMsgSize) == nil {
+		t.Error("no answer once there is room")
+	}
 }

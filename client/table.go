@@ -229,15 +229,22 @@ func (t *table) domains() []string {
 	return out
 }
 
-// resolver says which gateways resolve a name that the table has no address for, or none.
-func (t *table) resolver(name string) []identity.Node {
+// resolver says which gateways resolve a name that the table has no address for: those of the resource that names it most closely. known
+// reports whether there is one, so that a name behind gateways of which none is known goes nowhere else.
+func (t *table) resolver(name string) (gateways []identity.Node, known bool) {
 	name = canonical(name)
+	var best *control.ReachableResource
+	var bestLen int
 	for i := range t.cfg.Resources {
-		if r := &t.cfg.Resources[i]; r.MatchesDomain(name) || r.MatchesHost(name) {
-			return t.route(r, name).Gateways
+		r := &t.cfg.Resources[i]
+		if size := closeness(&r.Resource, name); size > bestLen {
+			best, bestLen = r, size
 		}
 	}
-	return nil
+	if best == nil {
+		return nil, false
+	}
+	return t.route(best, name).Gateways, true
 }
 
 // addresses are the virtual addresses of a name in the table; known reports whether the table has the name at all.
