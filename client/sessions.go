@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -118,7 +119,7 @@ func (s *Sessions) reconcile(ctx context.Context, group *errgroup.Group) {
 			continue
 		}
 		gctx, cancel := context.WithCancel(ctx)
-		g := &gatewayLink{s: s, node: n, cancel: cancel, wake: make(chan struct{}, 1), events: make(chan struct{}, 1), changed: make(chan struct{})}
+		g := &gatewayLink{s: s, node: n, cancel: cancel, ended: gctx.Done(), wake: make(chan struct{}, 1), events: make(chan struct{}, 1), changed: make(chan struct{})}
 		g.log = s.cfg.Logger.With("gateway", ref.Name)
 		g.ref.Store(ref)
 		g.told.Store(time.Now().UnixNano())
@@ -263,8 +264,9 @@ type gatewayLink struct {
 	log         *slog.Logger
 	ref         atomic.Pointer[control.GatewayRef]
 	cancel      context.CancelFunc
-	wake        chan struct{} // 1 place: legs or the configuration changed, or a flow wants a session
-	events      chan struct{} // 1 place: a path changed
+	ended       <-chan struct{} // closed when no configuration has the gateway any more, or the sessions end
+	wake        chan struct{}   // 1 place: legs or the configuration changed, or a flow wants a session
+	events      chan struct{}   // 1 place: a path changed
 	wanted      atomic.Bool
 	told        atomic.Int64    // when a configuration last spoke of the gateway, in Unix nanoseconds
 	failed      int             // attempts in a row; of run
@@ -298,6 +300,8 @@ func (g *gatewayLink) session(ctx context.Context) (*tunnel.Session, error) {
 		}
 		select {
 		case <-changed:
+		case <-g.ended:
+			return nil, fmt.Errorf("no session: the gateway is not configured any more, or this node stops: %w", net.ErrClosed)
 		case <-ctx.Done():
 			if err == nil {
 				err = context.Cause(ctx)
@@ -316,7 +320,7 @@ func (g *gatewayLink) set(t *tunnel.Session, err error) {
 }
 
 func (g *gatewayLink) run(ctx context.Context) {
-	who := "gateway " + g.node.ID
+	who := fmt.Sprintf("gateway %s %p", g.node.ID, g) // a gateway that comes back may find its former link still ending
 	defer g.s.cfg.Legs.Want(who, nil)
 	var logged string
 	for ctx.Err() == nil {
