@@ -62,7 +62,8 @@ type Host struct {
 	dev      *tun.Device // nil without a TUN
 	dns      *splitdns.DNS
 	capture  *capture
-	updates  chan *control.Dialling // 1 place, newest wins
+	updates  chan *control.Dialling  // 1 place, newest wins
+	resolved map[string][]netip.Addr // what the names of relays and platform last resolved to; of follow
 
 	mu     sync.Mutex
 	status HostStatus
@@ -239,7 +240,8 @@ func (h *Host) apply(ctx context.Context, d *control.Dialling) {
 	h.mu.Unlock()
 }
 
-// protected are the addresses of relays and platform, which must stay reachable outside of the TUN.
+// protected are the addresses of relays and platform, which must stay reachable outside of the TUN. A name that does not resolve now keeps
+// the addresses it had: a route over them would cut off the relay, and with it what resolves names.
 func (h *Host) protected(ctx context.Context, d *control.Dialling) []netip.Addr {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
@@ -254,15 +256,19 @@ func (h *Host) protected(ctx context.Context, d *control.Dialling) []netip.Addr 
 	}
 	slices.Sort(hosts)
 	var out []netip.Addr
+	known := map[string][]netip.Addr{}
 	for _, host := range slices.Compact(hosts) {
 		addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 		if err != nil {
 			h.cfg.Logger.Debug("address of a host to protect", "host", host, "err", err)
+			addrs = h.resolved[host]
 		}
+		known[host] = addrs
 		for _, a := range addrs {
 			out = append(out, a.Unmap())
 		}
 	}
+	h.resolved = known
 	return out
 }
 
