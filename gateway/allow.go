@@ -73,6 +73,9 @@ func ParseAllow(entries []string, own ...netip.AddrPort) (*AllowList, error) {
 			p = netip.PrefixFrom(a, a.BitLen())
 		}
 		r, err := policy.ParsePorts(ports)
+		if err == nil && ports != "" && len(r) == 0 {
+			err = fmt.Errorf("there is no port in %.40q", ports)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("allow entry %.80q: %w", s, err)
 		}

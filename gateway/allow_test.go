@@ -59,7 +59,7 @@ func TestAllowListEntries(t *testing.T) {
 			t.Errorf("Check(%s, %d) = %v, want allowed %v", c.addr, c.port, err, c.ok)
 		}
 	}
-	for _, bad := range []string{"", "x", "10.0.0.0/33", "10.0.0.0/8 0", "10.0.0.0/8 80,x"} {
+	for _, bad := range []string{"", "x", "10.0.0.0/33", "10.0.0.0/8 0", "10.0.0.0/8 80,x", "10.0.0.0/8 ,"} {
 		if _, err := ParseAllow([]string{bad}); err == nil {
 			t.Errorf("ParseAllow(%q) is taken", bad)
 		}
