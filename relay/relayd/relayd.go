@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -91,6 +92,8 @@ type relayDaemon struct {
 	srv   atomic.Pointer[relay.Server]
 	stop  context.CancelFunc // begins the drain
 
+	following sync.Mutex // one configuration is taken over after the other
+
 	lastBytes uint64
 	lastBeat  time.Time
 }
@@ -115,6 +118,7 @@ func (o *options) run(cmd *cobra.Command) error {
 	ctx, stop := context.WithCancel(cmd.Context())
 	defer stop()
 	d.stop = stop
+	d.agent.OnConfig(func(*control.Config) { d.follow() })
 	sh.OnStatus = func(context.Context) (any, error) { return d.status(), nil }
 	sh.OnDoctor = func(context.Context) []daemon.Check { return d.checks() }
 	sh.OnDrain = func(context.Context) error { d.stop(); return nil }
@@ -139,7 +143,6 @@ func (d *relayDaemon) serve(ctx context.Context) error {
 }
 
 func (d *relayDaemon) relay(ctx, work context.Context) error {
-	d.agent.OnConfig(d.follow)
 	first, err := d.agent.WaitConfig(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -155,7 +158,7 @@ func (d *relayDaemon) relay(ctx, work context.Context) error {
 		return daemon.Failf("%w\nis another relay running here? choose another --listen-ip or --listen-port", err)
 	}
 	d.srv.Store(srv)
-	d.follow(d.agent.Config()) // what came while the server was being made
+	d.follow() // what came while the server was being made
 	run, stop := context.WithCancel(work)
 	defer stop()
 	g, run := errgroup.WithContext(run)
@@ -242,9 +245,12 @@ func (d *relayDaemon) advertised(ctx context.Context, listen netip.Addr, host st
 	return found[0].Unmap(), nil
 }
 
-// follow takes a configuration over.
-func (d *relayDaemon) follow(c *control.Config) {
-	srv := d.srv.Load()
+// follow takes the newest configuration over. Two goroutines call it, the subscriber's and the one that makes the server: each looks for
+// itself what is newest, so that neither puts an older deny list or older keys over newer ones.
+func (d *relayDaemon) follow() {
+	d.following.Lock()
+	defer d.following.Unlock()
+	srv, c := d.srv.Load(), d.agent.Config()
 	if srv == nil || c == nil || c.Relay == nil {
 		return
 	}
