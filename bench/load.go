@@ -179,6 +179,13 @@ func (r *runner) cold(ctx context.Context, w way) (time.Duration, error) {
 	if err := r.site.Laptop.Stop(); err != nil {
 		return 0, err
 	}
+	short, end := context.WithTimeout(ctx, coldPace)
+	c, err := r.exchange(short, w)
+	end()
+	if err == nil {
+		c.Close()
+		return 0, errors.New("the private host is reached while the client's daemon is stopped")
+	}
 	start := time.Now()
 	if err := r.site.Laptop.Start(); err != nil {
 		return 0, err

@@ -85,7 +85,7 @@ func RunRelay(ctx context.Context, cfg RelayConfig, out io.Writer) (*Result, err
 			for _, server := range []string{OwnRelay, PionRelay} {
 				v := best[server]
 				slices.SortFunc(v, func(a, b Forwarded) int { return int(a.BitsPerSecond - b.BitsPerSecond) })
-				res.Relay = append(res.Relay, v[len(v)/2])
+				res.Relay = append(res.Relay, v[(len(v)-1)/2]) // of an even number: the lower
 			}
 		}
 	}
