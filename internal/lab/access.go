@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/vishvananda/netlink"
+
 	"sallyway/internal/lab/wan"
 	"sallyway/tun"
 )
@@ -16,7 +18,7 @@ func (l *Lab) layAccess(w wire) error {
 			if d, err = tun.Open(tun.Config{Name: name, MTU: w.mtu}); err != nil {
 				return err
 			}
-			return raise(name, addrs)
+			return errors.Join(raise(name, addrs), lengthen(name))
 		})
 		if err != nil {
 			err = fmt.Errorf("%s on %s: %w", name, h.Name, err)
@@ -56,6 +58,19 @@ func (l *Lab) layAccess(w wire) error {
 		shut()
 	})
 	return nil
+}
+
+// accessQueue is how many packets wait for the emulator at an end of the link: the kernel's 500 are less than one burst of a
+// relay, and what they cannot hold would be lost without being counted.
+const accessQueue = 20_000
+
+// lengthen gives a link of the calling thread's namespace that queue.
+func lengthen(name string) error {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetTxQLen(link, accessQueue)
 }
 
 // AccessStats are the counts of the client's emulated access link, see Config.Access; AtoB is its upload.

@@ -2,6 +2,7 @@ package wan_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"os"
 	"slices"
@@ -133,6 +134,13 @@ func TestProductOverWAN(t *testing.T) {
 	for key, f := range found {
 		slices.Sort(f)
 		t.Logf("median of %d: %s %.1f Mbit/s (%.1f to %.1f)", len(f), key, f[len(f)/2], f[0], f[len(f)-1])
+	}
+	for _, n := range []*lab.Node{site.Laptop, site.GatewayA} {
+		var status json.RawMessage
+		if err := n.Status(ctx, &status); err != nil {
+			t.Error(err)
+		}
+		t.Logf("status of %s: %s", n.Name, status)
 	}
 	if t.Failed() {
 		t.Log(site.Laptop.Log.Tail(20))
