@@ -267,6 +267,11 @@ func (d *gatewayDaemon) endSessions(c *control.Config) {
 	if n > 0 {
 		d.sh.Log.Info("sessions ended", "count", n)
 	}
+	if s != nil {
+		if n := d.handler.flows.endDenied(s); n > 0 {
+			d.sh.Log.Info("flows ended: no policy allows them any more", "count", n)
+		}
+	}
 }
 
 // asGateway names the gateway behind an identity of kind site.

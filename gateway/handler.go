@@ -27,6 +27,7 @@ type handler struct {
 	pings   *pinger
 	virtual func() []netip.Addr // of this gateway
 	metrics *metrics
+	flows   openFlows
 	dialer  net.Dialer
 }
 
@@ -50,7 +51,7 @@ func (h *handler) DialTCP(ctx context.Context, p tunnel.Peer, t policy.Target) (
 	if err != nil {
 		return nil, err
 	}
-	return c.(*net.TCPConn), nil
+	return c.(*tcpFlow), nil
 }
 
 // DialUDP opens a connected socket to where the peer may go.
@@ -79,7 +80,11 @@ func (h *handler) dial(ctx context.Context, p tunnel.Peer, t policy.Target, netw
 		if err == nil {
 			h.metrics.flows.WithLabelValues(network, "ok").Inc()
 			h.log.Debug("flow open", "peer", p.Node, "to", t, "rule", dest.decision.Rule)
-			return c, nil
+			flow := h.flows.add(c, p.Node, t, a)
+			if tcp, ok := c.(*net.TCPConn); ok {
+				return &tcpFlow{tcp, flow}, nil
+			}
+			return &udpFlow{c, flow}, nil
 		}
 	}
 	return nil, h.refuse(p, t, err)
