@@ -336,8 +336,17 @@ func FuzzParse(f *testing.F) {
 
 func TestValidate(t *testing.T) {
 	for _, d := range []Direction{
-		{Delay: -1}, {Jitter: -1}, {Delay: 2 * time.Minute}, {Loss: -0.1}, {Loss: 1.1}, {Loss: math.NaN()}, {Rate: -1}, {Rate: 100}, {Queue: -1},
-		{Reorder: 2}, {MTU: 10},
+		{Delay: -1},
+		{Jitter: -1},
+		{Delay: 2 * time.Minute},
+		{Loss: -0.1},
+		{Loss: 1.1},
+		{Loss: math.NaN()},
+		{Rate: -1},
+		{Rate: 100},
+		{Queue: -1},
+		{Reorder: 2},
+		{MTU: 10},
 	} {
 		if d.validate() == nil {
 			t.Errorf("%+v is taken", d)
