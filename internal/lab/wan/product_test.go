@@ -1,3 +1,5 @@
+//go:build measure
+
 package wan_test
 
 import (
@@ -20,17 +22,14 @@ const (
 )
 
 // TestProductOverWAN measures the product and plain TCP over one long access link, interleaved, and reports medians. It is a
-// measurement, not a check, and runs when asked for:
+// measurement, not a check, and is built when asked for:
 //
-//	SALLYWAY_WAN=1 go test -count=1 -v -run TestProductOverWAN ./internal/lab/wan
+//	go test -tags measure -count=1 -v -run TestProductOverWAN ./internal/lab/wan
 //
 // SALLYWAY_WAN_RTT (ms), _LOSS (percent), _MBIT, _SECONDS, _RUNS and _CC change the link and the load; SALLYWAY_WAN_ONLY
 // measures one of "raw TCP" and "sallyway" alone, SALLYWAY_WAN_WAY one of up and down: what a session has carried before
 // decides how it starts.
 func TestProductOverWAN(t *testing.T) {
-	if os.Getenv("SALLYWAY_WAN") == "" {
-		t.Skip("a measurement: set SALLYWAY_WAN=1")
-	}
 	if os.Geteuid() != 0 {
 		t.Skip("needs root for network namespaces")
 	}
