@@ -16,10 +16,7 @@ import (
 	"sallyway/internal/lab/wan"
 )
 
-const (
-	iperfPort = 5201
-	echoPort  = 5202
-)
+const echoPort = 5202
 
 // TestProductOverWAN measures the product and plain TCP over one long access link, interleaved, and reports medians. It is a
 // measurement, not a check, and is built when asked for:

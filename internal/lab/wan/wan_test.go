@@ -19,6 +19,8 @@ import (
 	"sallyway/internal/lab/wan"
 )
 
+const iperfPort = 5201
+
 // network is a lab whose client has an emulated access link; none of the product runs.
 func network(t *testing.T, link wan.Config) *lab.Lab {
 	t.Helper()
