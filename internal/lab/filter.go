@@ -20,10 +20,11 @@ const (
 )
 
 // routerFilter lets the router of the calling thread's namespace forward what goes to relays and to the platform, and
-// answers to it. All else is dropped in silence: no site can be called, and no two sites see each other.
+// answers to it. All else is dropped in silence: no site can be called, and no two sites see each other, except where Config
+// says otherwise.
 //
 // The chain cut stands before the rules; see Lab.Cut.
-func routerFilter(raw bool) error {
+func routerFilter(cfg Config) error {
 	c, err := nftables.New()
 	if err != nil {
 		return err
@@ -54,8 +55,11 @@ func routerFilter(raw bool) error {
 		add(in(relay), out("to-peer"), udp(), accept())
 	}
 	add(out("to-platform"), tcp(), dport(httpsPort, httpsPort), accept())
-	if raw {
+	if cfg.Raw {
 		add(out("to-gateway"), daddr(RawAddr.AsSlice()), accept())
+	}
+	if cfg.Direct {
+		add(in("to-client"), out("to-gateway"), udp(), accept())
 	}
 	return c.Flush()
 }

@@ -40,6 +40,9 @@ type Config struct {
 	MTU int  // of the links between the sites, in bytes; zero is 1500
 	NAT bool // client and gateways stand behind masquerading routers of their own, IPv4 only
 	Raw bool // RawAddr in the private network can be reached around the product, for comparison
+	// Direct lets the client call the first gateway's host over UDP, as if no firewall stood between.
+	Direct bool
+	Wire   Wire // what the links do with large packets
 	// Access, when not nil, makes the link between the client's site and the router a long one: A is the client's end, so that
 	// AtoB is its upload. The lab makes both ends. Its stats are AccessStats.
 	Access *wan.Config

@@ -27,7 +27,8 @@ func (e *MissingError) Error() string {
 var packages = map[string]string{
 	"curl": "curl", "dig": "bind9-dnsutils", "iperf3": "iperf3", "initdb": "postgresql", "openssl": "openssl", "ping": "iputils-ping",
 	"postgres": "postgresql", "psql": "postgresql-client", "ssh": "openssh-client", "ssh-keygen": "openssh-client",
-	"sshd": "openssh-server", "turnutils_peer": "coturn", "turnutils_uclient": "coturn",
+	"sshd": "openssh-server", "turnserver": "coturn", "turnutils_peer": "coturn", "turnutils_uclient": "coturn",
+	"wg": "wireguard-tools", "nebula-cert": "nebula",
 }
 
 // Program finds a program, also where only root's PATH or Debian's PostgreSQL has it. The error is a *MissingError.
@@ -65,6 +66,23 @@ func (h *Host) Iperf3Server(ctx context.Context, port uint16) (*Proc, error) {
 	return p, p.WaitReady(ctx, 0, "Server listening")
 }
 
+// Iperf3ServerAt is Iperf3Server on one of the host's addresses. UDP wants that on a host with several: a server on all of
+// them answers from the first.
+func (h *Host) Iperf3ServerAt(ctx context.Context, addr netip.AddrPort) (*Proc, error) {
+	path, err := Program("iperf3")
+	if err != nil {
+		return nil, err
+	}
+	p, err := h.Start(Spec{
+		Name: fmt.Sprintf("iperf3-%s-%d", addr.Addr(), addr.Port()), Grace: time.Second,
+		Args: []string{path, "-s", "--forceflush", "-B", addr.Addr().String(), "-p", strconv.Itoa(int(addr.Port()))},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return p, p.WaitReady(ctx, 0, "Server listening")
+}
+
 // IperfRun is a run of iperf3's client.
 type IperfRun struct {
 	Addr  string // address or name
@@ -82,6 +100,7 @@ type IperfResult struct {
 	BitsPerSecond float64
 	Bytes         int64
 	LostPercent   float64 // UDP
+	Jitter        float64 // UDP, in milliseconds, as RFC 1889 counts it
 	Retransmits   int     // TCP
 }
 
@@ -134,6 +153,7 @@ func (h *Host) iperf3(ctx context.Context, run IperfRun) (IperfResult, error) {
 				BitsPerSecond float64 `json:"bits_per_second"`
 				Bytes         int64   `json:"bytes"`
 				LostPercent   float64 `json:"lost_percent"`
+				Jitter        float64 `json:"jitter_ms"`
 			} `json:"sum"`
 		} `json:"end"`
 	}
@@ -149,8 +169,8 @@ func (h *Host) iperf3(ctx context.Context, run IperfRun) (IperfResult, error) {
 	if err != nil {
 		return IperfResult{}, err
 	}
-	if run.UDP {
-		return IperfResult{BitsPerSecond: doc.End.Sum.BitsPerSecond * (1 - doc.End.Sum.LostPercent/100), Bytes: doc.End.Sum.Bytes, LostPercent: doc.End.Sum.LostPercent}, nil
+	if sum := doc.End.Sum; run.UDP {
+		return IperfResult{BitsPerSecond: sum.BitsPerSecond * (1 - sum.LostPercent/100), Bytes: sum.Bytes, LostPercent: sum.LostPercent, Jitter: sum.Jitter}, nil
 	}
 	return IperfResult{BitsPerSecond: doc.End.Received.BitsPerSecond, Bytes: doc.End.Received.Bytes, Retransmits: doc.End.Sent.Retransmits}, nil
 }

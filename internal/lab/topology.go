@@ -80,6 +80,7 @@ type wire struct {
 	aName, bName string
 	mtu          int
 	aAddr, bAddr []string // prefixes such as 10.0.0.1/24
+	kind         Wire
 }
 
 // lay makes the pair, moves both ends where they belong, and configures them.
@@ -94,10 +95,10 @@ func lay(w wire) error {
 		if err := netlink.LinkAdd(v); err != nil {
 			return err
 		}
-		return raise(w.aName, w.aAddr)
+		return errors.Join(raise(w.aName, w.aAddr), w.kind.apply(w.aName))
 	})
 	if err == nil {
-		err = w.b.Do(func() error { return raise(w.bName, w.bAddr) })
+		err = w.b.Do(func() error { return errors.Join(raise(w.bName, w.bAddr), w.kind.apply(w.bName)) })
 	}
 	if err != nil {
 		return fmt.Errorf("veth %s on %s to %s on %s: %w", w.aName, w.a.Name, w.bName, w.b.Name, err)
@@ -223,7 +224,7 @@ func (l *Lab) layOut() error {
 	if err := l.layPrivate(); err != nil {
 		return err
 	}
-	if err := l.Router.Do(func() error { return routerFilter(l.cfg.Raw) }); err != nil {
+	if err := l.Router.Do(func() error { return routerFilter(l.cfg) }); err != nil {
 		return fmt.Errorf("filter of the router: %w", err)
 	}
 	return nil
@@ -233,7 +234,7 @@ func (l *Lab) layOut() error {
 func (l *Lab) connect(s site, h *Host, nat bool) error {
 	w := wire{
 		a: l.Router, aName: s.link(), aAddr: []string{s.v4(1).String() + "/28", s.v6(1).String() + "/64"},
-		b: h, bName: "eth0", bAddr: []string{s.v4(2).String() + "/28", s.v6(2).String() + "/64"}, mtu: l.cfg.MTU,
+		b: h, bName: "eth0", bAddr: []string{s.v4(2).String() + "/28", s.v6(2).String() + "/64"}, mtu: l.cfg.MTU, kind: l.cfg.Wire,
 	}
 	outer := lay
 	if s.n == siteClient && l.cfg.Access != nil {
@@ -256,7 +257,7 @@ func (l *Lab) connect(s site, h *Host, nat bool) error {
 	if err := outer(w); err != nil {
 		return err
 	}
-	inside := wire{a: box, aName: "lan0", aAddr: []string{"192.168.77.1/24"}, b: h, bName: "eth0", bAddr: []string{"192.168.77.2/24"}, mtu: l.cfg.MTU}
+	inside := wire{a: box, aName: "lan0", aAddr: []string{"192.168.77.1/24"}, b: h, bName: "eth0", bAddr: []string{"192.168.77.2/24"}, mtu: l.cfg.MTU, kind: l.cfg.Wire}
 	if err := lay(inside); err != nil {
 		return err
 	}
@@ -276,11 +277,11 @@ func (l *Lab) layPrivate() error {
 		a: l.Gateway, aName: "lan0", aAddr: []string{"10.20.0.1/24", "fd20::1/64"},
 		b: l.Private, bName: "lan0", bAddr: []string{
 			WebAddr.String() + "/24", WebAddr6.String() + "/64", DBAddr.String() + "/24", SSHAddr.String() + "/24", DNSAddr.String() + "/24",
-		}, mtu: lanMTU,
+		}, mtu: lanMTU, kind: l.cfg.Wire,
 	}
 	private2 := wire{
 		a: l.Gateway2, aName: "lan0", aAddr: []string{"10.30.0.1/24", "fd30::1/64"},
-		b: l.Private2, bName: "lan0", bAddr: []string{Private2Web.String() + "/24", "fd30::10/64"}, mtu: lanMTU,
+		b: l.Private2, bName: "lan0", bAddr: []string{Private2Web.String() + "/24", "fd30::10/64"}, mtu: lanMTU, kind: l.cfg.Wire,
 	}
 	if err := errors.Join(lay(private), lay(private2)); err != nil {
 		return err
