@@ -26,8 +26,9 @@ type allocation struct {
 	source  netip.AddrPort
 	created [12]byte // transaction that made it, to tell a retransmission from a second Allocate
 	udp     udpEnd
-	conn    *conn // DTLS, TCP or TLS connection of the control; nil for plain UDP
-	plain   bool  // data goes to udp beside conn, not through it
+	conn    *conn       // DTLS, TCP or TLS connection of the control; nil for plain UDP
+	plain   bool        // data goes to udp beside conn, not through it
+	data    *udpio.Conn // by which data leaves that came otherwise than over UDP; where plain
 	org     *organization
 	node    *nodeState
 
@@ -286,10 +287,14 @@ func (s *Server) end(a *allocation, reason string) bool {
 	return true
 }
 
-// send passes ChannelData messages, stride bytes apart in frames (the last may be shorter), on to a's node.
-func (s *Server) send(a *allocation, frames []byte, stride int, ecn datagram.ECN) {
+// send passes ChannelData messages, stride bytes apart in frames (the last may be shorter), on to a's node. Over UDP they leave by via, or
+// by a's own socket where that is nil.
+func (s *Server) send(a *allocation, via *udpio.Conn, frames []byte, stride int, ecn datagram.ECN) {
 	if a.conn == nil || a.plain {
-		if err := a.udp.sock.Write(frames, stride, ecn, a.udp.peer); err != nil {
+		if via == nil {
+			via = a.data
+		}
+		if err := via.Write(frames, stride, ecn, a.udp.peer); err != nil {
 			s.count.writeErrors.Add(1)
 			a.dropped.Add(1)
 		}

@@ -384,6 +384,9 @@ func (s *Server) newAllocation(o *origin, tx [12]byte, user wire.Username, d tim
 	case o.conn.kind == overDTLS && user.Flags.Has(wire.FlagPlainData):
 		a.plain, a.udp = true, o.conn.udp
 	}
+	if a.plain { // control's own socket has room for control
+		a.data = s.shards[int(a.source.Port())%len(s.shards)].sock
+	}
 	a.expires.Store(now + int64(d))
 	a.seen.Store(now)
 	quota := org.quota.Load()

@@ -275,7 +275,7 @@ func (c *conn) record(d []byte) bool {
 		c.control(d)
 	case first >= 64 && first <= 79:
 		if a := c.alloc.Load(); a != nil {
-			c.s.datagrams(a, d, len(d), 0, c.s.now().UnixNano())
+			c.s.datagrams(a, nil, d, len(d), 0, c.s.now().UnixNano())
 		} else {
 			c.s.count.strays.Add(1)
 		}

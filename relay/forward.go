@@ -15,8 +15,9 @@ import (
 const channelHeader = 4
 
 // datagrams relays the ChannelData messages at the start of b, a coalesced read of datagrams stride bytes apart, that src sent. It takes the
-// datagrams of one channel that belong together and returns how many bytes that was. It rewrites b in place.
-func (s *Server) datagrams(src *allocation, b []byte, stride int, ecn datagram.ECN, now int64) int {
+// datagrams of one channel that belong together and returns how many bytes that was. It rewrites b in place. via is the socket that they
+// came by and leave by; nil takes that of the receiver.
+func (s *Server) datagrams(src *allocation, via *udpio.Conn, b []byte, stride int, ecn datagram.ECN, now int64) int {
 	if len(b) < channelHeader {
 		s.count.malformed.Add(1)
 		return len(b)
@@ -37,7 +38,7 @@ func (s *Server) datagrams(src *allocation, b []byte, stride int, ecn datagram.E
 				s.count.malformed.Add(1)
 				return len(d)
 			}
-			s.forward(src, number, d[:n], n, ecn, now)
+			s.forward(src, via, number, d[:n], n, ecn, now)
 			return len(d)
 		}
 		end += len(d)
@@ -46,12 +47,12 @@ func (s *Server) datagrams(src *allocation, b []byte, stride int, ecn datagram.E
 		s.count.malformed.Add(1)
 		return min(stride, len(b))
 	}
-	s.forward(src, number, b[:end], stride, ecn, now)
+	s.forward(src, via, number, b[:end], stride, ecn, now)
 	return end
 }
 
 // forward relays frames, whole ChannelData messages of one number, stride bytes apart and all but the last that long. It rewrites them.
-func (s *Server) forward(src *allocation, number uint16, frames []byte, stride int, ecn datagram.ECN, now int64) {
+func (s *Server) forward(src *allocation, via *udpio.Conn, number uint16, frames []byte, stride int, ecn datagram.ECN, now int64) {
 	ch := src.channel(number)
 	if ch == nil || ch.expires.Load() <= now || src.dead.Load() {
 		s.drop(src, frames, stride, &s.count.unbound)
@@ -82,7 +83,7 @@ func (s *Server) forward(src *allocation, number uint16, frames []byte, stride i
 	dst.got.Add(payload)
 	s.count.relayed.Add(uint64(n))
 	s.count.relayedBytes.Add(payload)
-	s.send(dst, frames, stride, ecn)
+	s.send(dst, via, frames, stride, ecn)
 }
 
 // drop counts what is not relayed.
@@ -155,7 +156,7 @@ func (s *Server) toClient(a *allocation, from netip.AddrPort, data []byte, segme
 		a.got.Add(uint64(len(out) - count*channelHeader))
 		s.count.relayed.Add(uint64(count))
 		s.count.relayedBytes.Add(uint64(len(out) - count*channelHeader))
-		s.send(a, out, stride, ecn)
+		s.send(a, nil, out, stride, ecn)
 	}
 }
 

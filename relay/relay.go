@@ -23,6 +23,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -65,7 +66,8 @@ type Config struct {
 	// Certificate returns the relay's current certificate for TLS and DTLS. It is asked in every handshake, so a renewal needs no
 	// restart. Nil serves neither.
 	Certificate func() (*tls.Certificate, error)
-	// Shards is how many UDP sockets share the port, each with a goroutine of its own; 0 is 1.
+	// Shards is how many UDP sockets for data share the port, each with a goroutine of its own; 0 is GOMAXPROCS. There is one more for
+	// control.
 	Shards int
 	// Logger takes changes of state. It is never told an address of a client or peer. Nil discards.
 	Logger *slog.Logger
@@ -176,7 +178,9 @@ type Server struct {
 	count    counters
 
 	listening sync.Mutex
-	shards    []*shard
+	ctl       *shard   // the socket for what is not data
+	shards    []*shard // those for data
+	warnings  []string // of opening the sockets, with what to do
 	tcp       net.Listener
 	local     netip.AddrPort
 	advertise netip.Addr
@@ -247,7 +251,7 @@ func (c *Config) fill() error {
 		return fmt.Errorf("relayed ports %d–%d are not a range above 1023", c.MinPort, c.MaxPort)
 	}
 	if c.Shards <= 0 {
-		c.Shards = 1
+		c.Shards = runtime.GOMAXPROCS(0)
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -383,21 +387,9 @@ func (s *Server) Listen(ctx context.Context) error {
 	}
 }
 
+// listen opens TCP first: UDP sockets that share a port would join those of another relay of the same user.
 func (s *Server) listen(ctx context.Context) error {
 	addr := s.cfg.Listen
-	for i := range s.cfg.Shards {
-		uc, warnings, err := udpio.Listen(ctx, addr, udpio.Config{PacketInfo: addr.Addr().IsUnspecified(), ReusePort: s.cfg.Shards > 1})
-		if err != nil {
-			return fmt.Errorf("listen on udp %v: %w", addr, err)
-		}
-		s.shards = append(s.shards, newShard(s, uc))
-		if i == 0 {
-			for _, w := range warnings {
-				s.log.Warn("udp socket", "warning", w)
-			}
-			addr = netip.AddrPortFrom(addr.Addr(), uc.LocalAddr().Port())
-		}
-	}
 	network, host := "tcp4", addr.String()
 	if addr.Addr().Is6() {
 		network = "tcp6"
@@ -410,19 +402,50 @@ func (s *Server) listen(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen on tcp %v: %w", addr, err)
 	}
-	s.tcp, s.local = l, addr
+	s.tcp = l
+	addr = netip.AddrPortFrom(addr.Addr(), uint16(l.Addr().(*net.TCPAddr).Port))
+	for i := range 1 + s.cfg.Shards {
+		uc, warnings, err := udpio.Listen(ctx, addr, udpio.Config{PacketInfo: addr.Addr().IsUnspecified(), ReusePort: true})
+		if err != nil {
+			return fmt.Errorf("listen on udp %v: %w", addr, err)
+		}
+		if i > 0 {
+			s.shards = append(s.shards, newShard(s, uc, uc, fmt.Sprintf("data%d", i-1)))
+			continue
+		}
+		s.ctl = newShard(s, uc, nil, "control")
+		for _, w := range warnings {
+			s.log.Warn("udp socket", "warning", w)
+		}
+		s.warnings = warnings
+	}
+	if err := s.ctl.sock.Steer(controlBytes, len(s.shards)); err != nil {
+		// The kernel goes on to choose by a hash, among all of them, and each handles everything.
+		s.log.Warn("control and data share queues, so control may wait while much data comes in", "err", err)
+	}
+	s.local = addr
 	s.cfg.Listen = addr
 	return nil
 }
 
+// closeSockets undoes a listen that failed.
 func (s *Server) closeSockets() {
-	for _, sh := range s.shards {
+	for _, sh := range s.sockets() {
 		sh.sock.Close()
 	}
-	s.shards = nil
+	s.ctl, s.shards = nil, nil
 	if s.tcp != nil {
 		s.tcp.Close()
+		s.tcp = nil
 	}
+}
+
+// sockets are the UDP sockets of the port, that for control first.
+func (s *Server) sockets() []*shard {
+	if s.ctl == nil {
+		return nil
+	}
+	return append([]*shard{s.ctl}, s.shards...)
 }
 
 // Run serves until ctx ends, and returns when everything has stopped. It ends with nil when ctx ended it. A Server runs once.
@@ -430,14 +453,16 @@ func (s *Server) Run(ctx context.Context) error {
 	if err := s.Listen(ctx); err != nil {
 		return err
 	}
-	errs := make(chan error, len(s.shards)+1)
-	for _, sh := range s.shards {
+	sockets := s.sockets()
+	errs := make(chan error, len(sockets)+1)
+	for _, sh := range sockets {
 		s.wg.Go(func() { errs <- sh.serve() })
 	}
 	s.wg.Go(func() { errs <- s.accept() })
 	s.wg.Go(s.repeatLoop)
 	s.ready.Store(true)
-	s.log.Info("relay is serving", "port", s.local.Port(), "shards", len(s.shards), "gso", s.shards[0].sock.GSO(), "gro", s.shards[0].sock.GRO())
+	read, write := s.ctl.sock.Buffers()
+	s.log.Info("relay is serving", "port", s.local.Port(), "shards", len(s.shards), "gso", s.ctl.sock.GSO(), "gro", s.ctl.sock.GRO(), "receive_buffer", read, "send_buffer", write)
 	tick := time.NewTicker(sweepInterval)
 	defer tick.Stop()
 	var err error
@@ -457,7 +482,7 @@ func (s *Server) Run(ctx context.Context) error {
 		s.end(a, "relay stops")
 	}
 	s.conns.closeAll()
-	for _, sh := range s.shards {
+	for _, sh := range sockets {
 		sh.sock.Close()
 	}
 	s.tcp.Close()

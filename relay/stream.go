@@ -207,9 +207,9 @@ func (c *conn) channelData(b []byte, size int) int {
 		return end
 	}
 	if end == size {
-		c.s.forward(a, number, b[:channelHeader+length], channelHeader+length, 0, now)
+		c.s.forward(a, nil, number, b[:channelHeader+length], channelHeader+length, 0, now)
 	} else {
-		c.s.forward(a, number, b[:end], size, 0, now)
+		c.s.forward(a, nil, number, b[:end], size, 0, now)
 	}
 	return end
 }

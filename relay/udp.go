@@ -7,15 +7,22 @@ import (
 	"sallyway/relay/udpio"
 )
 
-// shard is one UDP socket of the port and the goroutine that reads it.
+// controlBytes are the first bytes of control, STUN and DTLS (RFC 7983 §7). ChannelData and what is nothing are data.
+var controlBytes = []udpio.ByteRange{{First: 0, Last: 3}, {First: 20, Last: 63}}
+
+// shard is one UDP socket of the port and the goroutine that reads it. One of them gets control, the others data, each that of its own
+// sources. This is for the queues and for speed alone: every shard handles whatever comes, since the kernel may coalesce control behind
+// data, or not be able to tell them apart.
 type shard struct {
 	s    *Server
+	name string
 	sock *udpio.Conn
+	out  *udpio.Conn // by which data leaves; nil takes that of the receiver
 	buf  []byte
 }
 
-func newShard(s *Server, sock *udpio.Conn) *shard {
-	return &shard{s: s, sock: sock, buf: make([]byte, udpio.MaxRead)}
+func newShard(s *Server, sock, out *udpio.Conn, name string) *shard {
+	return &shard{s: s, name: name, sock: sock, out: out, buf: make([]byte, udpio.MaxRead)}
 }
 
 // serve reads until the socket is closed.
@@ -48,7 +55,7 @@ func (sh *shard) handle(b []byte, m udpio.Message) {
 				looked = true
 			}
 			if src != nil {
-				n = s.datagrams(src, b, m.Segment, m.ECN, now)
+				n = s.datagrams(src, sh.out, b, m.Segment, m.ECN, now)
 			} else {
 				sh.unknown(n, m)
 			}

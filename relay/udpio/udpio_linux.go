@@ -186,23 +186,6 @@ func retryEach(err error) bool {
 	return offloadBroken(err) || TooLarge(err) || errors.Is(err, unix.EINVAL)
 }
 
-// Drops returns how many datagrams the kernel dropped because this socket's receive buffer was full.
-func (c *Conn) Drops() uint64 {
-	const memInfoDrops, memInfoVars = 8, 9 // SK_MEMINFO_DROPS, SK_MEMINFO_VARS of linux/sock_diag.h
-	var info [memInfoVars]uint32
-	size := uint32(unsafe.Sizeof(info))
-	ok := false
-	_ = c.raw.Control(func(fd uintptr) {
-		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_SOCKET, unix.SO_MEMINFO,
-			uintptr(unsafe.Pointer(&info[0])), uintptr(unsafe.Pointer(&size)), 0)
-		ok = errno == 0
-	})
-	if !ok {
-		return 0
-	}
-	return uint64(info[memInfoDrops])
-}
-
 func (c *Conn) wait() error {
 	return c.raw.Read(func(fd uintptr) bool {
 		p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}

@@ -33,7 +33,4 @@ func offloadBroken(error) bool { return false }
 
 func retryEach(error) bool { return false }
 
-// Drops returns how many datagrams the kernel dropped because this socket's receive buffer was full; 0 where it can not say.
-func (c *Conn) Drops() uint64 { return 0 }
-
 func (c *Conn) wait() error { return c.raw.Read(func(uintptr) bool { return true }) }
