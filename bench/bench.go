@@ -98,6 +98,7 @@ type Result struct {
 	Setup      []Setup      `json:"setup"`
 	Missing    []Missing    `json:"missing_peers,omitempty"`
 	Relay      []Forwarded  `json:"relay,omitempty"`
+	Netstack   []Stacked    `json:"netstack,omitempty"`
 	Standings  []Standing   `json:"standings,omitempty"` // medians and ratios, of Throughput
 }
 

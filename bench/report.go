@@ -84,8 +84,7 @@ func median(v []float64) float64 {
 // Markdown is the result as tables.
 func (r *Result) Markdown() string {
 	var b strings.Builder
-	if len(r.Relay) > 0 {
-		r.relayTable(&b)
+	if r.alone(&b) {
 		r.footer(&b)
 		return b.String()
 	}

@@ -16,7 +16,8 @@ import (
 func main() { os.Exit(daemon.Main(command())) }
 
 func command() *cobra.Command {
-	var quick, peers, relayAlone bool
+	var quick, peers bool
+	var only alone
 	var runs, mtu int
 	var flows []int
 	var out string
@@ -52,18 +53,15 @@ func command() *cobra.Command {
 				out = filepath.Join(root, "bench", "results")
 			}
 			run := func() (*bench.Result, error) { return bench.Run(cmd.Context(), cfg, cmd.ErrOrStderr()) }
-			if relayAlone {
-				alone := bench.RelayDefaults()
-				if runs > 0 {
-					alone.Runs = runs
-				}
-				run = func() (*bench.Result, error) { return bench.RunRelay(cmd.Context(), alone, cmd.ErrOrStderr()) }
+			single := only.measurement(cfg, quick, runs)
+			if single != nil {
+				run = func() (*bench.Result, error) { return single(cmd.Context(), cmd.ErrOrStderr()) }
 			}
 			res, err := run()
 			if err != nil {
 				return err
 			}
-			paths, err := res.Write(out, !quick && !relayAlone)
+			paths, err := res.Write(out, !quick && single == nil)
 			if err != nil {
 				return err
 			}
@@ -77,11 +75,11 @@ func command() *cobra.Command {
 	f := cmd.Flags()
 	f.BoolVar(&quick, "quick", false, "a few minutes instead of half an hour")
 	f.BoolVar(&peers, "peers", true, "measure other products too, those that are installed (--quick: only when asked for)")
-	f.BoolVar(&relayAlone, "relay", false, "measure the relay alone, over loopback, next to pion's server")
 	f.IntVar(&runs, "runs", 0, "runs of each kind (default: 3 quick, else 7)")
 	f.IntSliceVar(&flows, "flows", nil, "how many TCP connections at once, such as 1,8 (default: 1,8 quick, else 1,2,4,8,32)")
 	f.IntVar(&mtu, "mtu", 0, "MTU of the links between the sites, in bytes (default 1500)")
 	f.StringVar(&out, "out", "", "folder of the results (default: bench/results of the source tree)")
-	cmd.AddCommand(turnCommand())
+	only.flags(cmd)
+	cmd.AddCommand(turnCommand(), partCommand())
 	return cmd
 }
