@@ -21,15 +21,17 @@ type resourceFlags struct {
 	address           string
 	tcp, udp          string
 	icmp              bool
+	health            string
 }
 
 func (f *resourceFlags) register(cmd *cobra.Command) {
 	flags := cmd.Flags()
-	flags.StringSliceVar(&f.gateways, "gateway", nil, "gateways that serve it, most preferred first")
+	flags.StringSliceVar(&f.gateways, "gateway", nil, "gateways that serve it, most preferred first, as NAME[:PRIORITY[:WEIGHT]]; of those with the lowest priority that reach it, flows are spread by weight")
 	flags.StringVar(&f.address, "address", "", "IP address, CIDR, host name or *.domain, as the gateway sees it")
 	flags.StringVar(&f.tcp, "tcp", "", `TCP ports, such as 5432,8000-8100 or all`)
 	flags.StringVar(&f.udp, "udp", "", `UDP ports, in the same form`)
 	flags.BoolVar(&f.icmp, "icmp", false, "allow ICMP echo (ping)")
+	flags.StringVar(&f.health, "health", "", "how its gateways probe it: off, tcp, tls, http or https, then [:PORT][/PATH] (default: tcp, where it has a port of its own)")
 	flags.StringSliceVar(&f.domains, "domain", nil, "DNS suffixes that the gateway's network resolves")
 }
 
@@ -82,6 +84,9 @@ func (a *app) resourceCreate() *cobra.Command {
 			if req.UDP, err = parsePorts("--udp", f.udp); err != nil {
 				return err
 			}
+			if req.Health, err = policy.ParseHealth(f.health); err != nil {
+				return daemon.Usagef("--health: %w", err)
+			}
 			return a.do(cmd, "create resource "+args[0], func(ctx context.Context, c *Client) error {
 				r, err := post[control.ResourceRecord](ctx, c, c.path(resources), req)
 				if err != nil {
@@ -107,12 +112,33 @@ func (a *app) resourceList() *cobra.Command {
 					return err
 				}
 				none := fmt.Sprintf("organization %s has no resources; make one: sallyway resource create NAME --gateway G --address HOST --tcp PORT", c.org)
-				return list(a, cmd, items, none, "NAME ADDRESS ALLOWS GATEWAYS VIRTUAL STATE", func(r control.ResourceRecord) []any {
-					return []any{r.Name, r.Address, allows(r.Resource), join(r.Names), join(r.Virtual), enabledWord(r.Disabled)}
+				return list(a, cmd, items, none, "NAME ADDRESS ALLOWS GATEWAYS VIRTUAL STATE REACHED", func(r control.ResourceRecord) []any {
+					return []any{r.Name, r.Address, allows(r.Resource), join(r.Names), join(r.Virtual), enabledWord(r.Disabled), reached(r)}
 				})
 			})
 		},
 	}
+}
+
+// reached says in a word what the gateways' probes found.
+func reached(r control.ResourceRecord) string {
+	var by, not []string
+	for _, h := range r.Reached {
+		if h.OK {
+			by = append(by, h.Gateway)
+		} else {
+			not = append(not, h.Gateway)
+		}
+	}
+	switch {
+	case len(not) > 0 && len(by) > 0:
+		return "not by " + strings.Join(not, ", ")
+	case len(not) > 0:
+		return "no"
+	case len(by) > 0:
+		return "yes"
+	}
+	return "-"
 }
 
 func enabledWord(disabled bool) string {
@@ -139,9 +165,39 @@ func allows(r policy.Resource) string {
 	return strings.Join(words, " ")
 }
 
+// serving writes a resource's gateways with their priority and weight, and what their probes found.
+func serving(r control.ResourceRecord) string {
+	words := make([]string, len(r.Names))
+	for i, name := range r.Names {
+		words[i] = name
+		if i < len(r.Gateways) {
+			words[i] += fmt.Sprintf(" (priority %d, weight %d)", r.Gateways[i].Priority, r.Gateways[i].Weight)
+		}
+		for _, h := range r.Reached {
+			switch {
+			case h.Gateway != name:
+			case h.OK:
+				words[i] += " reaches it"
+			default:
+				words[i] += " does not reach it since " + moment(&h.Since) + ": " + h.Reason
+			}
+		}
+	}
+	return strings.Join(words, ", ")
+}
+
+// probe writes how the gateways probe a resource.
+func probe(r control.ResourceRecord) string {
+	_, h, ok := r.Probe()
+	if !ok {
+		return "off"
+	}
+	return h.String()
+}
+
 func showResource(w io.Writer, r control.ResourceRecord) {
 	fields(w, "name", r.Name, "id", r.ID, "state", enabledWord(r.Disabled), "address", r.Address, "allows", allows(r.Resource),
-		"domains", join(r.Domains), "gateways", join(r.Names), "name for clients", r.FQDN, "virtual", join(r.Virtual), "created", moment(&r.Created))
+		"domains", join(r.Domains), "gateways", serving(r), "probe", probe(r), "name for clients", r.FQDN, "virtual", join(r.Virtual), "created", moment(&r.Created))
 }
 
 func (a *app) resourceUpdate() *cobra.Command {
@@ -151,6 +207,8 @@ func (a *app) resourceUpdate() *cobra.Command {
 		Use: "update NAME [flags]", Short: "Change a resource: a flag replaces that part as a whole", Args: one("the resource's name"),
 		Example: `  sallyway resource update db --tcp 5432,6432
   sallyway resource update db --gateway office-2,office
+  sallyway resource update db --gateway office:0:3,branch:0:1     # three flows in four by way of office
+  sallyway resource update db --health tls:5432
   sallyway resource update db --udp ''                 # no UDP any more`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			u, err := f.update(cmd, &name)
@@ -192,6 +250,13 @@ func (f *resourceFlags) update(cmd *cobra.Command, name *string) (control.Update
 	}
 	if given("domain") {
 		u.Domains = &f.domains
+	}
+	if given("health") {
+		h, err := policy.ParseHealth(f.health)
+		if err != nil {
+			return u, daemon.Usagef("--health: %w", err)
+		}
+		u.Health = &h
 	}
 	for _, p := range []struct {
 		flag, value string

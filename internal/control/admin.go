@@ -131,11 +131,20 @@ type ResourceRecord struct {
 	FQDN     string           `json:"fqdn"`
 	Gateways []ServingGateway `json:"gateways"`
 	Names    []string         `json:"gateway_names"`
-	Disabled bool             `json:"disabled"`
-	Created  time.Time        `json:"created"`
+	// Reached is what gateways that are there found when they probed it.
+	Reached  []Reached `json:"reached,omitempty"`
+	Disabled bool      `json:"disabled"`
+	Created  time.Time `json:"created"`
 }
 
-// CreateResource makes a resource. Gateways are names or ids, most preferred first.
+// Reached is what a gateway found when it probed a resource.
+type Reached struct {
+	Gateway string `json:"gateway"` // name
+	ResourceHealth
+}
+
+// CreateResource makes a resource. Gateways are NAME[:PRIORITY[:WEIGHT]], by name or id, most preferred first: without a priority it is the
+// place in the list; of those with the lowest priority that serve, flows are spread by weight.
 type CreateResource struct {
 	Name     string             `json:"name"`
 	Gateways []string           `json:"gateways"`
@@ -144,6 +153,7 @@ type CreateResource struct {
 	UDP      []policy.PortRange `json:"udp,omitempty"`
 	ICMP     bool               `json:"icmp,omitempty"`
 	Domains  []string           `json:"domains,omitempty"`
+	Health   policy.Health      `json:"health,omitzero"`
 }
 
 // UpdateResource changes what is not nil.
@@ -155,6 +165,7 @@ type UpdateResource struct {
 	UDP      *[]policy.PortRange `json:"udp,omitempty"`
 	ICMP     *bool               `json:"icmp,omitempty"`
 	Domains  *[]string           `json:"domains,omitempty"`
+	Health   *policy.Health      `json:"health,omitempty"`
 	Disabled *bool               `json:"disabled,omitempty"`
 }
 

@@ -266,6 +266,16 @@ type Heartbeat struct {
 	Sessions []SessionReport    `json:"sessions,omitempty"` // a gateway's live sessions
 	Load     map[string]float64 `json:"load,omitempty"`     // a relay's allocations, bytes_per_second
 	Problems []string           `json:"problems,omitempty"`
+	// Resources are what a gateway's probes found, of the resources that it probes.
+	Resources []ResourceHealth `json:"resources,omitempty"`
+}
+
+// ResourceHealth is whether a gateway reaches a resource.
+type ResourceHealth struct {
+	ID     string    `json:"id"`
+	OK     bool      `json:"ok"`
+	Reason string    `json:"reason,omitempty"` // why not
+	Since  time.Time `json:"since"`            // when OK last changed
 }
 
 // SessionReport is a live session at a gateway.

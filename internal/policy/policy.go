@@ -99,6 +99,8 @@ type Resource struct {
 	Domains []string `json:"domains,omitempty"`
 	// Virtual are the resource's addresses in the organization's virtual range: IPv4 and IPv6. For a CIDR they are absent.
 	Virtual []netip.Addr `json:"virtual,omitempty"`
+	// Health is how its gateways find out whether they reach it.
+	Health Health `json:"health,omitzero"`
 }
 
 // Prefix returns the address as a prefix when it is an IP address or a CIDR.

@@ -400,8 +400,8 @@ func (r *Registry) DeleteNode(ctx context.Context, org string, kind identity.Kin
 			return nil, err
 		}
 		for _, v := range resources {
-			if i := slices.Index(v.Gateways, n.ID); i >= 0 {
-				v.Gateways = slices.Delete(v.Gateways, i, i+1)
+			if v.ServedBy(n.ID) {
+				v.Gateways = slices.DeleteFunc(v.Gateways, func(g store.ServingGateway) bool { return g.ID == n.ID })
 				if err := c.UpdateResource(ctx, v); err != nil {
 					return nil, err
 				}

@@ -1,9 +1,12 @@
 package registry
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"sallyway/internal/control"
@@ -19,6 +22,8 @@ const (
 	maxRanges   = 64
 	maxDomains  = 64
 	maxGateways = 16
+	maxPriority = 1000
+	maxWeight   = 1000
 )
 
 // checkTarget canonicalises a resource's address: an IP address, a CIDR or a host name that may start with "*.".
@@ -75,39 +80,94 @@ func checkDomains(ds []string) ([]string, error) {
 	return out, nil
 }
 
-// findGateways resolves names or ids to ids.
-func (c *change) findGateways(ctx context.Context, org string, names []string) ([]string, error) {
+// findGateways reads gateways in the form NAME[:PRIORITY[:WEIGHT]], by name or id. Without a priority it is the place in the list.
+func (c *change) findGateways(ctx context.Context, org string, names []string) ([]store.ServingGateway, error) {
 	if len(names) == 0 || len(names) > maxGateways {
 		return nil, invalid("body.gateways", "name the gateways that serve it, most preferred first", "a resource has 1 to %d gateways, not %d", maxGateways, len(names))
 	}
-	var out []string
-	for _, name := range names {
+	var out []store.ServingGateway
+	for i, spec := range names {
+		s := store.ServingGateway{Priority: i, Weight: 1}
+		name, rest, ranked := strings.Cut(spec, ":")
+		priority, weight, weighted := strings.Cut(rest, ":")
+		for _, n := range []struct {
+			given    bool
+			text     string
+			min, max int
+			into     *int
+		}{{ranked, priority, 0, maxPriority, &s.Priority}, {weighted, weight, 1, maxWeight, &s.Weight}} {
+			if !n.given {
+				continue
+			}
+			v, err := strconv.Atoi(n.text)
+			if err != nil || v < n.min || v > n.max {
+				return nil, invalid("body.gateways", "NAME, NAME:PRIORITY or NAME:PRIORITY:WEIGHT, such as office:0:3", "gateway %.80q: %.20q is not a number from %d to %d", spec, n.text, n.min, n.max)
+			}
+			*n.into = v
+		}
 		g, err := c.FindNode(ctx, org, identity.Gateway, name)
 		if err != nil {
 			return nil, notFound(err, "gateway", name, org)
 		}
-		if slices.Contains(out, g.ID) {
+		if s.ID = g.ID; slices.ContainsFunc(out, func(o store.ServingGateway) bool { return o.ID == s.ID }) {
 			return nil, invalid("body.gateways", "name each once", "gateway %q is named twice", g.Name)
 		}
-		out = append(out, g.ID)
+		out = append(out, s)
 	}
+	slices.SortStableFunc(out, func(a, b store.ServingGateway) int { return cmp.Compare(a.Priority, b.Priority) })
 	return out, nil
 }
 
-func resourceRecord(ctx context.Context, tx store.Tx, o *store.Org, v *store.Resource) (*control.ResourceRecord, error) {
+// gatewaySpecs writes what findGateways reads.
+func gatewaySpecs(gs []store.ServingGateway) []string {
+	out := make([]string, len(gs))
+	for i, g := range gs {
+		out[i] = fmt.Sprintf("%s:%d:%d", g.ID, g.Priority, g.Weight)
+	}
+	return out
+}
+
+// checkHealth refuses a probe that could never be made.
+func checkHealth(v *store.Resource) error {
+	if v.Health.Kind == policy.HealthDefault || v.Health.Kind == policy.HealthOff {
+		return nil
+	}
+	probed := policy.Resource{Address: v.Target, TCP: v.TCP, Health: v.Health}
+	_, h, ok := probed.Probe()
+	if !ok {
+		return invalid("body.health", "name a port: tcp:5432; a network or *.domain can not be probed", "resource %q has no address and port to probe", v.Name)
+	}
+	if !slices.ContainsFunc(v.TCP, func(p policy.PortRange) bool { return p.Contains(h.Port) }) {
+		return invalid("body.health", "probe one of its own TCP ports", "port %d is none of resource %q", h.Port, v.Name)
+	}
+	return nil
+}
+
+func (r *Registry) resourceRecord(ctx context.Context, tx store.Tx, o *store.Org, v *store.Resource) (*control.ResourceRecord, error) {
 	rec := &control.ResourceRecord{
 		Resource: policy.Resource{
 			ID: v.ID, Name: v.Name, Address: v.Target, TCP: v.TCP, UDP: v.UDP, ICMP: v.ICMP, Domains: v.Domains, Virtual: view.Addresses(o, v.Address),
+			Health: v.Health,
 		},
 		FQDN: view.FQDN(v.Name, o.Name), Disabled: v.Disabled, Created: v.Created, Gateways: []control.ServingGateway{}, Names: []string{},
 	}
-	for i, id := range v.Gateways {
-		g, err := tx.Node(ctx, id)
+	now := r.Now()
+	for _, s := range v.Gateways {
+		g, err := tx.Node(ctx, s.ID)
 		if err != nil {
 			return nil, err
 		}
-		rec.Gateways = append(rec.Gateways, control.ServingGateway{Node: g.Identity(), Priority: i, Weight: 1})
+		rec.Gateways = append(rec.Gateways, control.ServingGateway{Node: g.Identity(), Priority: s.Priority, Weight: s.Weight})
 		rec.Names = append(rec.Names, g.Name)
+		beat, ok := r.Board.Get(g.ID)
+		if !ok || now.Sub(beat.At) >= presenceTimeout {
+			continue
+		}
+		for _, h := range beat.Resources {
+			if h.ID == v.ID {
+				rec.Reached = append(rec.Reached, control.Reached{Gateway: g.Name, ResourceHealth: h})
+			}
+		}
 	}
 	return rec, nil
 }
@@ -123,7 +183,7 @@ func (r *Registry) CreateResource(ctx context.Context, org string, req control.C
 		if err != nil {
 			return err
 		}
-		v := &store.Resource{ID: identity.NewID("resource"), Org: org, Name: req.Name, TCP: req.TCP, UDP: req.UDP, ICMP: req.ICMP, Created: c.now}
+		v := &store.Resource{ID: identity.NewID("resource"), Org: org, Name: req.Name, TCP: req.TCP, UDP: req.UDP, ICMP: req.ICMP, Health: req.Health, Created: c.now}
 		if err := c.fillResource(ctx, v, req.Address, req.Gateways, req.Domains); err != nil {
 			return err
 		}
@@ -154,6 +214,9 @@ func (c *change) fillResource(ctx context.Context, v *store.Resource, address st
 	if len(v.TCP)+len(v.UDP)+len(v.Domains) == 0 && !v.ICMP {
 		return invalid("body.tcp", "--tcp 5432, --tcp all, --udp 53 or --icmp", "resource %q allows nothing: it has no ports, no ICMP and no domains", v.Name)
 	}
+	if err := checkHealth(v); err != nil {
+		return err
+	}
 	if v.Gateways, err = c.findGateways(ctx, v.Org, gateways); err != nil {
 		return err
 	}
@@ -168,13 +231,13 @@ func (c *change) fillResource(ctx context.Context, v *store.Resource, address st
 
 // resourceDone audits, pushes and renders a change of a resource.
 func (c *change) resourceDone(ctx context.Context, o *store.Org, v *store.Resource, action string, out **control.ResourceRecord) error {
-	rec, err := resourceRecord(ctx, c.Tx, o, v)
+	rec, err := c.r.resourceRecord(ctx, c.Tx, o, v)
 	if err != nil {
 		return err
 	}
 	*out = rec
 	if err := c.audit(ctx, o.Name, action, "resource/"+v.ID, audit.OK, map[string]any{
-		"name": v.Name, "address": v.Target, "tcp": v.TCP, "udp": v.UDP, "icmp": v.ICMP, "domains": v.Domains, "gateways": rec.Names, "disabled": v.Disabled,
+		"name": v.Name, "address": v.Target, "tcp": v.TCP, "udp": v.UDP, "icmp": v.ICMP, "domains": v.Domains, "gateways": rec.Names, "health": v.Health, "disabled": v.Disabled,
 	}); err != nil {
 		return err
 	}
@@ -195,7 +258,7 @@ func (r *Registry) Resources(ctx context.Context, org string, p store.Page) (*co
 		}
 		vs, out.NextCursor = trim(vs, p.Limit, func(v *store.Resource) string { return v.Name })
 		for _, v := range vs {
-			rec, err := resourceRecord(ctx, tx, o, v)
+			rec, err := r.resourceRecord(ctx, tx, o, v)
 			if err != nil {
 				return err
 			}
@@ -218,7 +281,7 @@ func (r *Registry) Resource(ctx context.Context, org, name string) (*control.Res
 		if err != nil {
 			return notFound(err, "resource", name, org)
 		}
-		out, err = resourceRecord(ctx, tx, o, v)
+		out, err = r.resourceRecord(ctx, tx, o, v)
 		return err
 	})
 	return out, err
@@ -242,13 +305,14 @@ func (r *Registry) UpdateResource(ctx context.Context, org, name string, req con
 			}
 			v.Name = *req.Name
 		}
-		address, gateways, domains := v.Target, v.Gateways, v.Domains
+		address, gateways, domains := v.Target, gatewaySpecs(v.Gateways), v.Domains
 		set(&address, req.Address)
 		set(&gateways, req.Gateways)
 		set(&domains, req.Domains)
 		set(&v.TCP, req.TCP)
 		set(&v.UDP, req.UDP)
 		set(&v.ICMP, req.ICMP)
+		set(&v.Health, req.Health)
 		set(&v.Disabled, req.Disabled)
 		// A resource whose gateways were all deleted can still be renamed or disabled.
 		if len(gateways) == 0 && req.Gateways == nil {

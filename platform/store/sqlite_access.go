@@ -23,17 +23,22 @@ func (t *sqliteTx) strs(ctx context.Context, q string, args ...any) ([]string, e
 	return ss, err
 }
 
-const resourceColumns = `id, org, name, target, tcp, udp, icmp, domains, address, disabled, created`
+const resourceColumns = `id, org, name, target, tcp, udp, icmp, domains, address, disabled, created, health`
 
 func scanResource(r row) (*Resource, error) {
 	var v Resource
-	return &v, r.Scan(&v.ID, &v.Org, &v.Name, &v.Target, list[[]policy.PortRange]{&v.TCP}, list[[]policy.PortRange]{&v.UDP}, &v.ICMP,
-		list[[]string]{&v.Domains}, &v.Address, &v.Disabled, stamp{&v.Created})
+	var health string
+	err := r.Scan(&v.ID, &v.Org, &v.Name, &v.Target, list[[]policy.PortRange]{&v.TCP}, list[[]policy.PortRange]{&v.UDP}, &v.ICMP,
+		list[[]string]{&v.Domains}, &v.Address, &v.Disabled, stamp{&v.Created}, &health)
+	if err == nil {
+		v.Health, err = policy.ParseHealth(health)
+	}
+	return &v, err
 }
 
 func (t *sqliteTx) InsertResource(ctx context.Context, v *Resource) error {
-	if err := t.exec(ctx, true, `INSERT INTO resources (`+resourceColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		v.ID, v.Org, v.Name, v.Target, encode(v.TCP), encode(v.UDP), v.ICMP, encode(v.Domains), v.Address, v.Disabled, micros(v.Created)); err != nil {
+	if err := t.exec(ctx, true, `INSERT INTO resources (`+resourceColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		v.ID, v.Org, v.Name, v.Target, encode(v.TCP), encode(v.UDP), v.ICMP, encode(v.Domains), v.Address, v.Disabled, micros(v.Created), v.Health.String()); err != nil {
 		return err
 	}
 	return t.putGateways(ctx, v)
@@ -44,15 +49,23 @@ func (t *sqliteTx) putGateways(ctx context.Context, v *Resource) error {
 		return err
 	}
 	for i, g := range v.Gateways {
-		if err := t.exec(ctx, true, `INSERT INTO resource_gateways (resource, gateway, priority) VALUES (?, ?, ?)`, v.ID, g, i); err != nil {
+		if err := t.exec(ctx, true, `INSERT INTO resource_gateways (resource, gateway, position, priority, weight) VALUES (?, ?, ?, ?, ?)`, v.ID, g.ID, i, g.Priority, g.Weight); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (t *sqliteTx) gateways(ctx context.Context, id string) ([]string, error) {
-	return t.strs(ctx, `SELECT gateway FROM resource_gateways WHERE resource = ? ORDER BY priority`, id)
+func (t *sqliteTx) gateways(ctx context.Context, id string) ([]ServingGateway, error) {
+	vs, err := many(ctx, t, func(r row) (*ServingGateway, error) {
+		var g ServingGateway
+		return &g, r.Scan(&g.ID, &g.Priority, &g.Weight)
+	}, `SELECT gateway, priority, weight FROM resource_gateways WHERE resource = ? ORDER BY priority, position`, id)
+	out := make([]ServingGateway, len(vs))
+	for i, v := range vs {
+		out[i] = *v
+	}
+	return out, err
 }
 
 func (t *sqliteTx) FindResource(ctx context.Context, org, name string) (*Resource, error) {
@@ -78,8 +91,8 @@ func (t *sqliteTx) Resources(ctx context.Context, org string, p Page) ([]*Resour
 }
 
 func (t *sqliteTx) UpdateResource(ctx context.Context, v *Resource) error {
-	if err := t.exec(ctx, true, `UPDATE resources SET name = ?, target = ?, tcp = ?, udp = ?, icmp = ?, domains = ?, address = ?, disabled = ? WHERE id = ?`,
-		v.Name, v.Target, encode(v.TCP), encode(v.UDP), v.ICMP, encode(v.Domains), v.Address, v.Disabled, v.ID); err != nil {
+	if err := t.exec(ctx, true, `UPDATE resources SET name = ?, target = ?, tcp = ?, udp = ?, icmp = ?, domains = ?, address = ?, disabled = ?, health = ? WHERE id = ?`,
+		v.Name, v.Target, encode(v.TCP), encode(v.UDP), v.ICMP, encode(v.Domains), v.Address, v.Disabled, v.Health.String(), v.ID); err != nil {
 		return err
 	}
 	return t.putGateways(ctx, v)

@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"time"
 
 	"sallyway/internal/identity"
@@ -114,7 +115,7 @@ type EnrolmentToken struct {
 	Used             time.Time // zero is not yet
 }
 
-// Resource is a resource; Gateways are node ids, most preferred first.
+// Resource is a resource.
 type Resource struct {
 	ID, Org, Name string
 	Target        string
@@ -124,7 +125,20 @@ type Resource struct {
 	Address       uint32 // index into the organization's ranges, 0 is none
 	Disabled      bool
 	Created       time.Time
-	Gateways      []string
+	Health        policy.Health
+	Gateways      []ServingGateway // most preferred first
+}
+
+// ServedBy reports whether a gateway is one of the resource's.
+func (r *Resource) ServedBy(id string) bool {
+	return slices.ContainsFunc(r.Gateways, func(g ServingGateway) bool { return g.ID == id })
+}
+
+// ServingGateway is a gateway of a resource. Those of the lowest priority are used, spread by weight, while one of them serves.
+type ServingGateway struct {
+	ID       string
+	Priority int // 0 at least
+	Weight   int // 1 at least
 }
 
 // Group is a named set of nodes; Members are node ids.

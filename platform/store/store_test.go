@@ -283,7 +283,8 @@ func testAccess(t *testing.T, s Store) {
 		}
 		v := &Resource{
 			ID: "r-1", Org: "a", Name: "db", Target: "10.0.0.1", TCP: []policy.PortRange{{First: 1, Last: 2}}, UDP: []policy.PortRange{policy.AllPorts}, ICMP: true,
-			Domains: []string{"corp"}, Address: 20, Disabled: true, Created: at, Gateways: []string{"g-2", "g-1"},
+			Domains: []string{"corp"}, Address: 20, Disabled: true, Created: at,
+			Health: policy.Health{Kind: policy.HealthHTTP, Port: 80, Path: "/ok"}, Gateways: []ServingGateway{{"g-2", 0, 3}, {"g-1", 0, 1}},
 		}
 		if err := tx.InsertResource(ctx, v); err != nil {
 			return err
@@ -296,7 +297,7 @@ func testAccess(t *testing.T, s Store) {
 			equal(t, "resource by "+by, got, v)
 		}
 		is(t, "name taken", tx.InsertResource(ctx, &Resource{ID: "r-2", Org: "a", Name: "db", Created: at}), ErrExists)
-		v.Gateways, v.Disabled = []string{"g-1"}, false
+		v.Gateways, v.Health, v.Disabled = []ServingGateway{{"g-1", 4, 1}}, policy.Health{Kind: policy.HealthOff}, false
 		if err := tx.UpdateResource(ctx, v); err != nil {
 			return err
 		}

@@ -118,7 +118,7 @@ func (v *View) Snapshot(g *store.Node) *policy.Snapshot {
 	rules := v.rules()
 	peers := make(map[string]bool)
 	for _, r := range v.resources {
-		if r.Disabled || !slices.Contains(r.Gateways, g.ID) {
+		if r.Disabled || !r.ServedBy(g.ID) {
 			continue
 		}
 		s.Resource = append(s.Resource, v.resource(r))
@@ -147,7 +147,7 @@ func (v *View) dialling(p *Plan, n *store.Node) {
 	rules := v.rules()
 	needed := make(map[string]bool)
 	for _, r := range v.resources {
-		if r.Disabled || slices.Contains(r.Gateways, n.ID) || !slices.ContainsFunc(rules[r.ID], func(rule policy.Rule) bool {
+		if r.Disabled || r.ServedBy(n.ID) || !slices.ContainsFunc(rules[r.ID], func(rule policy.Rule) bool {
 			return slices.Contains(rule.Subjects, n.Identity())
 		}) {
 			continue
@@ -187,9 +187,9 @@ func (v *View) dialling(p *Plan, n *store.Node) {
 // Serving is by which gateways a resource is reached, most preferred first; active leaves out those that are disabled.
 func (v *View) Serving(r *store.Resource, active bool) []control.ServingGateway {
 	out := []control.ServingGateway{}
-	for i, id := range r.Gateways {
-		if g := v.nodes[id]; g != nil && (!active || g.Status == store.Active) {
-			out = append(out, control.ServingGateway{Node: g.Identity(), Priority: i, Weight: 1})
+	for _, s := range r.Gateways {
+		if g := v.nodes[s.ID]; g != nil && (!active || g.Status == store.Active) {
+			out = append(out, control.ServingGateway{Node: g.Identity(), Priority: s.Priority, Weight: s.Weight})
 		}
 	}
 	return out

@@ -283,6 +283,7 @@ func (v *View) relay(id string) (*store.Node, *View) {
 func (v *View) resource(r *store.Resource) policy.Resource {
 	return policy.Resource{
 		ID: r.ID, Name: r.Name, Address: r.Target, TCP: r.TCP, UDP: r.UDP, ICMP: r.ICMP, Domains: r.Domains, Virtual: Addresses(v.Org, r.Address),
+		Health: r.Health,
 	}
 }
 
