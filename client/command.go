@@ -145,6 +145,7 @@ func (o *options) run(cmd *cobra.Command) error {
 	sh.OnStatus = func(context.Context) (any, error) { return c.status(host, ls), nil }
 	sh.OnDoctor = func(context.Context) []daemon.Check { return c.checks(host) }
 	sh.Handle("GET /stdio", stdioHandler(c.sessions))
+	sh.Handle("GET /bench", benchHandler(c.sessions, sh.Log))
 	return sh.Run(cmd.Context(), func(ctx context.Context) error {
 		g, ctx := errgroup.WithContext(ctx)
 		g.Go(func() error { return c.run(ctx) })
@@ -375,6 +376,12 @@ func RenderGateways(w io.Writer, gs []GatewayStatus) {
 			fmt.Fprintf(w, "gateway    %s not reached: %s\n", g.Name, g.Error)
 		default:
 			fmt.Fprintf(w, "gateway    %s no session yet\n", g.Name)
+		}
+		if g.Draining {
+			fmt.Fprintf(w, "           %s is draining: new connections go by way of others\n", g.Name)
+		}
+		for _, id := range slices.Sorted(maps.Keys(g.Unreached)) {
+			fmt.Fprintf(w, "           %s does not reach %s: %s\n", g.Name, id, g.Unreached[id])
 		}
 	}
 }

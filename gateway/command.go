@@ -35,6 +35,7 @@ type options struct {
 	allow            []string
 	servePastExpiry  bool
 	transport        string
+	bench            string
 }
 
 // Command is gatewayd.
@@ -66,6 +67,7 @@ everything but this host itself, its links and metadata services.`,
 	f.StringArrayVar(&o.allow, "allow", nil, `"CIDR" or "CIDR PORTS" that may be reached through this gateway (repeatable)`)
 	f.BoolVar(&o.servePastExpiry, "serve-past-expiry", false, "go on taking new flows when the policies held here are past their time")
 	f.StringVar(&o.transport, "transport", "auto", "way to relays: auto (udp, then tls), udp or tls")
+	f.StringVar(&o.bench, "bench", "on", "answer sallyway bench to clients that may reach something here: on or off")
 	daemon.Bind(up)
 	root := &cobra.Command{
 		Use: "gatewayd", Short: "Sallyway's gateway: a way into a private network that opens no port",
@@ -77,6 +79,9 @@ everything but this host itself, its links and metadata services.`,
 }
 
 func (o *options) run(cmd *cobra.Command) error {
+	if o.bench != string(client.On) && o.bench != string(client.Off) {
+		return daemon.Usagef("--bench %.20q: want on or off", o.bench)
+	}
 	token, err := program.Token(cmd, &o.Options)
 	if err != nil {
 		return err

@@ -124,7 +124,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		return nil, daemon.Failf("%w", err)
 	}
 	m := newMetrics()
-	sh.Metrics.MustRegister(m.flows, m.packetsDropped)
+	sh.Metrics.MustRegister(m.flows, m.packetsDropped, m.benchRuns, m.benchBytes)
 	enforce := &enforcer{
 		snapshot: d.agent.Snapshot, stale: d.agent.SnapshotProblem, allow: allow, resolver: net.DefaultResolver, keepGoing: o.servePastExpiry,
 		ranges: func() []netip.Prefix { return *d.ranges.Load() },
@@ -132,6 +132,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 	d.handler = &handler{
 		log: sh.Log, enforce: enforce, names: &names{enforce: enforce, servers: d.nameServers}, pings: &pinger{},
 		virtual: func() []netip.Addr { return *d.virtual.Load() }, metrics: m,
+		bench: bench{off: o.bench == string(client.Off), relayRTT: d.relayRTT},
 	}
 	if d.merged, err = tunnel.NewMerged(tunnel.MergedConfig{}); err != nil {
 		return nil, err
@@ -144,7 +145,11 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		Node: d.agent.Node(), Certificate: d.agent.Certificate, Trust: d.peerTrust, Handler: d.handler, Logger: sh.Log,
 		StatelessResetKey: reset, TokenKey: tokens, OnSession: d.onSession,
 	})
-	return d, err
+	if err != nil {
+		return nil, err
+	}
+	d.handler.bench.quic = d.srv.QUIC
+	return d, nil
 }
 
 // ownSockets are what the gateway listens on beyond loopback, which nobody may reach through it.
@@ -271,6 +276,7 @@ func (d *gatewayDaemon) endSessions(c *control.Config) {
 		if n := d.handler.flows.endDenied(s); n > 0 {
 			d.sh.Log.Info("flows ended: no policy allows them any more", "count", n)
 		}
+		d.handler.bench.endDenied(s)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"sallyway/internal/policy"
+	"sallyway/internal/trial"
 	"sallyway/tunnel"
 )
 
@@ -28,6 +29,7 @@ type handler struct {
 	virtual func() []netip.Addr // of this gateway
 	metrics *metrics
 	flows   openFlows
+	bench   bench
 	dialer  net.Dialer
 }
 
@@ -47,6 +49,9 @@ func (h *handler) Authorize(_ context.Context, p tunnel.Peer) error {
 
 // DialTCP connects to where the peer may go.
 func (h *handler) DialTCP(ctx context.Context, p tunnel.Peer, t policy.Target) (tunnel.Conn, error) {
+	if trial.IsHost(t.Host) {
+		return h.benchTCP(p, t)
+	}
 	c, err := h.dial(ctx, p, t, "tcp")
 	if err != nil {
 		return nil, err
@@ -56,6 +61,9 @@ func (h *handler) DialTCP(ctx context.Context, p tunnel.Peer, t policy.Target) (
 
 // DialUDP opens a connected socket to where the peer may go.
 func (h *handler) DialUDP(ctx context.Context, p tunnel.Peer, t policy.Target) (net.Conn, error) {
+	if trial.IsHost(t.Host) {
+		return h.benchUDP(p, t)
+	}
 	return h.dial(ctx, p, t, "udp")
 }
 

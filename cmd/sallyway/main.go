@@ -11,6 +11,6 @@ import (
 
 func main() {
 	root := admin.Command()
-	root.AddCommand(client.Command())
+	root.AddCommand(client.Command(), client.BenchCommand())
 	os.Exit(daemon.Main(root))
 }
