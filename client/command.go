@@ -377,12 +377,6 @@ func RenderGateways(w io.Writer, gs []GatewayStatus) {
 		default:
 			fmt.Fprintf(w, "gateway    %s no session yet\n", g.Name)
 		}
-		if g.Draining {
-			fmt.Fprintf(w, "           %s is draining: new connections go by way of others\n", g.Name)
-		}
-		for _, id := range slices.Sorted(maps.Keys(g.Unreached)) {
-			fmt.Fprintf(w, "           %s does not reach %s: %s\n", g.Name, id, g.Unreached[id])
-		}
 	}
 }
 
