@@ -1,9 +1,11 @@
 package tunnel
 
 import (
+	"context"
 	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -38,6 +40,12 @@ type ConnStats struct {
 	DroppedUnknown uint64
 	// DroppedSize are received datagrams larger than any QUIC packet of ours.
 	DroppedSize uint64
+	// DroppedLate are received datagrams that were dropped because the queue had stood for more than 20 ms, Marked those that were marked as
+	// having met congestion because it had for more than 5 ms.
+	DroppedLate, Marked uint64
+	// Paused is how often a connection had enough datagrams to look at and got no more for a moment, Stalled how often it was then not
+	// seen to look at any.
+	Paused, Stalled uint64
 	// Probes are datagrams that were no QUIC.
 	Probes uint64
 	// Links is how many links there are now.
@@ -51,9 +59,10 @@ type Merged struct {
 	ports atomic.Pointer[map[uint64]*port] // by number, two a link; copied on change
 	probe atomic.Pointer[func(p *port, payload []byte)]
 
-	adding sync.Mutex // guards changes of ports, lastID, done, and the fields of watchers
+	adding sync.Mutex // guards changes of ports, lastID, done, conns, and the fields of watchers
 	lastID uint64
 	done   bool
+	conns  map[remote]struct{} // that take what arrives
 
 	stop     chan struct{}
 	watchers sync.WaitGroup
@@ -66,23 +75,23 @@ type port struct {
 	m    *Merged
 	link datagram.Link
 	info LinkInfo
-	// addr is the link's virtual address. alias is another one, of packets that a client marked: to QUIC they come on another path,
+	// main has the link's virtual address. alias has another one, of packets that a client marked: to QUIC they come on another path,
 	// so that a client can have a second path validated over the only link it has.
-	addr, alias *net.UDPAddr
+	main, alias source
 
 	// responder is the session whose probes were last seen on the link: the first to try.
 	responder atomic.Pointer[peerSession]
 }
 
 // Receive implements datagram.Receiver.
-func (p *port) Receive(b datagram.Batch) { p.m.receive(b, p.addr, p) }
+func (p *port) Receive(b datagram.Batch) { p.m.receive(b, &p.main, p) }
 
 func (p *port) handleProbe(payload []byte) {
 	if payload[0] == aliasMark {
 		if len(payload) > 1 && payload[1] >= firstQUIC {
 			buf := datagram.NewBuffer()
 			n := copy(buf.B[:], payload[1:])
-			p.m.receive(datagram.NewBatch(buf.B[:n], n, 0, datagram.NotECT, buf), p.alias, noProbes{})
+			p.m.receive(datagram.NewBatch(buf.B[:n], n, 0, datagram.NotECT, buf), &p.alias, noProbes{})
 		}
 		return
 	}
@@ -97,7 +106,8 @@ func NewMerged(cfg MergedConfig) (*Merged, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Merged{stop: make(chan struct{}), lastID: 1}
+	m := &Merged{stop: make(chan struct{}), lastID: 1, conns: map[remote]struct{}{}}
+	m.orphaned = m.settle
 	m.init(virtualAddr(1), raw, cfg.Queue)
 	m.ports.Store(&map[uint64]*port{})
 	return m, nil
@@ -112,8 +122,8 @@ func (m *Merged) Add(l datagram.Link, info LinkInfo) (netip.AddrPort, error) {
 		return netip.AddrPort{}, net.ErrClosed
 	}
 	m.lastID += 2
-	p := &port{m: m, link: l, info: info, addr: virtualAddr(m.lastID), alias: virtualAddr(m.lastID + 1)}
-	m.changeLocked(func(ports map[uint64]*port) { ports[virtualID(p.addr)], ports[virtualID(p.alias)] = p, p })
+	p := &port{m: m, link: l, info: info, main: source{addr: virtualAddr(m.lastID)}, alias: source{addr: virtualAddr(m.lastID + 1)}}
+	m.changeLocked(func(ports map[uint64]*port) { ports[virtualID(p.main.addr)], ports[virtualID(p.alias.addr)] = p, p })
 	l.SetReceiver(p)
 	m.watchers.Go(func() {
 		select {
@@ -121,14 +131,80 @@ func (m *Merged) Add(l datagram.Link, info LinkInfo) (netip.AddrPort, error) {
 			m.adding.Lock()
 			defer m.adding.Unlock()
 			m.changeLocked(func(ports map[uint64]*port) {
-				delete(ports, virtualID(p.addr))
-				delete(ports, virtualID(p.alias))
+				delete(ports, virtualID(p.main.addr))
+				delete(ports, virtualID(p.alias.addr))
 			})
 		case <-m.stop:
 		}
 		l.SetReceiver(nil)
 	})
-	return addrPort(p.addr), nil
+	return addrPort(p.main.addr), nil
+}
+
+// remote is a connection that counts what it takes and knows where its peer is: *quic.Conn.
+type remote interface {
+	taker
+	RemoteAddr() net.Addr
+	Context() context.Context
+}
+
+// attach makes known a connection that takes what arrives, until it ends: it is handed no more at a time than it can queue.
+func (m *Merged) attach(conn remote) {
+	m.adding.Lock()
+	m.conns[conn] = struct{}{}
+	m.settleLocked()
+	m.adding.Unlock()
+	context.AfterFunc(conn.Context(), func() {
+		m.adding.Lock()
+		defer m.adding.Unlock()
+		delete(m.conns, conn)
+		m.settleLocked()
+	})
+}
+
+// settle finds out which connections are behind which address.
+func (m *Merged) settle() {
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	m.settleLocked()
+}
+
+func (m *Merged) settleLocked() {
+	at := make(map[*source][]taker, len(m.conns))
+	for conn := range m.conns {
+		a, _ := conn.RemoteAddr().(*net.UDPAddr)
+		if p := m.port(a); p != nil {
+			s := p.source(a)
+			at[s] = append(at[s], conn)
+		}
+	}
+	for _, p := range *m.ports.Load() {
+		for _, s := range []*source{&p.main, &p.alias} {
+			if old := s.in.takers.Load(); len(at[s]) == 0 || old == nil || !sameTakers(*old, at[s]) {
+				s.in.set(at[s])
+			}
+		}
+	}
+}
+
+func sameTakers(a, b []taker) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for _, t := range a {
+		if !slices.Contains(b, t) {
+			return false
+		}
+	}
+	return true
+}
+
+// source returns the one of the link's two addresses that a is.
+func (p *port) source(a *net.UDPAddr) *source {
+	if virtualID(a) == virtualID(p.alias.addr) {
+		return &p.alias
+	}
+	return &p.main
 }
 
 func (m *Merged) changeLocked(change func(map[uint64]*port)) {
@@ -155,6 +231,7 @@ func (m *Merged) WriteMsgUDP(b, oob []byte, addr *net.UDPAddr) (n, oobn int, err
 	}
 	p.link.Send(b, segment, ecn)
 	m.stats.sent.Add(count(len(b), segment))
+	m.wrote(p.source(addr))
 	return len(b), len(oob), nil
 }
 
@@ -182,6 +259,10 @@ func (m *Merged) Close() error {
 // Stats returns what was counted.
 func (m *Merged) Stats() ConnStats {
 	st := m.stats.snapshot()
-	st.Links = len(*m.ports.Load()) / 2 // two addresses each
+	for id, p := range *m.ports.Load() {
+		if id == virtualID(p.alias.addr) { // each link has one
+			st.Links++
+		}
+	}
 	return st
 }

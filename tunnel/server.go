@@ -187,6 +187,7 @@ func (s *Server) serve(ctx context.Context, conn *quic.Conn) {
 func (s *Server) admit(ctx context.Context, conn *quic.Conn) (*peerSession, error) {
 	chain := conn.ConnectionState().TLS.PeerCertificates
 	p := &peerSession{srv: s, conn: conn, since: time.Now()}
+	s.merged.attach(conn)
 	node, err := s.cfg.verify(chain) // the handshake did this; whom it proved is asked here
 	if err != nil {
 		return p, &SessionError{Code: CloseDenied, Reason: err.Error(), Err: err}

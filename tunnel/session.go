@@ -133,6 +133,9 @@ func (s *Session) handshake(ctx context.Context) error {
 		return err
 	}
 	s.conn = conn
+	for _, sl := range s.slots {
+		sl.src.in.set([]taker{conn})
+	}
 	if err := s.deriveKeys(); err != nil {
 		return errors.Join(err, conn.CloseWithError(quic.ApplicationErrorCode(CloseNormal), "no keys"))
 	}

@@ -35,7 +35,7 @@ func (l *slotLink) Receive(b datagram.Batch) {
 	if h := l.s.handshake; h != nil {
 		h.receiveResets(b)
 	}
-	l.s.receive(b, gatewayAddr, l)
+	l.s.receive(b, &l.s.src, l)
 }
 
 // resetSize is the size of quic-go's stateless resets, in bytes.
@@ -51,7 +51,7 @@ func (s *slot) receiveResets(b datagram.Batch) {
 		if len(payload) == resetSize && payload[0]&0xc0 == firstQUIC {
 			buf := datagram.NewBuffer()
 			n := copy(buf.B[:], payload)
-			s.receive(datagram.NewBatch(buf.B[:n], n, 0, b.ECN, buf), gatewayAddr, noProbes{})
+			s.receive(datagram.NewBatch(buf.B[:n], n, 0, b.ECN, buf), &s.src, noProbes{})
 		}
 	}
 }
@@ -74,8 +74,9 @@ func (l *slotLink) release() {
 // the gateway's one virtual address.
 type slot struct {
 	vconn
-	tr *quic.Transport
-	to atomic.Pointer[slotLink]
+	src source
+	tr  *quic.Transport
+	to  atomic.Pointer[slotLink]
 
 	// handshake is the slot that the session was dialled on, nil if it is this one.
 	handshake *slot
@@ -93,7 +94,7 @@ var _ quic.OOBCapablePacketConn = (*slot)(nil)
 var gatewayAddr = virtualAddr(1)
 
 func newSlot(n int, raw *rawSocket) *slot {
-	s := &slot{}
+	s := &slot{src: source{addr: gatewayAddr}}
 	s.init(virtualAddr(uint64(0x100+n)), raw, 0)
 	s.tr = &quic.Transport{Conn: s, ConnectionIDLength: connectionIDLength}
 	return s
@@ -129,6 +130,7 @@ func (s *slot) WriteMsgUDP(b, oob []byte, _ *net.UDPAddr) (n, oobn int, err erro
 	}
 	l.link.Send(b, segment, ecn)
 	s.stats.sent.Add(count(len(b), segment))
+	s.wrote(&s.src)
 	return len(b), len(oob), nil
 }
 

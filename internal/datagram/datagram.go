@@ -79,6 +79,12 @@ func (b *Batch) Next() (payload []byte, ok bool) {
 	return payload, true
 }
 
+// Peek returns what Next would cut off.
+func (b *Batch) Peek() (payload []byte, ok bool) {
+	at := *b
+	return at.Next()
+}
+
 // Count returns how many datagrams are left.
 func (b *Batch) Count() int {
 	if b.Stride <= b.Skip || len(b.Data) <= b.Skip {
