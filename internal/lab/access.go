@@ -13,6 +13,9 @@ import (
 
 // layAccess lays a wire as an emulated link: w.a is the router's end and w.b the client's. It runs until the lab is closed.
 func (l *Lab) layAccess(w wire) error {
+	if l.cfg.AccessNetem {
+		return l.netemAccess(w)
+	}
 	end := func(h *Host, name string, addrs []string) (d *tun.Device, err error) {
 		err = h.Do(func() error {
 			if d, err = tun.Open(tun.Config{Name: name, MTU: w.mtu}); err != nil {
@@ -71,6 +74,29 @@ func lengthen(name string) error {
 		return err
 	}
 	return netlink.LinkSetTxQLen(link, accessQueue)
+}
+
+// netemAccess lays it as a veth pair whose ends delay and lose by the kernel's netem.
+func (l *Lab) netemAccess(w wire) error {
+	if err := lay(w); err != nil {
+		return err
+	}
+	err := w.b.Do(func() error { return wan.Netem(w.bName, l.cfg.Access.AtoB) })
+	if err == nil {
+		err = w.a.Do(func() error { return wan.Netem(w.aName, l.cfg.Access.BtoA) })
+	}
+	if err != nil {
+		return fmt.Errorf("the client's access: %w", err)
+	}
+	return nil
+}
+
+// SetAccess changes the client's emulated access link from now on, see Config.Access; up is its upload. It fails where there is none.
+func (l *Lab) SetAccess(up, down wan.Direction) error {
+	if l.access == nil {
+		return errors.New("the client's access link is not emulated")
+	}
+	return l.access.Set(up, down)
 }
 
 // AccessStats are the counts of the client's emulated access link, see Config.Access; AtoB is its upload.

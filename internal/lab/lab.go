@@ -46,6 +46,8 @@ type Config struct {
 	// Access, when not nil, makes the link between the client's site and the router a long one: A is the client's end, so that
 	// AtoB is its upload. The lab makes both ends. Its stats are AccessStats.
 	Access *wan.Config
+	// AccessNetem has the kernel's netem do that, without counts and where the kernel has it; else New fails with wan.ErrNoNetem.
+	AccessNetem bool
 	// Bin is the folder of the programs under test; empty is $SALLYWAY_BIN, then bin/ of the source tree.
 	Bin string
 	Log *slog.Logger // nil is silence

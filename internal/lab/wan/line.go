@@ -34,6 +34,12 @@ func newLine(d Direction, head int, split bool, seed, stream uint64) *line {
 	return &line{d: d.withDefaults(), head: head, split: split, rng: rand.New(rand.NewPCG(seed, stream))} //nolint:gosec // repeatable on purpose
 }
 
+// set changes what the line does to packets that are not yet on it. They wait for no rate that is not theirs.
+func (l *line) set(d Direction) {
+	l.d = d.withDefaults()
+	l.free = 0
+}
+
 // admit puts a packet on the line, or drops it or parts of it. It copies frame.
 func (l *line) admit(now time.Duration, frame []byte) {
 	if len(frame) <= l.head {

@@ -359,3 +359,42 @@ func TestValidate(t *testing.T) {
 		t.Error("a link without ends is taken")
 	}
 }
+
+func TestSet(t *testing.T) {
+	l := newLine(Direction{Delay: 40 * ms, Rate: 8000}, 0, false, 1, 0)
+	l.admit(0, numbered(1, 1000)) // takes a second
+	l.set(Direction{Delay: ms})
+	l.admit(0, numbered(2, 1000))
+	l.admit(5*ms, numbered(3, 1000))
+	numbers, times := arrivals(l)
+	// The line keeps the order: the two wait for the one before them.
+	if len(numbers) != 3 || numbers[0] != 1 || numbers[1] != 2 || numbers[2] != 3 {
+		t.Fatalf("arrived: %v at %v", numbers, times)
+	}
+	if late := time.Second + 40*ms; times[0] != late || times[2] != late {
+		t.Fatalf("at %v", times)
+	}
+	l.admit(2000*ms, numbered(4, 1000))
+	if _, times = arrivals(l); len(times) != 1 || times[0] != 2001*ms {
+		t.Fatalf("later: %v", times)
+	}
+}
+
+func TestSetRefuses(t *testing.T) {
+	a, b := &fakePort{}, &fakePort{}
+	l, err := New(Config{A: a, B: b})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Set(Direction{}, Direction{Loss: 2}); err == nil || l.ways[0].line.d.Delay != 0 {
+		t.Fatalf("loss of 2: %v", err)
+	}
+	if err := l.Set(Direction{Delay: ms}, Direction{Delay: 2 * ms}); err != nil || l.ways[0].line.d.Delay != ms || l.ways[1].line.d.Delay != 2*ms {
+		t.Fatal(err)
+	}
+}
+
+// fakePort is an end that is never used.
+type fakePort struct{ Port }
+
+func (*fakePort) HeaderLen() int { return 0 }

@@ -149,6 +149,21 @@ func New(cfg Config) (*Link, error) {
 // Stats returns the counts so far. It may be called at any time.
 func (l *Link) Stats() Stats { return Stats{AtoB: l.ways[0].count(), BtoA: l.ways[1].count()} }
 
+// Set changes what happens to packets that arrive from now on, also while Run carries others: one link can be many in turn. What is on its way
+// stays as it is, and the counts go on.
+func (l *Link) Set(aToB, bToA Direction) error {
+	if err := (Config{A: l.ways[0].from, B: l.ways[0].to, AtoB: aToB, BtoA: bToA}).Validate(); err != nil {
+		return fmt.Errorf("emulated link: %w", err)
+	}
+	for i, d := range []Direction{aToB, bToA} {
+		w := l.ways[i]
+		w.mu.Lock()
+		w.line.set(d)
+		w.mu.Unlock()
+	}
+	return nil
+}
+
 // Run carries packets until ctx ends, which is no error, or an end fails. What is on its way then is dropped. It is called
 // once.
 func (l *Link) Run(ctx context.Context) error {

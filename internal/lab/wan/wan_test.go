@@ -2,6 +2,7 @@ package wan_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"net"
@@ -215,3 +216,38 @@ func (f *fake) WriteParts(parts [][]byte) (int, error) {
 }
 
 func (f *fake) SetReadDeadline(time.Time) error { close(f.stop); return nil }
+
+// TestLabNetem holds that a lab with netem has it or says that there is none.
+func TestLabNetem(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root for network namespaces")
+	}
+	way := wan.Direction{Delay: 20 * time.Millisecond}
+	l, err := lab.New(lab.Config{Raw: true, Access: &wan.Config{AtoB: way, BtoA: way}, AccessNetem: true})
+	if errors.Is(err, wan.ErrNoNetem) {
+		t.Log(err)
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Close)
+	if n, low, _ := ping(t, l, "-c", "5", "-i", "0.01"); n != 5 || low < 40*time.Millisecond {
+		t.Errorf("%d of 5 answered, smallest round trip %v", n, low)
+	}
+	if err := l.SetAccess(way, way); err == nil {
+		t.Error("netem's link was changed")
+	}
+}
+
+func TestLabSetAccess(t *testing.T) {
+	way := wan.Direction{Delay: 20 * time.Millisecond}
+	l := network(t, wan.Config{AtoB: way, BtoA: way})
+	way.Delay = 5 * time.Millisecond
+	if err := l.SetAccess(way, way); err != nil {
+		t.Fatal(err)
+	}
+	if n, low, _ := ping(t, l, "-c", "10", "-i", "0.01"); n != 10 || low < 10*time.Millisecond || low > 20*time.Millisecond {
+		t.Fatalf("%d of 10 answered, smallest round trip %v", n, low)
+	}
+}
