@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"testing"
 	"time"
@@ -17,7 +18,14 @@ import (
 	"sallyway/relay/wire"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	var segment, sockets int
+	if n, _ := fmt.Sscan(os.Getenv(floodVariable), &segment, &sockets); n == 2 {
+		fmt.Fprintln(os.Stderr, flood(segment, sockets))
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // closedWithin reports whether the relay closes c.
 func closedWithin(t *testing.T, c net.Conn, d time.Duration) bool {

@@ -71,7 +71,7 @@ The first run needs the token that "sallyway relay create NAME --host HOST" prin
 	f.StringVar(&o.relayIP, "relay-ip", "", "address of relayed sockets (default: --listen-ip)")
 	f.Uint16Var(&o.minPort, "min-port", relay.DefaultMinPort, "first relayed port")
 	f.Uint16Var(&o.maxPort, "max-port", relay.DefaultMaxPort, "last relayed port")
-	f.IntVar(&o.shards, "shards", 1, "UDP sockets that share the port, each with a thread of its own")
+	f.IntVar(&o.shards, "shards", 0, "UDP sockets for data, each with a thread of its own, beside one for control (default: one per core)")
 	f.IntVar(&o.maxAllocations, "max-allocations", 0, "allocations in all (default 16000)")
 	f.DurationVar(&o.drain, "drain-timeout", DefaultDrain, "how long a stopping relay waits for its nodes to move")
 	daemon.Bind(start)
