@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -376,6 +378,12 @@ func RenderGateways(w io.Writer, gs []GatewayStatus) {
 			fmt.Fprintf(w, "gateway    %s not reached: %s\n", g.Name, g.Error)
 		default:
 			fmt.Fprintf(w, "gateway    %s no session yet\n", g.Name)
+		}
+		if g.Draining {
+			fmt.Fprintf(w, "           %s is draining: new connections go by way of others\n", g.Name)
+		}
+		for _, id := range slices.Sorted(maps.Keys(g.Unreached)) {
+			fmt.Fprintf(w, "           %s does not reach %s\n", g.Name, g.Unreached[id])
 		}
 	}
 }

@@ -190,7 +190,8 @@ func (s *Sessions) OpenIP(ctx context.Context, gateway identity.Node) (*tunnel.I
 	})
 }
 
-// dialVia runs dial on the session of the first gateway of the route that has one; what a gateway answered is final.
+// dialVia runs dial on the session of the first gateway of the route that has one. What it answered is final, unless another may do better
+// (see tellsMore).
 func dialVia[T any](ctx context.Context, s *Sessions, route Route, dial func(context.Context, *tunnel.Session) (T, error)) (T, error) {
 	var none T
 	if _, bounded := ctx.Deadline(); !bounded {
@@ -199,14 +200,16 @@ func dialVia[T any](ctx context.Context, s *Sessions, route Route, dial func(con
 		defer cancel()
 	}
 	last := fmt.Errorf("no gateway serves %s now", route.Host)
-	for i, n := range route.Gateways {
+	var answer error // the first one of a gateway's: what the most preferred says explains more than that others are away
+	gateways := s.fitFirst(route)
+	for i, n := range gateways {
 		g := s.link(ctx, n)
 		if g == nil {
 			continue
 		}
 		// With another gateway to go to, one that is not there does not get all the time.
 		gctx, cancel := ctx, context.CancelFunc(func() {})
-		if i < len(route.Gateways)-1 {
+		if i < len(gateways)-1 {
 			gctx, cancel = context.WithTimeout(ctx, connectTimeout)
 		}
 		t, err := g.session(gctx)
@@ -220,9 +223,15 @@ func dialVia[T any](ctx context.Context, s *Sessions, route Route, dial func(con
 			return out, nil
 		}
 		last = fmt.Errorf("gateway %s: %w", g.ref.Load().Name, err)
-		if !errors.Is(err, tunnel.ErrNoSession) {
-			return none, last
+		if !tellsMore(err) || ctx.Err() != nil {
+			break
 		}
+		if answer == nil && !errors.Is(err, tunnel.ErrNoSession) {
+			answer = last
+		}
+	}
+	if answer != nil {
+		last = answer
 	}
 	return none, last
 }
@@ -244,6 +253,9 @@ type GatewayStatus struct {
 	Sent     uint64 `json:"sent_bytes"`
 	Received uint64 `json:"received_bytes"`
 	Error    string `json:"error,omitempty"`
+	// Draining says that the gateway takes no new flows; Unreached are resources that it does not reach, by id.
+	Draining  bool      `json:"draining,omitempty"`
+	Unreached Unreached `json:"unreached,omitempty"`
 }
 
 // Status lists the gateways.
@@ -278,6 +290,9 @@ type gatewayLink struct {
 	current *tunnel.Session
 	lastErr error
 	changed chan struct{} // closed and replaced when current or lastErr changes
+	// What the gateway said on the current session.
+	leaving   bool // it drains
+	unreached Unreached
 }
 
 // session returns the live session, waiting for one until ctx ends. A gateway's refusal of this node ends the wait.
@@ -315,6 +330,9 @@ func (g *gatewayLink) set(t *tunnel.Session, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.current, g.lastErr = t, err
+	if t == nil {
+		g.leaving, g.unreached = false, nil
+	}
 	close(g.changed)
 	g.changed = make(chan struct{})
 }
@@ -359,6 +377,7 @@ func (g *gatewayLink) run(ctx context.Context) {
 		}
 		logged, g.failed = "", 0
 		g.set(t, nil)
+		_ = t.Notify(tunnel.Notice{Type: NoticeUnreached}) // an older gateway does not know it; a session that is over shows below
 		g.log.Info("session open", "path", t.Path().Active.Info.Name)
 		g.maintain(ctx, t, who)
 		err = t.Err()
@@ -412,7 +431,7 @@ func (g *gatewayLink) dial(ctx context.Context, l *leg.Leg, name string) (*tunne
 	return tunnel.Dial(ctx, tunnel.DialConfig{
 		SingleLink: g.single,
 		Link:       ch, Info: linkInfo(l, name, g.node), Gateway: g.node, Certificate: g.s.cfg.Certificate, Trust: g.s.cfg.Trust, Logger: g.log,
-		OnPath: func(tunnel.PathEvent) { poke(g.events) },
+		OnPath: func(tunnel.PathEvent) { poke(g.events) }, OnNotice: g.notice,
 	})
 }
 
@@ -570,9 +589,9 @@ func (g *gatewayLink) addStandby(ctx context.Context, t *tunnel.Session) {
 
 func (g *gatewayLink) status() GatewayStatus {
 	g.mu.Lock()
-	t, err := g.current, g.lastErr
+	t, err, leaving, unreached := g.current, g.lastErr, g.leaving, g.unreached
 	g.mu.Unlock()
-	st := GatewayStatus{Gateway: g.node, Name: g.ref.Load().Name, Up: t != nil}
+	st := GatewayStatus{Gateway: g.node, Name: g.ref.Load().Name, Up: t != nil, Draining: leaving, Unreached: unreached}
 	if err != nil {
 		st.Error = err.Error()
 	}

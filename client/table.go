@@ -1,7 +1,6 @@
 package client
 
 import (
-	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -151,12 +150,8 @@ func (t *table) lookupAddr(a netip.Addr, proto policy.Proto, port uint16) (Route
 }
 
 func (t *table) route(r *control.ReachableResource, host string) Route {
-	serving := slices.Clone(r.Gateways)
-	slices.SortStableFunc(serving, func(a, b control.ServingGateway) int {
-		return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(b.Weight, a.Weight))
-	})
 	out := Route{Resource: r, Host: host}
-	for _, s := range serving {
+	for _, s := range ranked(r.Gateways) {
 		if t.gateways[s.Node] != nil {
 			out.Gateways = append(out.Gateways, s.Node)
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyway/client"
+	"sallyway/internal/control"
 	"sallyway/internal/control/agent"
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
@@ -20,7 +21,7 @@ import (
 
 var spec = daemon.Spec{
 	Name: "gatewayd", Role: "gateway", Start: []string{"up"}, Capabilities: []string{"CAP_NET_ADMIN", "CAP_NET_RAW"}, Devices: []string{"/dev/net/tun rw"},
-	HostDNS: true, RenderStatus: renderStatus,
+	HostDNS: true, RenderStatus: renderStatus, StopTimeout: DefaultDrain + 15*time.Second,
 }
 
 var program = agent.Program{Create: "sallyway gateway create NAME", Start: "sudo gatewayd up"}
@@ -35,6 +36,7 @@ type options struct {
 	allow            []string
 	servePastExpiry  bool
 	transport        string
+	drain            time.Duration
 	bench            string
 }
 
@@ -68,12 +70,13 @@ everything but this host itself, its links and metadata services.`,
 	f.BoolVar(&o.servePastExpiry, "serve-past-expiry", false, "go on taking new flows when the policies held here are past their time")
 	f.StringVar(&o.transport, "transport", "auto", "way to relays: auto (udp, then tls), udp or tls")
 	f.StringVar(&o.bench, "bench", "on", "answer sallyway bench to clients that may reach something here: on or off")
+	f.DurationVar(&o.drain, "drain-timeout", DefaultDrain, "how long a stopping gateway lets open connections finish; new ones go by way of other gateways meanwhile")
 	daemon.Bind(up)
 	root := &cobra.Command{
 		Use: "gatewayd", Short: "Sallyway's gateway: a way into a private network that opens no port",
 		SilenceUsage: true, SilenceErrors: true,
 	}
-	root.AddCommand(up)
+	root.AddCommand(up, daemon.DrainByCommand(spec, drainByHand))
 	root.AddCommand(daemon.Commands(spec)...)
 	return root
 }
@@ -97,7 +100,8 @@ func (o *options) run(cmd *cobra.Command) error {
 	}
 	sh.OnStatus = func(context.Context) (any, error) { return d.status(), nil }
 	sh.OnDoctor = func(context.Context) []daemon.Check { return d.checks() }
-	return sh.Run(cmd.Context(), d.run)
+	sh.OnDrainBy = d.drainBy
+	return sh.Run(cmd.Context(), d.serve)
 }
 
 func (o *options) host() (client.HostConfig, error) {
@@ -112,14 +116,16 @@ func (o *options) host() (client.HostConfig, error) {
 
 // Status is what `gatewayd status` shows.
 type Status struct {
-	Platform  agent.Status           `json:"platform"`
-	Relays    []legs.Status          `json:"relays"`
-	NAT       natResult              `json:"nat"`
-	Resources []string               `json:"resources"`
-	Sessions  []SessionStatus        `json:"sessions"`
-	Gateways  []client.GatewayStatus `json:"gateways"`
-	Host      client.HostStatus      `json:"host"`
-	QUIC      tunnel.ConnStats       `json:"quic"`
+	Platform  agent.Status             `json:"platform"`
+	Relays    []legs.Status            `json:"relays"`
+	NAT       natResult                `json:"nat"`
+	Resources []string                 `json:"resources"`
+	Health    []control.ResourceHealth `json:"health"`
+	Draining  string                   `json:"draining,omitempty"` // the reason
+	Sessions  []SessionStatus          `json:"sessions"`
+	Gateways  []client.GatewayStatus   `json:"gateways"`
+	Host      client.HostStatus        `json:"host"`
+	QUIC      tunnel.ConnStats         `json:"quic"`
 }
 
 // SessionStatus is one peer's session.
@@ -137,7 +143,7 @@ type SessionStatus struct {
 func (d *gatewayDaemon) status() Status {
 	st := Status{
 		Platform: d.agent.Status(), Relays: d.legs.Status(), Gateways: d.sites.Status(), Host: d.host.Status(), QUIC: d.merged.Stats(),
-		Resources: []string{}, Sessions: []SessionStatus{},
+		Resources: []string{}, Sessions: []SessionStatus{}, Health: d.health.report(), Draining: d.drainReason(),
 	}
 	d.mu.Lock()
 	st.NAT = d.nat
@@ -169,7 +175,7 @@ func (d *gatewayDaemon) checks() []daemon.Check {
 		nat.Result, nat.Detail, nat.Remedy = daemon.Warn, "not known: "+d.nat.Error, "let UDP port 5349 out to the relays"
 	}
 	d.mu.Unlock()
-	return append(append(out, row, nat), client.HostChecks(d.host)...)
+	return append(append(out, row, nat, d.health.check()), client.HostChecks(d.host)...)
 }
 
 func renderStatus(w io.Writer, doc json.RawMessage) error {
@@ -184,6 +190,14 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 	}
 	for _, r := range st.Resources {
 		fmt.Fprintf(w, "resource   %s\n", r)
+	}
+	for _, h := range st.Health {
+		if !h.OK {
+			fmt.Fprintf(w, "unreached  %s since %s: %s\n", h.Name, h.Since.Local().Format(time.DateTime), h.Reason)
+		}
+	}
+	if st.Draining != "" {
+		fmt.Fprintf(w, "draining   %s\n", st.Draining)
 	}
 	for _, s := range st.Sessions {
 		fmt.Fprintf(w, "session    %v over %s since %s, %d flows, %d bytes sent, %d received, RTT %v\n", s.Peer, s.Path, s.Since.Local().Format(time.DateTime), s.Flows, s.Sent, s.Received, s.RTT.Round(10*time.Microsecond))

@@ -62,10 +62,13 @@ type gatewayDaemon struct {
 	handler  *handler
 	sites    *client.Sessions
 	host     *client.Host
+	health   *health
+	drainCh  chan drainOrder // 1 place
 
 	mu    sync.Mutex
 	names map[identity.Node]string // of relays
 	nat   natResult
+	drain string // why it drains, "" if it does not
 
 	virtual atomic.Pointer[[]netip.Addr]
 	ranges  atomic.Pointer[[]netip.Prefix] // the organization's virtual range
@@ -81,7 +84,7 @@ type natResult struct {
 
 // newGateway joins the parts. It starts nothing.
 func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string) (*gatewayDaemon, error) {
-	d := &gatewayDaemon{opts: o, sh: sh, names: map[identity.Node]string{}}
+	d := &gatewayDaemon{opts: o, sh: sh, names: map[identity.Node]string{}, drainCh: make(chan drainOrder, 1)}
 	d.virtual.Store(&[]netip.Addr{})
 	d.ranges.Store(&[]netip.Prefix{})
 	allow, err := ParseAllow(o.allow, ownSockets(sh)...)
@@ -134,6 +137,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		virtual: func() []netip.Addr { return *d.virtual.Load() }, metrics: m,
 		bench: bench{off: o.bench == string(client.Off), relayRTT: d.relayRTT},
 	}
+	d.health = newHealth(sh.Log, d.agent.Snapshot, (&prober{enforce}).probe, d.healthChanged)
 	if d.merged, err = tunnel.NewMerged(tunnel.MergedConfig{}); err != nil {
 		return nil, err
 	}
@@ -143,7 +147,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 	}
 	d.srv, err = tunnel.Listen(d.merged, tunnel.ServeConfig{
 		Node: d.agent.Node(), Certificate: d.agent.Certificate, Trust: d.peerTrust, Handler: d.handler, Logger: sh.Log,
-		StatelessResetKey: reset, TokenKey: tokens, OnSession: d.onSession,
+		StatelessResetKey: reset, TokenKey: tokens, OnSession: d.onSession, OnNotice: d.onNotice,
 	})
 	if err != nil {
 		return nil, err
@@ -198,6 +202,7 @@ func (d *gatewayDaemon) run(ctx context.Context) error {
 	g.Go(func() error { return d.sites.Run(ctx) })
 	g.Go(func() error { return d.host.Run(ctx) })
 	g.Go(func() error { return d.watchNAT(ctx) })
+	g.Go(func() error { return d.health.run(ctx) })
 	g.Go(func() error {
 		if _, err := d.agent.WaitConfig(ctx); err != nil {
 			return ctx.Err()
@@ -232,6 +237,7 @@ func (d *gatewayDaemon) follow(c *control.Config) {
 		d.sites.Update(client.TrimRelays(c.Dialling, 1+max(d.opts.standby, 0)))
 		d.host.Update(c.Dialling)
 	}
+	d.health.follow()
 	d.endSessions(c)
 }
 
@@ -323,7 +329,7 @@ func (d *gatewayDaemon) nameServers() ([]string, error) {
 }
 
 func (d *gatewayDaemon) heartbeat() control.Heartbeat {
-	hb := control.Heartbeat{State: "ready"}
+	hb := control.Heartbeat{State: "ready", Resources: d.health.report()}
 	for _, st := range d.legs.Status() {
 		if st.Up {
 			hb.Relays = append(hb.Relays, st.Relay.ID)
@@ -341,6 +347,9 @@ func (d *gatewayDaemon) heartbeat() control.Heartbeat {
 		if stale {
 			hb.State = "degraded"
 		}
+	}
+	if d.drainReason() != "" {
+		hb.State = "draining"
 	}
 	for _, s := range d.srv.Sessions() {
 		hb.Sessions = append(hb.Sessions, control.SessionReport{

@@ -47,7 +47,10 @@ func TestServingGateways(t *testing.T) {
 		return false
 	})
 	for _, bad := range []control.CreateResource{
-		{Gateways: []string{"gw:x"}}, {Gateways: []string{"gw:0:0"}}, {Gateways: []string{"gw:-1"}}, {Gateways: []string{"gw:0", "gw:1"}},
+		{Gateways: []string{"gw:x"}},
+		{Gateways: []string{"gw:0:0"}},
+		{Gateways: []string{"gw:-1"}},
+		{Gateways: []string{"gw:0", "gw:1"}},
 		{Gateways: []string{"gw"}, Health: policy.Health{Kind: policy.HealthTCP, Port: 81}},
 		{Gateways: []string{"gw"}, Address: "10.9.0.0/24", Health: policy.Health{Kind: policy.HealthTCP, Port: 80}},
 	} {

@@ -273,6 +273,7 @@ type Heartbeat struct {
 // ResourceHealth is whether a gateway reaches a resource.
 type ResourceHealth struct {
 	ID     string    `json:"id"`
+	Name   string    `json:"name"`
 	OK     bool      `json:"ok"`
 	Reason string    `json:"reason,omitempty"` // why not
 	Since  time.Time `json:"since"`            // when OK last changed

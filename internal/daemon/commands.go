@@ -206,6 +206,27 @@ func DrainCommand(spec Spec) *cobra.Command {
 	}, false)
 }
 
+// DrainByCommand is DrainCommand with a deadline for what is under way.
+func DrainByCommand(spec Spec, deadline time.Duration) *cobra.Command {
+	l := &local{spec: spec}
+	cmd := &cobra.Command{
+		Use:   "drain",
+		Short: "Tell the running " + spec.Name + " to take no new work and end when the old is gone, or at the deadline",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if deadline < 0 {
+				return Usagef("--deadline %v is negative", deadline)
+			}
+			if err := Dial(l.state).Post(cmd.Context(), "/drain?deadline="+deadline.String(), nil, nil); err != nil {
+				return l.explain(err)
+			}
+			_, err := fmt.Fprintf(cmd.ErrOrStderr(), "%s drains, for %v at most\n", spec.Name, deadline)
+			return err
+		},
+	}
+	cmd.Flags().DurationVar(&deadline, "deadline", deadline, "how long what is under way may take; then it is cut off")
+	return l.bind(cmd, false)
+}
+
 // waitUnlocked waits until no daemon holds the state folder: a file lock has no wake-up with a deadline, so it looks again
 // every unlockPoll.
 func waitUnlocked(ctx context.Context, dir string) error {

@@ -65,6 +65,8 @@ type Shell struct {
 	OnDoctor func(ctx context.Context) []Check
 	// OnDrain begins a drain and returns at once; the daemon ends by itself when it is drained. Nil: drains are refused.
 	OnDrain func(ctx context.Context) error
+	// OnDrainBy is OnDrain for daemons that are told how long the old work may take; it goes with DrainByCommand.
+	OnDrainBy func(ctx context.Context, deadline time.Duration) error
 	// Alive says whether the daemon still works; while it errs, systemd's watchdog gets no sign of life. Nil means yes.
 	Alive func() error
 
@@ -144,16 +146,28 @@ func (s *Shell) routes() {
 		s.shutDown(errDown)
 	})
 	s.mux.HandleFunc("POST /drain", func(w http.ResponseWriter, r *http.Request) {
-		if s.OnDrain == nil {
+		if s.OnDrain == nil && s.OnDrainBy == nil {
 			http.Error(w, s.spec.Name+" cannot be drained; stop it with `down`", http.StatusNotImplemented)
 			return
 		}
-		if err := s.OnDrain(r.Context()); err != nil {
+		if err := s.drain(r); err != nil {
 			http.Error(w, err.Error(), http.StatusConflict)
 			return
 		}
 		w.WriteHeader(http.StatusAccepted)
 	})
+}
+
+// drain begins a drain as the request asks.
+func (s *Shell) drain(r *http.Request) error {
+	if s.OnDrainBy == nil {
+		return s.OnDrain(r.Context())
+	}
+	d, err := time.ParseDuration(r.URL.Query().Get("deadline"))
+	if err != nil || d < 0 {
+		return fmt.Errorf("deadline %.40q is no duration", r.URL.Query().Get("deadline"))
+	}
+	return s.OnDrainBy(r.Context(), d)
 }
 
 func (s *Shell) shutDown(cause error) {
