@@ -75,9 +75,10 @@ type port struct {
 	m    *Merged
 	link datagram.Link
 	info LinkInfo
-	// main has the link's virtual address. alias has another one, of packets that a client marked: to QUIC they come on another path,
-	// so that a client can have a second path validated over the only link it has.
+	// main has the link's virtual address, which relabel changes. alias has another one, of packets that a client marked: to QUIC they come
+	// on another path, so that a client can have a second path validated over the only link it has.
 	main, alias source
+	former      uint64 // the number of the address that main had before, 0 for none; guarded by the Merged's adding
 
 	// responder is the session whose probes were last seen on the link: the first to try.
 	responder atomic.Pointer[peerSession]
@@ -122,8 +123,10 @@ func (m *Merged) Add(l datagram.Link, info LinkInfo) (netip.AddrPort, error) {
 		return netip.AddrPort{}, net.ErrClosed
 	}
 	m.lastID += 2
-	p := &port{m: m, link: l, info: info, main: source{addr: virtualAddr(m.lastID)}, alias: source{addr: virtualAddr(m.lastID + 1)}}
-	m.changeLocked(func(ports map[uint64]*port) { ports[virtualID(p.main.addr)], ports[virtualID(p.alias.addr)] = p, p })
+	p, addr := &port{m: m, link: l, info: info}, virtualAddr(m.lastID)
+	p.main.addr.Store(addr)
+	p.alias.addr.Store(virtualAddr(m.lastID + 1))
+	m.changeLocked(func(ports map[uint64]*port) { ports[m.lastID], ports[m.lastID+1] = p, p })
 	l.SetReceiver(p)
 	m.watchers.Go(func() {
 		select {
@@ -131,14 +134,13 @@ func (m *Merged) Add(l datagram.Link, info LinkInfo) (netip.AddrPort, error) {
 			m.adding.Lock()
 			defer m.adding.Unlock()
 			m.changeLocked(func(ports map[uint64]*port) {
-				delete(ports, virtualID(p.main.addr))
-				delete(ports, virtualID(p.alias.addr))
+				maps.DeleteFunc(ports, func(_ uint64, q *port) bool { return q == p })
 			})
 		case <-m.stop:
 		}
 		l.SetReceiver(nil)
 	})
-	return addrPort(p.main.addr), nil
+	return addrPort(addr), nil
 }
 
 // remote is a connection that counts what it takes and knows where its peer is: *quic.Conn.
@@ -201,7 +203,7 @@ func sameTakers(a, b []taker) bool {
 
 // source returns the one of the link's two addresses that a is.
 func (p *port) source(a *net.UDPAddr) *source {
-	if virtualID(a) == virtualID(p.alias.addr) {
+	if virtualID(a) == virtualID(p.alias.addr.Load()) {
 		return &p.alias
 	}
 	return &p.main
@@ -260,7 +262,7 @@ func (m *Merged) Close() error {
 func (m *Merged) Stats() ConnStats {
 	st := m.stats.snapshot()
 	for id, p := range *m.ports.Load() {
-		if id == virtualID(p.alias.addr) { // each link has one
+		if id == virtualID(p.alias.addr.Load()) { // each link has one
 			st.Links++
 		}
 	}

@@ -108,19 +108,24 @@ func (s *Session) validate(ctx context.Context, i int) error {
 	return nil
 }
 
-// prepareSpare has a slot validated over the first link, by the gateway's alias for it, so that Repoint has one even if there is never a
-// standby. It costs the gateway one of the two connection IDs that it has to spare, which a standby needs.
+// prepareSpare has the spare slot validated over the standby's link. Without a standby that is the first link, by the gateway's alias for it,
+// so that Repoint has a spare even if there is never a standby; it costs the gateway one of the two connection IDs that it has to spare, which
+// a standby needs.
 func (s *Session) prepareSpare() {
 	s.validating.Lock()
 	defer s.validating.Unlock()
 	s.mu.Lock()
-	i := s.freeLocked()
-	if s.err != nil || s.moves > 0 || s.slots[i].validated {
+	i := s.freeLocked() // the one that is not validated, if there is one
+	over := s.slots[s.active].to.Load()
+	if s.standby >= 0 {
+		over = s.slots[s.standby].to.Load()
+	}
+	if s.err != nil || s.slots[i].validated || s.standby < 0 && !s.cfg.SingleLink {
 		s.mu.Unlock()
 		return
 	}
-	spare := s.newLink(s.slots[i], s.cfg.Link, s.cfg.Info)
-	spare.alias = true
+	spare := s.newLink(s.slots[i], over.link, over.info)
+	spare.alias = s.standby < 0
 	s.slots[i].point(spare, false)
 	s.mu.Unlock()
 	ctx, cancel := context.WithTimeout(s.ctx, revalidate)
@@ -316,6 +321,7 @@ func (s *Session) watchPaths() {
 	defer timer.Stop()
 	var moved uint64
 	var lastMoved time.Time
+	var window renewal
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -339,6 +345,10 @@ func (s *Session) watchPaths() {
 			standby = s.slots[s.standby].to.Load()
 		}
 		s.mu.Unlock()
+		if interval == busyInterval && window.sample(now, s.conn.ConnectionStats()) && s.renew(now) {
+			window.began(now)
+			continue
+		}
 		wait := s.step(RoleActive, active, now, interval)
 		if standby != nil {
 			wait = min(wait, s.step(RoleStandby, standby, now, interval))

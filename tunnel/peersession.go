@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,13 +26,19 @@ type peerSession struct {
 
 	flows      meter // read from the peer, written to it
 	open, seen atomic.Int64
+	renewed    atomic.Uint64 // congestion windows
 	ctrl       atomic.Pointer[control]
 }
 
 // run serves requests until the connection ends and every handler has returned.
 func (p *peerSession) run() {
 	h := &http3.Server{Handler: p, EnableDatagrams: true, MaxHeaderBytes: maxHeader}
+	ctx, cancel := context.WithCancel(p.ctx)
+	var watching sync.WaitGroup
+	watching.Go(func() { p.watchWindow(ctx) })
 	_ = h.ServeQUICConn(p.conn) // why it ended is the connection's cause
+	cancel()
+	watching.Wait()
 }
 
 // ServeHTTP tells requests apart.
@@ -133,6 +140,7 @@ func (p *peerSession) info() SessionInfo {
 	in := SessionInfo{
 		Peer: p.peer, Since: p.since, Flows: uint64(p.open.Load()), TotalFlows: uint64(p.seen.Load()),
 		Sent: p.flows.written.Load(), Received: p.flows.read.Load(), RTT: p.conn.ConnectionStats().SmoothedRTT,
+		Renewed: p.renewed.Load(),
 	}
 	if a, ok := p.conn.RemoteAddr().(*net.UDPAddr); ok {
 		in.Virtual = addrPort(a)

@@ -278,6 +278,8 @@ type SessionInfo struct {
 	Flows, TotalFlows uint64
 	// Sent and Received are bytes of flows: payload, towards and from the peer.
 	Sent, Received uint64
+	// Renewed is how often the gateway's sender got a new congestion window.
+	Renewed uint64
 	// Virtual is the address of the active path, Path its link.
 	Virtual netip.AddrPort
 	Path    LinkInfo

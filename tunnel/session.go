@@ -69,6 +69,7 @@ type Session struct {
 	former     int // the active one before the last move
 	standby    int // index into slots, -1 for none
 	moves      uint64
+	renewed    uint64 // congestion windows
 	lastMove   time.Time
 	lastReason string
 	err        error
@@ -249,6 +250,8 @@ type SessionStats struct {
 	Lost uint64
 	// FlowSent and FlowReceived are bytes of flows: payload.
 	FlowSent, FlowReceived uint64
+	// Renewed is how often this end's sender got a new congestion window without a move.
+	Renewed uint64
 	// RTT is QUIC's smoothed round-trip time on the active path.
 	RTT time.Duration
 	// Since is when the session began.
@@ -258,8 +261,12 @@ type SessionStats struct {
 // Stats counts what passed so far.
 func (s *Session) Stats() SessionStats {
 	q := s.conn.ConnectionStats()
+	s.mu.Lock()
+	renewed := s.renewed
+	s.mu.Unlock()
 	return SessionStats{
-		Sent: q.BytesSent, Received: q.BytesReceived, Lost: q.BytesLost, RTT: q.SmoothedRTT, Since: s.since,
+		Renewed: renewed,
+		Sent:    q.BytesSent, Received: q.BytesReceived, Lost: q.BytesLost, RTT: q.SmoothedRTT, Since: s.since,
 		FlowSent: s.flows.written.Load(), FlowReceived: s.flows.read.Load(),
 	}
 }

@@ -94,7 +94,8 @@ var _ quic.OOBCapablePacketConn = (*slot)(nil)
 var gatewayAddr = virtualAddr(1)
 
 func newSlot(n int, raw *rawSocket) *slot {
-	s := &slot{src: source{addr: gatewayAddr}}
+	s := &slot{}
+	s.src.addr.Store(gatewayAddr)
 	s.init(virtualAddr(uint64(0x100+n)), raw, 0)
 	s.tr = &quic.Transport{Conn: s, ConnectionIDLength: connectionIDLength}
 	return s

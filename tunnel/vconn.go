@@ -84,7 +84,7 @@ type arrival struct {
 
 // source is a virtual address that datagrams come from.
 type source struct {
-	addr *net.UDPAddr
+	addr atomic.Pointer[net.UDPAddr] // relabel changes a link's
 	in   intake
 
 	// Guarded by the vconn's mu:
@@ -427,7 +427,7 @@ func (c *vconn) ReadBatch(ms []ipv4.Message, _ int) (int, error) {
 		m.N = copy(m.Buffers[0], payload)
 		m.NN = putECN(m.OOB, c.reading.batch.ECN)
 		m.Flags = 0
-		m.Addr = c.from.addr
+		m.Addr = c.from.addr.Load()
 		c.from.in.hand(m.N)
 		orphan = orphan || c.from.in.counted == nil
 		c.room--

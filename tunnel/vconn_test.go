@@ -223,7 +223,8 @@ func (p *prober) handleProbe(b []byte) { p.got = append(p.got, bytes.Clone(b)) }
 func TestProbesBesideQUIC(t *testing.T) {
 	m := newMerged(t, MergedConfig{})
 	var p prober
-	from := &source{addr: virtualAddr(9)}
+	from := &source{}
+	from.addr.Store(virtualAddr(9))
 	// A kernel may coalesce what is of one size, whatever it is.
 	data := bytes.Join([][]byte{{'h', 0x40, 1}, {'h', 0, 2}, {'h', 3, 3}, {'h', 0xc0}}, nil)
 	m.receive(datagram.NewBatch(data, 3, 1, 0, nil), from, &p)
