@@ -37,6 +37,7 @@ var layers = []struct {
 	// The leg runs in gateways and clients: nothing of the relay's server comes with it.
 	{folder: "relay/leg", never: []string{"relay"}, except: relayContracts},
 	{folder: "relay/wire", never: []string{"relay"}, except: []string{"relay/wire"}},
+	{folder: "relay/reverse", never: []string{"relay"}, except: relayContracts},
 	{folder: "relay/udpio", never: []string{"relay"}, except: []string{"relay/udpio"}},
 	// The contracts and the daemons' shell stand below everything.
 	{folder: "internal/identity", never: append([]string{"stun", "tun", "netstack"}, roles...)},
@@ -50,8 +51,8 @@ var layers = []struct {
 var (
 	// roles are the packages above the mechanisms.
 	roles = []string{"gateway", "client", "relay", "platform", "tunnel", "bench", "cmd"}
-	// relayContracts are what the relay shares with those who talk to it: the leg, the wire format, batched UDP.
-	relayContracts = []string{"relay/leg", "relay/wire", "relay/udpio"}
+	// relayContracts are what the relay shares with those who talk to it: the leg, the wire format, batched UDP, the ends of the last rung.
+	relayContracts = []string{"relay/leg", "relay/wire", "relay/udpio", "relay/reverse"}
 )
 
 // laboratory are the packages that play the world around the product: private hosts, peers, baselines.
@@ -73,6 +74,7 @@ var heavy = map[string][]string{
 	"modernc.org/sqlite":                  {"platform/store"},
 	"github.com/pressly/goose":            {"platform/store"},
 	"github.com/danielgtaylor/huma":       {"platform/api"},
+	"golang.org/x/crypto/ssh":             {"relay/reverse", "relay/fallback", "platform/pki"},
 	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "platform"},
 	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway"},
 	"github.com/coreos/go-systemd":        {"internal/daemon"},
@@ -200,6 +202,11 @@ func TestLayeringTable(t *testing.T) {
 		{"relay/a.go", "sallyway/relay/wire", false},
 		{"relay/leg/a.go", "sallyway/relay", true},
 		{"relay/leg/a.go", "sallyway/relay/wire", false},
+		{"gateway/a.go", "sallyway/relay/reverse", false},
+		{"gateway/a.go", "sallyway/relay/fallback", true},
+		{"relay/reverse/a.go", "sallyway/relay/fallback", true},
+		{"relay/fallback/a.go", "sallyway/relay/reverse", false},
+		{"gateway/a.go", "golang.org/x/crypto/ssh", true},
 		{"internal/version/a.go", "sallyway/internal/daemon", true},
 		{"internal/lab/a.go", "sallyway/cmd/gatewayd", true},
 		{"cmd/gatewayd/main.go", "sallyway/gateway", false},
