@@ -12,7 +12,7 @@ import (
 // startNebula runs Nebula with a lighthouse and relay on the hub. Its two ends are encrypted to each other. Only addresses
 // at the router are told and tried, so that no other peer's tunnel carries it.
 func startNebula(ctx context.Context, l *lab.Lab) (way, error) {
-	w := way{addr: lab.SSHAddr, iperf: iperfPort, echo: echoPort}
+	w := way{addr: lab.SSHAddr, iperf: iperfPort, echo: echoPort, packets: true}
 	nebula, err := lab.Program("nebula")
 	if err != nil {
 		return w, err

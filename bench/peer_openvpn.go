@@ -18,7 +18,7 @@ import (
 
 // startOpenVPN runs an OpenVPN server on the hub that passes packets between its two clients. The hub sees everything.
 func startOpenVPN(_ context.Context, l *lab.Lab) (way, error) {
-	w := way{addr: lab.DNSAddr, iperf: iperfPort, echo: echoPort}
+	w := way{addr: lab.DNSAddr, iperf: iperfPort, echo: echoPort, packets: true}
 	program, err := lab.Program("openvpn")
 	if err != nil {
 		return w, err

@@ -11,7 +11,7 @@ import (
 // startSSH runs an sshd on the hub, `ssh -R` beside the private network and `ssh -L` on the client. The hub sees
 // everything: the two ends' encryption ends there.
 func startSSH(ctx context.Context, l *lab.Lab) (way, error) {
-	w := way{addr: loopback, iperf: sshIperfPort, echo: sshEchoPort}
+	w := way{addr: loopback, behind: lab.WebAddr, iperf: sshIperfPort, echo: sshEchoPort}
 	ssh, err := lab.Program("ssh")
 	if err != nil {
 		return w, err

@@ -24,8 +24,9 @@ import (
 
 // The stand-in for TURN as it is commonly built: pion's server, and pion's client beside the private network with a stock
 // QUIC listener on the relayed conn. The client dials the relayed address, and each of its TCP connections is a stream
-// that begins with the port (2 bytes) of the private host. The three ends are sub-commands of bench, so that each is a
-// process on its host; TurnConfig.Dir passes the certificate and the relayed address from one to the other.
+// that begins with the port (2 bytes) of the private host. The ends are sub-commands of bench, so that each is a process on
+// its host; TurnConfig.Dir passes the certificate and the relayed address from one to the other. With coturn's server in
+// pion's place the ends are the same, and without any server the agent's socket is called by the client.
 
 // TurnConfig is what an end of the stand-in is told.
 type TurnConfig struct {
@@ -33,6 +34,7 @@ type TurnConfig struct {
 	Client netip.Addr     // who may call the relayed address
 	Target netip.Addr     // the private host
 	Dir    string         // of relayed (an address), ca.crt, and node.crt with node.key
+	Local  [2]uint16      // the client's ports on loopback: of iperf3 and of echo
 }
 
 // turnUser guards nothing: the stand-in lives in the lab.
@@ -44,14 +46,32 @@ const (
 	turnBlock = 256 << 10 // bytes that are spliced at once
 )
 
-// startTURN starts the stand-in's three processes.
-func startTURN(ctx context.Context, l *lab.Lab) (way, error) {
-	w := way{addr: loopback, iperf: turnIperfPort, echo: turnEchoPort}
+// startPion starts pion's server on the hub, and the two ends.
+func startPion(ctx context.Context, l *lab.Lab) (way, error) {
+	at := netip.AddrPortFrom(l.Addr(l.Relay2), turnHubPort)
+	return turnWay(ctx, l, "pion", at, pionPorts, turnEnd{l.Relay2, "server"}, turnEnd{l.Gateway, "agent"}, turnEnd{l.Client, "client"})
+}
+
+// startQUICDirect starts the two ends without a server.
+func startQUICDirect(ctx context.Context, l *lab.Lab) (way, error) {
+	at := netip.AddrPortFrom(l.Addr(l.Gateway), turnHubPort)
+	return turnWay(ctx, l, "direct", at, directPorts, turnEnd{l.Gateway, "listener"}, turnEnd{l.Client, "client"})
+}
+
+// turnEnd is a process of the stand-in: a sub-command of bench on a host.
+type turnEnd struct {
+	host *lab.Host
+	name string
+}
+
+// turnWay starts the ends of a stand-in, one after the other is ready.
+func turnWay(ctx context.Context, l *lab.Lab, kind string, server netip.AddrPort, local [2]uint16, ends ...turnEnd) (way, error) {
+	w := way{addr: loopback, behind: lab.WebAddr, iperf: local[0], echo: local[1]}
 	exe, err := os.Executable()
 	if err != nil {
 		return w, err
 	}
-	dir, err := peerDir(l.Gateway, "turn")
+	dir, err := peerDir(l.Gateway, "turn-"+kind)
 	if err != nil {
 		return w, err
 	}
@@ -66,13 +86,10 @@ func startTURN(ctx context.Context, l *lab.Lab) (way, error) {
 	if err := writeAll(dir, map[string]string{"ca.crt": ca.pem, "node.crt": cert, "node.key": key}); err != nil {
 		return w, err
 	}
-	for _, end := range []struct {
-		host *lab.Host
-		name string
-	}{{l.Relay2, "server"}, {l.Gateway, "agent"}, {l.Client, "client"}} {
-		p, err := end.host.Start(lab.Spec{Name: "turn-" + end.name, Grace: 2 * time.Second, Args: []string{
-			exe, "turn", end.name, "--server", netip.AddrPortFrom(l.Addr(l.Relay2), turnHubPort).String(),
-			"--client", l.Addr(l.Client).String(), "--target", lab.WebAddr.String(), "--dir", dir,
+	for _, end := range ends {
+		p, err := end.host.Start(lab.Spec{Name: kind + "-" + end.name, Grace: 2 * time.Second, Args: []string{
+			exe, "turn", end.name, "--server", server.String(), "--client", l.Addr(l.Client).String(), "--target", lab.WebAddr.String(), "--dir", dir,
+			"--local", fmt.Sprintf("%d,%d", local[0], local[1]),
 		}})
 		if err != nil {
 			return w, err
@@ -150,17 +167,32 @@ func TurnAgent(ctx context.Context, cfg TurnConfig) error {
 	if err := c.CreatePermission(net.UDPAddrFromAddrPort(netip.AddrPortFrom(cfg.Client, 0))); err != nil {
 		return err
 	}
+	return serveStreams(ctx, cfg, relayed)
+}
+
+// TurnListener takes streams on a socket of its own and connects each to the private host: the agent without TURN.
+func TurnListener(ctx context.Context, cfg TurnConfig) error {
+	conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(cfg.Server))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return serveStreams(ctx, cfg, conn)
+}
+
+// serveStreams is a QUIC listener on a conn, as quic-go makes it by itself.
+func serveStreams(ctx context.Context, cfg TurnConfig, conn net.PacketConn) error {
 	cert, err := tls.LoadX509KeyPair(filepath.Join(cfg.Dir, "node.crt"), filepath.Join(cfg.Dir, "node.key"))
 	if err != nil {
 		return err
 	}
-	tr := &quic.Transport{Conn: relayed}
+	tr := &quic.Transport{Conn: conn}
 	defer tr.Close()
 	ln, err := tr.Listen(&tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{turnALPN}, MinVersion: tls.VersionTLS13}, turnQUIC())
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(cfg.Dir, "relayed"), []byte(relayed.LocalAddr().String()), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(cfg.Dir, "relayed"), []byte(conn.LocalAddr().String()), 0o600); err != nil {
 		return err
 	}
 	fmt.Println("ready")
@@ -213,8 +245,8 @@ func TurnClient(ctx context.Context, cfg TurnConfig) error {
 		return err
 	}
 	var listeners []net.Listener
-	for local, port := range map[uint16]uint16{turnIperfPort: iperfPort, turnEchoPort: echoPort} {
-		ln, err := net.Listen("tcp", netip.AddrPortFrom(loopback, local).String())
+	for i, port := range [2]uint16{iperfPort, echoPort} {
+		ln, err := net.Listen("tcp", netip.AddrPortFrom(loopback, cfg.Local[i]).String())
 		if err != nil {
 			return err
 		}

@@ -16,13 +16,26 @@ import (
 	"sallyway/internal/lab"
 )
 
-// wireguardMTU is what WireGuard leaves of 1500 over IPv6, as wg-quick sets it.
-const wireguardMTU = 1420
+// wireguardOverhead is what WireGuard takes of a link's MTU over IPv6, in bytes; wg-quick counts it so.
+const wireguardOverhead = 80
 
 // startWireGuard runs wireguard-go on the client, on the hub, whose kernel forwards, and beside the private network. The
 // hub sees everything: each tunnel ends there.
 func startWireGuard(ctx context.Context, l *lab.Lab) (way, error) {
-	w := way{addr: lab.DBAddr, iperf: iperfPort, echo: echoPort}
+	if err := forwarding(l.Relay2); err != nil {
+		return way{}, err
+	}
+	return wireguard(ctx, l, l.Relay2)
+}
+
+// startWireGuardDirect runs wireguard-go on the client and beside the private network, where the client calls it.
+func startWireGuardDirect(ctx context.Context, l *lab.Lab) (way, error) {
+	return wireguard(ctx, l, l.Gateway)
+}
+
+// wireguard runs wireguard-go on the hub, which may be the gateway's host, and on the other ends.
+func wireguard(ctx context.Context, l *lab.Lab, hubHost *lab.Host) (way, error) {
+	w := way{addr: lab.DBAddr, iperf: iperfPort, echo: echoPort, packets: true}
 	program, err := l.Bin("wireguard-go")
 	if err != nil {
 		if program, err = lab.Program("wireguard-go"); err != nil {
@@ -33,23 +46,24 @@ func startWireGuard(ctx context.Context, l *lab.Lab) (way, error) {
 	if err != nil {
 		return w, err
 	}
-	if err := forwarding(l.Relay2); err != nil {
-		return w, err
-	}
 	private := lab.DBAddr.String() + "/32"
-	ends := []struct {
+	type end struct {
 		host   *lab.Host
 		addr   string
 		key    *ecdh.PrivateKey
 		routes []string
-	}{{l.Relay2, "10.77.1.1", nil, []string{private}}, {l.Gateway, "10.77.1.2", nil, nil}, {l.Client, "10.77.1.3", nil, []string{private}}}
+	}
+	ends := []end{{hubHost, "10.77.1.1", nil, []string{private}}, {l.Gateway, "10.77.1.2", nil, nil}, {l.Client, "10.77.1.3", nil, []string{private}}}
+	if hubHost == l.Gateway {
+		ends = []end{{l.Gateway, "10.77.1.1", nil, nil}, ends[2]}
+	}
 	for i := range ends {
 		if ends[i].key, err = ecdh.X25519().GenerateKey(rand.Reader); err != nil {
 			return w, err
 		}
 	}
 	b64 := base64.StdEncoding.EncodeToString
-	hub := netip.AddrPortFrom(l.Addr(l.Relay2), wireguardHubPort)
+	hub := netip.AddrPortFrom(l.Addr(hubHost), wireguardHubPort)
 	for i, e := range ends {
 		conf := fmt.Sprintf("[Interface]\nPrivateKey = %s\n", b64(e.key.Bytes()))
 		if i == 0 {
@@ -86,7 +100,7 @@ func startWireGuard(ctx context.Context, l *lab.Lab) (way, error) {
 		if err != nil {
 			return w, err
 		}
-		if err := raise(e.host, "wg0", e.addr+"/24", wireguardMTU, e.routes...); err != nil {
+		if err := raise(e.host, "wg0", e.addr+"/24", l.MTU()-wireguardOverhead, e.routes...); err != nil {
 			return w, fmt.Errorf("wg0 on %s: %w", e.host.Name, err)
 		}
 		if err := os.Remove(filepath.Join(dir, "wg.conf")); err != nil {

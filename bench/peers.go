@@ -17,11 +17,14 @@ import (
 
 // Names of the peers: products and constructions that do the same job.
 const (
-	OpenSSH     = "OpenSSH through a hub"
-	WireGuardGo = "wireguard-go through a hub"
-	Nebula      = "Nebula through a relay"
-	OpenVPN     = "OpenVPN through a server"
-	PionTURN    = "TURN as commonly built (pion, quic-go)"
+	OpenSSH         = "OpenSSH through a hub"
+	WireGuardGo     = "wireguard-go through a hub"
+	Nebula          = "Nebula through a relay"
+	OpenVPN         = "OpenVPN through a server"
+	PionTURN        = "TURN as commonly built (pion, quic-go)"
+	CoturnTURN      = "TURN as commonly built (coturn, quic-go)"
+	QUICDirect      = "QUIC from end to end, no relay (quic-go)"
+	WireGuardDirect = "wireguard-go from end to end, no hub"
 )
 
 // Ports of the peers' hubs, all on the second relay's host: the router lets through TCP 2222, and UDP from 49152 on.
@@ -31,14 +34,20 @@ const (
 	nebulaHubPort    = 50242
 	openvpnHubPort   = 50194
 	turnHubPort      = 50478
+	coturnHubPort    = 50479
 )
 
 // Ports on the client's loopback that lead to the private host's: those of the peers that forward ports.
 const (
-	sshIperfPort  = 15201
-	sshEchoPort   = 17000
-	turnIperfPort = 25201
-	turnEchoPort  = 27000
+	sshIperfPort = 15201
+	sshEchoPort  = 17000
+)
+
+// Ports of the TURN stand-ins on the client's loopback, by kind: of iperf3 and of echo.
+var (
+	pionPorts   = [2]uint16{25201, 27000}
+	coturnPorts = [2]uint16{35201, 37000}
+	directPorts = [2]uint16{45201, 47000}
 )
 
 // peerWait bounds how long a peer has until the private host is reached through it.
@@ -67,20 +76,23 @@ func peers() []peer {
 		{WireGuardGo, []string{"wg"}, startWireGuard},
 		{Nebula, []string{"nebula", "nebula-cert"}, startNebula},
 		{OpenVPN, []string{"openvpn"}, startOpenVPN},
-		{PionTURN, nil, startTURN},
+		{PionTURN, nil, startPion},
+		{CoturnTURN, []string{"turnserver"}, startCoturn},
+		{QUICDirect, nil, startQUICDirect},
+		{WireGuardDirect, []string{"wg"}, startWireGuardDirect},
 	}
 }
 
-// peerPackages are the Debian packages of the peers' programs.
-var peerPackages = map[string]string{"wg": "wireguard-tools", "nebula-cert": "nebula"}
+// Peers are the names of the peers that have a hub in the place of a relay.
+func Peers() []string { return []string{OpenSSH, WireGuardGo, Nebula, OpenVPN, PionTURN, CoturnTURN} }
 
-// startPeers starts the peers whose programs are there and adds their ways. A peer that is missing or does not work is
-// named in the result.
+// startPeers starts those of the scenario's peers whose programs are there and adds their ways. A peer that is missing or
+// does not work is named in the result.
 func (r *runner) startPeers(ctx context.Context, l *lab.Lab) error {
-	if !r.cfg.Peers {
-		return nil
-	}
 	for _, p := range peers() {
+		if !slices.Contains(r.scenario.Beside, p.name) {
+			continue
+		}
 		fmt.Fprintf(r.out, "peer: %s\n", p.name)
 		w, err := r.startPeer(ctx, l, p)
 		if ctx.Err() != nil {
@@ -91,7 +103,7 @@ func (r *runner) startPeers(ctx context.Context, l *lab.Lab) error {
 				pr.Kill()
 			}
 			fmt.Fprintf(r.out, "peer: %s takes no part: %v\n", p.name, err)
-			r.res.Missing = append(r.res.Missing, Missing{p.name, err.Error()})
+			r.o.Missing = append(r.o.Missing, Missing{p.name, err.Error()})
 			continue
 		}
 		r.ways = append(r.ways, w)
@@ -101,14 +113,7 @@ func (r *runner) startPeers(ctx context.Context, l *lab.Lab) error {
 
 func (r *runner) startPeer(ctx context.Context, l *lab.Lab, p peer) (way, error) {
 	for _, program := range p.needs {
-		_, err := lab.Program(program)
-		var missing *lab.MissingError
-		if errors.As(err, &missing) {
-			if pkg := peerPackages[program]; pkg != "" {
-				missing.Package = pkg
-			}
-		}
-		if err != nil {
+		if _, err := lab.Program(program); err != nil {
 			return way{}, err
 		}
 	}

@@ -2,7 +2,6 @@ package bench
 
 import (
 	"cmp"
-	"fmt"
 	"slices"
 	"strings"
 )
@@ -18,12 +17,12 @@ type Standing struct {
 	High          float64 `json:"max_bits_per_second"`
 	CPUPerGB      float64 `json:"cpu_seconds_per_gb"` // of all of its processes; 0 where they are not known
 	OfRaw         float64 `json:"of_raw_tcp"`         // 0 where there is none
-	OfWireGuard   float64 `json:"of_wireguard_go"`    // 0 where there is none
+	OfWireGuard   float64 `json:"of_wireguard_go"`    // through its hub, or where there is none of that from end to end
 	SallywayTimes float64 `json:"sallyway_times"`     // Sallyway's median over this one's
 }
 
-// standings sums the runs up: by flows, up before down, in the order in which the ways were measured.
-func (r *Result) standings() []Standing {
+// standings sums runs up: by flows, up before down, in the order in which the ways were measured.
+func standings(runs []Throughput) []Standing {
 	type kind struct {
 		flows int
 		down  bool
@@ -32,7 +31,7 @@ func (r *Result) standings() []Standing {
 	var kinds []kind
 	speeds := make(map[kind]map[string][]float64)
 	cpu := make(map[kind]map[string][]float64)
-	for _, t := range r.Throughput {
+	for _, t := range runs {
 		k := kind{t.Flows, t.Down}
 		if speeds[k] == nil {
 			kinds = append(kinds, k)
@@ -43,11 +42,7 @@ func (r *Result) standings() []Standing {
 		}
 		speeds[k][t.Way] = append(speeds[k][t.Way], t.BitsPerSecond)
 		if t.Bytes > 0 && len(t.CPU) > 0 {
-			var sum float64
-			for _, s := range t.CPU {
-				sum += s
-			}
-			cpu[k][t.Way] = append(cpu[k][t.Way], sum/(float64(t.Bytes)/1e9))
+			cpu[k][t.Way] = append(cpu[k][t.Way], perGB(t.CPU, t.Bytes))
 		}
 	}
 	slices.SortStableFunc(kinds, func(a, b kind) int {
@@ -55,7 +50,8 @@ func (r *Result) standings() []Standing {
 	})
 	var out []Standing
 	for _, k := range kinds {
-		raw, wg, own := median(speeds[k][Raw]), median(speeds[k][WireGuardGo]), median(speeds[k][Sallyway])
+		raw, own := median(speeds[k][Raw]), median(speeds[k][Sallyway])
+		wg := cmp.Or(median(speeds[k][WireGuardGo]), median(speeds[k][WireGuardDirect]))
 		for _, w := range order {
 			v := speeds[k][w]
 			if len(v) == 0 {
@@ -71,38 +67,19 @@ func (r *Result) standings() []Standing {
 	return out
 }
 
+// perGB is the sum of processor seconds over the bytes that they carried.
+func perGB(cpu map[string]float64, bytes int64) float64 {
+	var sum float64
+	for _, s := range cpu {
+		sum += s
+	}
+	return ratio(sum, float64(bytes)/1e9)
+}
+
 // ratio is 0 where there is nothing to compare with.
 func ratio(a, b float64) float64 {
 	if b == 0 {
 		return 0
 	}
 	return a / b
-}
-
-// standingsTable writes the comparison with the peers, and names those that are missing.
-func (r *Result) standingsTable(b *strings.Builder) {
-	rows := r.standings()
-	if slices.ContainsFunc(rows, func(s Standing) bool { return s.Way != Raw && s.Way != Sallyway }) {
-		b.WriteString("\nNext to peers on the same lab, runs interleaved: the client reaches the private host through a hub in the place of a relay.\n\n" +
-			"| way | flows | direction | Mbit/s | min–max | CPU s/GB | of raw TCP | of wireguard-go | Sallyway is |\n|---|---|---|---|---|---|---|---|---|\n")
-		for _, s := range rows {
-			fmt.Fprintf(b, "| %s | %d | %s | %.0f | %.0f–%.0f | %s | %s | %s | %s |\n", s.Way, s.Flows, direction(s.Down), s.Median/1e6, s.Low/1e6, s.High/1e6,
-				known("%.1f", s.CPUPerGB), known("%.3f", s.OfRaw), known("%.2f", s.OfWireGuard), known("%.2f ×", s.SallywayTimes))
-		}
-	}
-	if len(r.Missing) > 0 {
-		b.WriteString("\nNot measured:\n")
-		for _, m := range r.Missing {
-			why, _, _ := strings.Cut(m.Why, "\n")
-			fmt.Fprintf(b, "- %s: %s\n", m.Peer, why)
-		}
-	}
-}
-
-// known leaves out what is not.
-func known(format string, v float64) string {
-	if v == 0 {
-		return "–"
-	}
-	return fmt.Sprintf(format, v)
 }

@@ -133,6 +133,9 @@ func (l *Lab) claim() error {
 // Dir is the lab's folder: one folder per host, and logs.
 func (l *Lab) Dir() string { return l.dir }
 
+// MTU is that of the links between the sites, in bytes.
+func (l *Lab) MTU() int { return l.cfg.MTU }
+
 // Hosts are all hosts.
 func (l *Lab) Hosts() []*Host { return slices.Clone(l.hosts) }
 

@@ -7,22 +7,11 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"slices"
 	"sync"
 	"time"
 
 	"sallyway/internal/lab"
 )
-
-// Loaded is the round trip of small exchanges on a connection of its own while one other saturates the same way, in
-// milliseconds.
-type Loaded struct {
-	Way   string  `json:"way"`
-	Down  bool    `json:"down"` // direction of the saturating flow
-	RTT50 float64 `json:"rtt_p50_ms"`
-	RTT99 float64 `json:"rtt_p99_ms"`
-	Beats int     `json:"exchanges"`
-}
 
 // Setup is what it takes to get connections, in milliseconds.
 type Setup struct {
@@ -39,69 +28,23 @@ type Setup struct {
 const (
 	manyAtOnce = 64 // dials in progress
 	manyWait   = 60 * time.Second
-	coldRuns   = 3
 	coldWait   = 30 * time.Second
 	coldPace   = 20 * time.Millisecond // of the attempts
 )
 
-// pulsePace is the pause between two small exchanges.
-const pulsePace = 2 * time.Millisecond
-
-// underLoad measures small exchanges beside one flow, each way.
-func (r *runner) underLoad(ctx context.Context, l *lab.Lab) error {
-	for _, w := range slices.Clone(r.ways) {
-		for _, down := range []bool{false, true} {
-			fmt.Fprintf(r.out, "latency under load: %s %s\n", w.name, direction(down))
-			m, err := r.loadedOnce(ctx, l, w, down)
-			if err = r.excuse(ctx, w, err); err != nil {
-				return fmt.Errorf("latency of %s under load: %w", w.name, err)
-			}
-			if m.Beats > 0 {
-				r.res.Loaded = append(r.res.Loaded, m)
-			}
-		}
-	}
-	return nil
-}
-
-func (r *runner) loadedOnce(ctx context.Context, l *lab.Lab, w way, down bool) (Loaded, error) {
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.Time+30*time.Second)
-	defer cancel()
-	load := make(chan error, 1)
-	go func() {
-		_, err := r.iperf(ctx, l, lab.IperfRun{Addr: w.addr.String(), Port: w.iperf, Time: r.cfg.Time + time.Second, Down: down})
-		load <- err
-	}()
-	p, err := l.Client.StartPulse(ctx, netip.AddrPortFrom(w.addr, w.echo), pulsePace)
-	if err != nil {
-		cancel()
-		return Loaded{}, errors.Join(err, <-load)
-	}
-	err = <-load
-	p.Stop()
-	if err != nil {
-		return Loaded{}, err
-	}
-	rtt := p.RTT(50, 99)
-	return Loaded{Way: w.name, Down: down, RTT50: ms(rtt[0]), RTT99: ms(rtt[1]), Beats: p.Beats()}, nil
-}
-
 // setup measures cold sessions, where they are ours, and many connections at once.
 func (r *runner) setup(ctx context.Context, _ *lab.Lab) error {
-	if r.cfg.Many == 0 {
-		return nil
-	}
-	for _, w := range slices.Clone(r.ways) {
+	err := r.each(ctx, func(w way) error {
 		fmt.Fprintf(r.out, "%d connections at once: %s\n", r.cfg.Many, w.name)
 		s := Setup{Way: w.name, Many: r.cfg.Many}
-		for _, l := range r.res.Latency {
+		for _, l := range r.o.Latency {
 			if l.Way == w.name {
 				s.Warm50 = l.Connect50
 			}
 		}
 		r.many(ctx, w, &s)
 		if w.name == Sallyway {
-			for range coldRuns {
+			for range r.cfg.Cold {
 				d, err := r.cold(ctx, w)
 				if err != nil {
 					return fmt.Errorf("cold session: %w", err)
@@ -109,9 +52,10 @@ func (r *runner) setup(ctx context.Context, _ *lab.Lab) error {
 				s.Cold = append(s.Cold, ms(d))
 			}
 		}
-		r.res.Setup = append(r.res.Setup, s)
-	}
-	return ctx.Err()
+		r.o.Setup = append(r.o.Setup, s)
+		return nil
+	})
+	return errors.Join(err, ctx.Err())
 }
 
 // many opens connections, each of which has to bring a byte and stays open until all have.
@@ -216,37 +160,5 @@ func (r *runner) cold(ctx context.Context, w way) (time.Duration, error) {
 			return 0, context.Cause(ctx)
 		case <-t.C:
 		}
-	}
-}
-
-// excuse takes a peer that fails out of the run and names it in the result. The two ways that are always compared are
-// not excused.
-func (r *runner) excuse(ctx context.Context, w way, err error) error {
-	if err == nil || ctx.Err() != nil || w.name == Raw || w.name == Sallyway {
-		return err
-	}
-	fmt.Fprintf(r.out, "peer: %s leaves the run: %v\n", w.name, err)
-	r.res.Missing = append(r.res.Missing, Missing{w.name, err.Error()})
-	r.ways = slices.DeleteFunc(r.ways, func(o way) bool { return o.name == w.name })
-	for _, p := range w.procs {
-		p.Kill()
-	}
-	return nil
-}
-
-// loadTables writes what was found under load and about set-up.
-func (r *Result) loadTables(b io.Writer) {
-	if len(r.Loaded) > 0 {
-		fmt.Fprint(b, "\n| beside one saturating flow | its direction | RTT p50 ms | RTT p99 ms |\n|---|---|---|---|\n")
-	}
-	for _, m := range r.Loaded {
-		fmt.Fprintf(b, "| %s | %s | %.2f | %.2f |\n", m.Way, direction(m.Down), m.RTT50, m.RTT99)
-	}
-	if len(r.Setup) > 0 {
-		fmt.Fprint(b, "\n| set-up | warm flow p50 ms | cold start to first byte ms | connections at once | all answered after ms | without answer |\n|---|---|---|---|---|---|\n")
-	}
-	for _, s := range r.Setup {
-		cold := known("%.0f", median(s.Cold))
-		fmt.Fprintf(b, "| %s | %.2f | %s | %d | %.0f | %d |\n", s.Way, s.Warm50, cold, s.Many, s.ManyTook, s.ManyLost)
 	}
 }
