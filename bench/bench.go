@@ -75,6 +75,7 @@ type Result struct {
 	Throughput []Throughput      `json:"throughput,omitempty"` // of a run of one layer
 	Relay      []Forwarded       `json:"relay,omitempty"`
 	Netstack   []Stacked         `json:"netstack,omitempty"`
+	Alone
 }
 
 // Join adds what a run of one layer found.

@@ -1,40 +1,44 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/binary"
+	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"os"
-	"os/exec"
+	"path/filepath"
 	"slices"
-	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"sallyway/internal/identity"
+	"sallyway/internal/lab"
 	"sallyway/relay"
-	"sallyway/relay/udpio"
 	"sallyway/relay/wire"
 )
 
-// Forwarded is what a relay alone carried between pairs of allocations, each with a channel to the other.
+// Forwarded is what a relay alone carried between pairs of allocations, each with a channel to the other: the median of some
+// runs.
 type Forwarded struct {
 	Server        string  `json:"server"`
+	Link          string  `json:"link"`
 	Pairs         int     `json:"pairs"`    // of allocations
 	Segments      int     `json:"segments"` // datagrams that the sender hands to its kernel at once
+	Runs          int     `json:"runs"`
 	BitsPerSecond float64 `json:"bits_per_second"`
+	Low           float64 `json:"min_bits_per_second"`
+	High          float64 `json:"max_bits_per_second"`
 	PacketsPerS   float64 `json:"packets_per_second"`
-	CPUPerGB      float64 `json:"cpu_seconds_per_gb"` // of the relay's process
-	Lost          float64 `json:"lost"`               // share of what was sent
-	Window        int     `json:"window_bytes"`       // in flight at most
+	CPUPerGB      float64 `json:"cpu_seconds_per_gb"`   // of the relay's process
+	CPUPerGbit    float64 `json:"cpu_seconds_per_gbit"` // the same
+	PerCore       float64 `json:"bits_per_core_second"` // what one core would carry that did nothing but this
+	Lost          float64 `json:"lost"`                 // share of what was sent
+	Window        int     `json:"window_bytes"`         // in flight at most
 }
 
 // The relays that are compared.
@@ -43,49 +47,79 @@ const (
 	PionRelay = "pion/turn server"
 )
 
+// The links between a relay and its load.
 const (
-	relaySegment = 1452                  // bytes of payload in each datagram: the largest QUIC packet of IPv4 at MTU 1500
-	relayOrg     = "bench"               // organization of our relay
-	relayStall   = 20 * time.Millisecond // without an arrival, what is missing is lost
+	Loopback = "loopback"
+	Veth     = "veth" // between two network namespaces
+)
+
+const (
+	relaySegment = 1452    // bytes of payload in each datagram: the largest QUIC packet of IPv4 at MTU 1500
+	relayOrg     = "bench" // organization of our relay
 	relayStart   = 20 * time.Second
 	keyVariable  = "SALLYWAY_BENCH_RELAY_KEY" // of the child's environment: the key in hex
 	startedPairs = 10                         // with more, sockets get the system's buffers
+	openFiles    = 1 << 16                    // of the load: a socket per allocation
 )
 
 // RelayConfig says how much is measured of a relay alone.
 type RelayConfig struct {
+	Bin      string        // folder of the programs
 	Time     time.Duration // of each measurement
 	Runs     int
+	Links    []string
 	Pairs    []int
 	Segments []int
-	Windows  []int // bytes; the best counts, for each server
+	Windows  []int         // bytes; the best counts, for each server
+	Pings    time.Duration // of each measurement of latency
+	Idle     int           // allocations over DTLS whose memory is measured; those over UDP are the most pairs
 }
 
-// RelayDefaults are one, ten and a thousand pairs, with what a quic-go sends at once and with as much as fits.
+// RelayDefaults are from one pair to 10 000 allocations, with what a quic-go sends at once and with as much as fits.
 func RelayDefaults() RelayConfig {
-	return RelayConfig{Time: 2 * time.Second, Runs: 3, Pairs: []int{1, 10, 1000}, Segments: []int{13, 44}, Windows: []int{128 << 10, 512 << 10}}
+	return RelayConfig{
+		Time: time.Second, Runs: 5, Links: []string{Loopback, Veth}, Pairs: []int{1, 10, 1000, 5000}, Segments: []int{13, 44},
+		Windows: []int{128 << 10, 512 << 10}, Pings: 2 * time.Second, Idle: 10_000,
+	}
 }
 
-// RunRelay measures the relay alone, and pion's server in the same run, over loopback. It needs no lab.
+// RelayQuick is a run of less than a minute.
+func RelayQuick() RelayConfig {
+	return RelayConfig{
+		Time: 300 * time.Millisecond, Runs: 3, Links: []string{Veth}, Pairs: []int{1, 1000}, Segments: []int{13, 44},
+		Windows: []int{256 << 10}, Pings: 500 * time.Millisecond, Idle: 500,
+	}
+}
+
+// RunRelay measures the relay alone, and pion's server in the same run.
 func RunRelay(ctx context.Context, cfg RelayConfig, out io.Writer) (*Result, error) {
+	limit := syscall.Rlimit{Cur: openFiles, Max: openFiles}
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		fmt.Fprintf(out, "open files stay limited: %v\n", err) // what needs more says so
+	}
+	l, err := lab.New(lab.Config{Bin: cfg.Bin})
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
 	res := &Result{Machine: thisMachine(ctx), Command: os.Args, Started: time.Now().UTC()}
-	for _, pairs := range cfg.Pairs {
-		for _, segments := range cfg.Segments {
-			best := make(map[string][]Forwarded)
-			for range cfg.Runs {
-				for _, server := range []string{OwnRelay, PionRelay} {
-					f, err := relayOnce(ctx, cfg, server, pairs, segments)
-					if err != nil {
-						return nil, fmt.Errorf("%s, %d pairs: %w", server, pairs, err)
-					}
-					fmt.Fprintf(out, "%s: %d pairs, %d segments: %.2f Gbit/s\n", server, pairs, segments, f.BitsPerSecond/1e9)
-					best[server] = append(best[server], f)
-				}
+	r := &relayRun{cfg: cfg, out: out, lab: l, res: res}
+	for i, link := range cfg.Links {
+		bed, err := newRelayBed(l, link)
+		if err != nil {
+			return nil, err
+		}
+		for _, pairs := range cfg.Pairs {
+			if err := r.series(ctx, bed, pairs, i == 0 && pairs == slices.Max(cfg.Pairs)); err != nil {
+				return nil, fmt.Errorf("%s, %d pairs: %w", link, pairs, err)
 			}
-			for _, server := range []string{OwnRelay, PionRelay} {
-				v := best[server]
-				slices.SortFunc(v, func(a, b Forwarded) int { return int(a.BitsPerSecond - b.BitsPerSecond) })
-				res.Relay = append(res.Relay, v[(len(v)-1)/2]) // of an even number: the lower
+		}
+		if err := r.delays(ctx, bed); err != nil {
+			return nil, fmt.Errorf("latency over %s: %w", link, err)
+		}
+		if i == 0 && cfg.Idle > 0 {
+			if err := r.idleLegs(ctx, bed); err != nil {
+				return nil, fmt.Errorf("idle allocations: %w", err)
 			}
 		}
 	}
@@ -93,38 +127,95 @@ func RunRelay(ctx context.Context, cfg RelayConfig, out io.Writer) (*Result, err
 	return res, nil
 }
 
-// relayOnce starts a server, measures with each window, and returns the best.
-func relayOnce(ctx context.Context, cfg RelayConfig, server string, pairs, segments int) (Forwarded, error) {
-	key := make([]byte, 32)
-	_, _ = rand.Read(key) // never fails (crypto/rand)
-	srv, err := startRelayServer(ctx, server, key)
-	if err != nil {
-		return Forwarded{}, err
+// relayRun is a run in progress.
+type relayRun struct {
+	cfg RelayConfig
+	out io.Writer // progress
+	lab *lab.Lab
+	res *Result
+}
+
+// loaded is a relay with what is sent through it.
+type loaded struct {
+	*relayServer
+	pairs []*relayPair
+}
+
+func (l *loaded) close() {
+	for _, p := range l.pairs {
+		p.close()
 	}
-	defer srv.stop()
-	credentials := func(identity.Kind, int) (string, string, string) { return turnUser, turnRealm, turnSecret }
-	if server == OwnRelay {
-		credentials = func(k identity.Kind, i int) (string, string, string) {
-			u := wire.Username{Expiry: time.Now().Add(time.Hour), Node: identity.Node{Org: relayOrg, Kind: k, ID: fmt.Sprintf("n%d", i)}, Flags: wire.FlagPlainData}.String()
-			return u, wire.Realm, wire.Password(key, u)
-		}
-	}
-	var all []*relayPair
+	l.stop()
+}
+
+// series measures a number of pairs: both servers stay up and idle while the other's turn is. The first time that there are
+// most pairs, memory says what these cost.
+func (r *relayRun) series(ctx context.Context, bed *relayBed, pairs int, memory bool) error {
+	servers := []string{OwnRelay, PionRelay}
+	up := make(map[string]*loaded)
 	defer func() {
-		for _, p := range all {
-			p.close()
+		for _, l := range up {
+			l.close()
 		}
 	}()
-	for i := range pairs {
-		p, err := newRelayPair(srv.addr, i, pairs > startedPairs, credentials)
+	for _, server := range servers {
+		key := newRelayKey()
+		srv, err := bed.start(ctx, server, key, "")
 		if err != nil {
-			return Forwarded{}, fmt.Errorf("pair %d: %w", i, err)
+			return err
 		}
-		all = append(all, p)
+		l := &loaded{relayServer: srv}
+		up[server] = l
+		before, err := srv.proc.Usage()
+		if err != nil {
+			return err
+		}
+		for i := range pairs {
+			p, err := newRelayPair(srv.addr, i, pairs > startedPairs, bed.dial(i), bed.dial(i), credentialsOf(server, key))
+			if err != nil {
+				return fmt.Errorf("%s, pair %d: %w", server, i, err)
+			}
+			l.pairs = append(l.pairs, p)
+		}
+		if memory {
+			after, err := srv.proc.Usage()
+			if err != nil {
+				return err
+			}
+			r.res.RelayMemory = append(r.res.RelayMemory, RelayMemory{Server: server, Control: "UDP", Allocations: 2 * pairs, Empty: before.RSS, Idle: after.RSS})
+		}
 	}
+	type kind struct {
+		server   string
+		segments int
+	}
+	runs := make(map[kind][]Forwarded)
+	for range r.cfg.Runs {
+		for _, segments := range r.cfg.Segments {
+			for _, server := range servers {
+				f, err := r.best(ctx, up[server], segments)
+				if err != nil {
+					return fmt.Errorf("%s: %w", server, err)
+				}
+				f.Server, f.Link = server, bed.link
+				fmt.Fprintf(r.out, "%s over %s: %d pairs, %d segments: %.2f Gbit/s\n", server, bed.link, pairs, segments, f.BitsPerSecond/1e9)
+				runs[kind{server, segments}] = append(runs[kind{server, segments}], f)
+			}
+		}
+	}
+	for _, segments := range r.cfg.Segments {
+		for _, server := range servers {
+			r.res.Relay = append(r.res.Relay, medianForwarded(runs[kind{server, segments}]))
+		}
+	}
+	return nil
+}
+
+// best measures with each window.
+func (r *relayRun) best(ctx context.Context, l *loaded, segments int) (Forwarded, error) {
 	var best Forwarded
-	for _, window := range cfg.Windows {
-		f, err := forward(ctx, srv.cmd.Process.Pid, all, segments, window, cfg.Time)
+	for _, window := range r.cfg.Windows {
+		f, err := forward(ctx, l.proc.PID(), l.pairs, segments, window, r.cfg.Time)
 		if err != nil {
 			return Forwarded{}, err
 		}
@@ -132,67 +223,103 @@ func relayOnce(ctx context.Context, cfg RelayConfig, server string, pairs, segme
 			best = f
 		}
 	}
-	best.Server = server
 	return best, nil
+}
+
+// medianForwarded is the run in the middle, of an even number the lower, with the spread of all. Each figure is the median of
+// its own, since the CPU of a short run is coarse.
+func medianForwarded(v []Forwarded) Forwarded {
+	v = slices.SortedFunc(slices.Values(v), func(a, b Forwarded) int { return cmp.Compare(a.BitsPerSecond, b.BitsPerSecond) })
+	m := v[(len(v)-1)/2]
+	m.Runs, m.Low, m.High = len(v), v[0].BitsPerSecond, v[len(v)-1].BitsPerSecond
+	var cpu []float64
+	for _, f := range v {
+		cpu = append(cpu, f.CPUPerGB)
+	}
+	m.setCPU(median(cpu))
+	return m
+}
+
+// setCPU sets what follows from CPU seconds per GB.
+func (f *Forwarded) setCPU(perGB float64) {
+	f.CPUPerGB, f.CPUPerGbit, f.PerCore = perGB, perGB/8, ratio(8e9, perGB)
 }
 
 // relayServer is a server in a process of its own.
 type relayServer struct {
-	cmd  *exec.Cmd
+	proc *lab.Proc
 	addr netip.AddrPort
 }
 
-func startRelayServer(ctx context.Context, server string, key []byte) (*relayServer, error) {
+func (s *relayServer) stop() { s.proc.Kill() }
+
+// start starts a server. dir holds its certificate; empty is none.
+func (b *relayBed) start(ctx context.Context, server string, key []byte, dir string) (*relayServer, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"turn", "relay"}
+	name := "relay"
 	if server == PionRelay {
-		args[1] = "server"
+		name = "server"
 	}
-	cmd := exec.CommandContext(ctx, exe, append(args, "--server", "127.0.0.1:0", "--client", "127.0.0.1", "--target", "127.0.0.1")...)
-	cmd.Env = append(os.Environ(), keyVariable+"="+hex.EncodeToString(key))
-	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	out, err := cmd.StdoutPipe()
+	p, err := b.serve.Start(lab.Spec{
+		Name: fmt.Sprintf("%s-%d", name, partNumber.Add(1)), Env: []string{keyVariable + "=" + hex.EncodeToString(key)}, Grace: time.Second,
+		Args: []string{exe, "turn", name, "--server", netip.AddrPortFrom(b.server, 0).String(), "--client", b.server.String(), "--target", b.server.String(), "--dir", dir},
+	})
 	if err != nil {
 		return nil, err
 	}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	s := &relayServer{cmd: cmd}
-	timer := time.AfterFunc(relayStart, func() { _ = cmd.Process.Kill() }) // ends the read below
-	defer timer.Stop()
-	var word, addr string
-	if _, err := fmt.Fscanln(out, &word, &addr); err != nil {
+	s := &relayServer{proc: p}
+	if s.addr, err = readyAddr(ctx, p); err != nil {
 		s.stop()
 		return nil, fmt.Errorf("start %s: %w", server, err)
-	}
-	if s.addr, err = netip.ParseAddrPort(addr); err != nil {
-		s.stop()
-		return nil, err
 	}
 	return s, nil
 }
 
-func (s *relayServer) stop() {
-	_ = s.cmd.Process.Kill() // may have ended
-	_ = s.cmd.Wait()         // killed
+// newRelayKey is a key of our relay's TURN passwords.
+func newRelayKey() []byte {
+	key := make([]byte, 32)
+	_, _ = rand.Read(key) // never fails (crypto/rand)
+	return key
 }
 
-// RelayServer is our relay without a platform. It runs until ctx ends.
+// credentialsOf says who a server takes its clients for: each end of each pair is a node of its own.
+func credentialsOf(server string, key []byte) func(identity.Kind, int) (user, realm, password string) {
+	if server == PionRelay {
+		return func(identity.Kind, int) (string, string, string) { return turnUser, turnRealm, turnSecret }
+	}
+	return func(k identity.Kind, i int) (string, string, string) {
+		u := relayUser(identity.Node{Org: relayOrg, Kind: k, ID: fmt.Sprintf("n%d", i)})
+		return u, wire.Realm, wire.Password(key, u)
+	}
+}
+
+// relayUser is the TURN user name of a node of ours.
+func relayUser(n identity.Node) string {
+	return wire.Username{Expiry: time.Now().Add(time.Hour), Node: n, Flags: wire.FlagPlainData}.String()
+}
+
+// RelayServer is our relay without a platform, with TLS and DTLS where TurnConfig.Dir has a certificate. It runs until ctx ends.
 func RelayServer(ctx context.Context, cfg TurnConfig) error {
-	key, err := hex.DecodeString(os.Getenv(keyVariable))
-	if err != nil || len(key) == 0 {
-		return fmt.Errorf("%s is no key", keyVariable)
+	key, err := relayKey()
+	if err != nil {
+		return err
 	}
 	const many = 1 << 16
-	s, err := relay.New(relay.Config{
+	rc := relay.Config{
 		Listen: cfg.Server, Keys: [][]byte{key}, Organizations: map[string]relay.Organization{relayOrg: {}},
-		Limits: relay.Limits{Allocations: many, SourceAllocations: many},
-	})
+		Limits: relay.Limits{Allocations: many, SourceAllocations: many, Connections: many, SourceHandshakes: many},
+	}
+	if cfg.Dir != "" {
+		cert, err := loadNode(filepath.Join(cfg.Dir, string(identity.Relay)))
+		if err != nil {
+			return err
+		}
+		rc.Certificate = func() (*tls.Certificate, error) { return cert, nil }
+	}
+	s, err := relay.New(rc)
 	if err != nil {
 		return err
 	}
@@ -208,14 +335,21 @@ type relayPair struct {
 	a, b *relayClient
 }
 
-func newRelayPair(server netip.AddrPort, i int, small bool, credentials func(identity.Kind, int) (string, string, string)) (*relayPair, error) {
+// newRelayPair makes the i-th pair from two sockets.
+func newRelayPair(server netip.AddrPort, i int, small bool, a, b relayDial, credentials func(identity.Kind, int) (string, string, string)) (*relayPair, error) {
 	p := new(relayPair)
 	for _, end := range []struct {
 		kind identity.Kind
+		dial relayDial
 		c    **relayClient
-	}{{identity.Client, &p.a}, {identity.Gateway, &p.b}} {
+	}{{identity.Client, a, &p.a}, {identity.Gateway, b, &p.b}} {
 		user, realm, password := credentials(end.kind, i)
-		c, err := newRelayClient(source(i), server, small, user, realm, password)
+		udp, err := end.dial(server)
+		if err != nil {
+			p.close()
+			return nil, err
+		}
+		c, err := newRelayClient(udp, small, user, realm, password)
 		if err != nil {
 			p.close()
 			return nil, err
@@ -229,108 +363,10 @@ func newRelayPair(server netip.AddrPort, i int, small bool, credentials func(ide
 	return p, nil
 }
 
-// sourcePairs come from one address: a relay answers a stranger only so often.
-const sourcePairs = 16
-
-// source is the loopback address of a pair.
-func source(i int) netip.Addr {
-	n := i / sourcePairs
-	return netip.AddrFrom4([4]byte{127, 1, byte(n >> 8), byte(n) + 1})
-}
-
 func (p *relayPair) close() {
 	for _, c := range []*relayClient{p.a, p.b} {
 		if c != nil {
-			c.sock.Close()
+			_ = c.sock.Close() // nobody needs it any more
 		}
-	}
-}
-
-// forward sends through all pairs in turn for a while, from a to b, with at most window bytes on their way.
-func forward(ctx context.Context, pid int, pairs []*relayPair, segments, window int, length time.Duration) (Forwarded, error) {
-	run := make([]byte, 0, segments*(4+relaySegment))
-	for range segments {
-		run = binary.BigEndian.AppendUint16(run, relayChannel)
-		run = binary.BigEndian.AppendUint16(run, relaySegment)
-		run = append(run, make([]byte, relaySegment)...)
-	}
-	var arrived atomic.Int64 // bytes of payload
-	progress := make(chan struct{}, 1)
-	var wg sync.WaitGroup
-	for _, p := range pairs {
-		if err := p.b.udp.SetReadDeadline(time.Time{}); err != nil {
-			return Forwarded{}, err
-		}
-		wg.Go(func() { p.b.receive(&arrived, progress) })
-	}
-	before, err := treeCPU(pid)
-	if err != nil {
-		return Forwarded{}, err
-	}
-	stall := time.NewTimer(relayStall)
-	defer stall.Stop()
-	var sent, lost int64
-	start := time.Now()
-	for i := 0; time.Since(start) < length && ctx.Err() == nil; i++ {
-		if err := pairs[i%len(pairs)].a.sock.Write(run, 4+relaySegment, 0, udpio.Peer{}); err != nil && !errors.Is(err, syscall.ENOBUFS) {
-			return Forwarded{}, err
-		}
-		sent += int64(segments * relaySegment)
-		for sent-lost-arrived.Load() > int64(window) && ctx.Err() == nil {
-			stall.Reset(relayStall)
-			select {
-			case <-progress:
-			case <-stall.C:
-				lost = sent - arrived.Load()
-			}
-		}
-	}
-	took, got := time.Since(start), arrived.Load()
-	after, err := treeCPU(pid)
-	if err != nil {
-		return Forwarded{}, err
-	}
-	for _, p := range pairs {
-		err = errors.Join(err, p.b.udp.SetReadDeadline(time.Now()))
-	}
-	wg.Wait()
-	return Forwarded{
-		Pairs: len(pairs), Segments: segments, Window: window, BitsPerSecond: float64(got) * 8 / took.Seconds(), PacketsPerS: float64(got) / relaySegment / took.Seconds(),
-		CPUPerGB: ratio((after - before).Seconds(), float64(got)/1e9), Lost: max(0, ratio(float64(sent-arrived.Load()), float64(sent))),
-	}, errors.Join(err, ctx.Err())
-}
-
-// receive counts until the socket's deadline.
-func (c *relayClient) receive(arrived *atomic.Int64, progress chan<- struct{}) {
-	buf := make([]byte, udpio.MaxRead)
-	for {
-		m, err := c.sock.Read(buf)
-		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil || m.Segment < 4 {
-			continue // an ICMP error of a datagram
-		}
-		arrived.Add(int64(m.N - 4*((m.N+m.Segment-1)/m.Segment)))
-		select {
-		case progress <- struct{}{}:
-		default:
-		}
-	}
-}
-
-// relayTable writes the relays' figures.
-func (r *Result) relayTable(b *strings.Builder) {
-	pion := make(map[[2]int]float64)
-	for _, f := range r.Relay {
-		if f.Server == PionRelay {
-			pion[[2]int{f.Pairs, f.Segments}] = f.BitsPerSecond
-		}
-	}
-	fmt.Fprintf(b, "The relay alone, channel to channel, datagrams of %d bytes, one direction, over loopback; medians. The sender and all receivers share the cores with it.\n\n", relaySegment)
-	b.WriteString("| server | pairs of allocations | segments | Gbit/s | packets/s | relay's CPU s/GB | lost | of pion |\n|---|---|---|---|---|---|---|---|\n")
-	for _, f := range r.Relay {
-		fmt.Fprintf(b, "| %s | %d | %d | %.2f | %.0f | %.2f | %.1f %% | %s |\n", f.Server, f.Pairs, f.Segments, f.BitsPerSecond/1e9, f.PacketsPerS, f.CPUPerGB, 100*f.Lost,
-			known("%.1f ×", ratio(f.BitsPerSecond, pion[[2]int{f.Pairs, f.Segments}])))
 	}
 }

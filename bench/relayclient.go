@@ -26,14 +26,11 @@ type relayClient struct {
 	user, realm, password string
 	nonce                 stun.Nonce
 	relayed               netip.AddrPort
+	small                 bool
 }
 
-// newRelayClient allocates from a local address. Small leaves the socket's buffers as they are.
-func newRelayClient(local netip.Addr, server netip.AddrPort, small bool, user, realm, password string) (*relayClient, error) {
-	udp, err := net.DialUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(local, 0)), net.UDPAddrFromAddrPort(server))
-	if err != nil {
-		return nil, err
-	}
+// newRelayClient allocates from a connected socket, which it takes over. Small leaves the socket's buffers as they are.
+func newRelayClient(udp *net.UDPConn, small bool, user, realm, password string) (*relayClient, error) {
 	var cfg udpio.Config
 	if small {
 		cfg.ReadBuffer, cfg.WriteBuffer = -1, -1
@@ -42,7 +39,7 @@ func newRelayClient(local netip.Addr, server netip.AddrPort, small bool, user, r
 	if err != nil {
 		return nil, errors.Join(err, udp.Close())
 	}
-	c := &relayClient{udp: udp, sock: sock, user: user, realm: realm, password: password}
+	c := &relayClient{udp: udp, sock: sock, user: user, realm: realm, password: password, small: small}
 	const udpTransport = 17 // RFC 8656 §18.8
 	m, err := c.ask(stun.MethodAllocate, attribute{stun.AttrRequestedTransport, []byte{udpTransport, 0, 0, 0}})
 	if err == nil {

@@ -14,6 +14,8 @@ var partNumber atomic.Int64
 
 // parts are processes that measurements of single layers start on the lab's hosts.
 var parts = map[string]func(ctx context.Context, config []byte) error{
+	"forward":        forwardPart,
+	"idle-legs":      idleLegsPart,
 	"netstack-own":   ownNetstack,
 	"netstack-plain": plainNetstack,
 }

@@ -27,7 +27,10 @@ func (a *alone) measurement(cfg bench.Config, quick bool, runs int) func(context
 	switch {
 	case a.relay:
 		c := bench.RelayDefaults()
-		if runs > 0 {
+		if quick {
+			c = bench.RelayQuick()
+		}
+		if c.Bin = cfg.Bin; runs > 0 {
 			c.Runs = runs
 		}
 		return func(ctx context.Context, out io.Writer) (*bench.Result, error) { return bench.RunRelay(ctx, c, out) }
