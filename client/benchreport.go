@@ -141,11 +141,15 @@ const (
 	// windowFull is the share of window per round trip that a sender reaches when its window holds it back: it never sends quite evenly.
 	windowFull = 0.7
 	// queueGrown and queueLeast are how much the round trip has to grow under load, as a factor and at least, for a queue to be the cause.
-	queueGrown = 2.0
+	queueGrown = 1.25
 	queueLeast = 5 * time.Millisecond
+	// hostBusy is the share from which a queue may as well be one for the processors.
+	hostBusy = 0.8
 	// lossLeast and lostLeast are the share and the number of packets below which loss explains nothing.
 	lossLeast = 0.0002
 	lostLeast = 3
+	// costLeast is the use of processors, in cores, below which a cost per byte is mostly that of being there.
+	costLeast = 0.1
 )
 
 // limitOf says what held a load back; idle is the round trip without load. It claims nothing that the figures do not show.
@@ -169,18 +173,21 @@ func limitOf(l *BenchLoad, idle time.Duration) BenchLimit {
 	if l.BitsPerSecond < windowFull*perRTT {
 		return BenchLimit{}
 	}
-	window := fmt.Sprintf("a congestion window of %s per %s", byteCount(l.Window), millis(l.RTT))
+	window := fmt.Sprintf("%s per %s", byteCount(l.Window), millis(l.RTT))
 	switch queue := l.RTT - idle; {
 	case idle > 0 && queue >= queueLeast && float64(l.RTT) >= queueGrown*float64(idle):
 		why := fmt.Sprintf("the slowest link, about %s: its queue added %s to every round trip", bitRate(l.BitsPerSecond), millis(queue))
 		if lossy {
 			why += fmt.Sprintf(" and dropped %s of the packets", percent(l.LossShare))
 		}
+		if l.Client.Host >= hostBusy || l.Gateway.Host >= hostBusy {
+			why += fmt.Sprintf("; or the processors of one end, %.0f %% busy", max(l.Client.Host, l.Gateway.Host)*100)
+		}
 		return BenchLimit{"link", why}
 	case lossy:
-		return BenchLimit{"loss", fmt.Sprintf("loss: %s of the packets, each of which halves the window; what is left is %s", percent(l.LossShare), window)}
+		return BenchLimit{"loss", fmt.Sprintf("loss: %s of the packets, each of which halves the window; what is left of it is %s", percent(l.LossShare), window)}
 	}
-	return BenchLimit{"window", "the congestion window: " + window + ", and nothing was lost that would have held it down; a longer --time lets it grow"}
+	return BenchLimit{"window", "the congestion window, " + window + ", which nothing lost has held down: it grows with a longer --time"}
 }
 
 // Text writes the report for people.
@@ -199,7 +206,7 @@ func (r *BenchReport) Text(w io.Writer) {
 	}
 	line("path", "over %s", over)
 	if r.Moves > 0 {
-		line("", "it moved %d times during the run: the figures are of several paths", r.Moves)
+		line("", "the path changed during the run (%d): the figures are of more than one", r.Moves)
 	}
 	fmt.Fprintln(w)
 	head := "round trip"
@@ -263,7 +270,10 @@ func (l *BenchLoad) text(line func(head, format string, args ...any), head strin
 		}
 		cpu = append(cpu, s)
 	}
-	line("", "CPU: %s; client %.1f s/GB", strings.Join(cpu, ", "), l.SecondsPerGB)
+	if l.Client.Process >= costLeast {
+		cpu = append(cpu, fmt.Sprintf("client %.1f s/GB", l.SecondsPerGB))
+	}
+	line("", "CPU: %s", strings.Join(cpu, ", "))
 	if l.Limit.By != "" {
 		line("", "limited by %s", l.Limit.Why)
 		return

@@ -139,7 +139,7 @@ func TestBenchServices(t *testing.T) {
 	}
 	// The end of the run is the end of its flows, and the next one may begin as soon as the flow has ended.
 	late := dial(trial.PortSource)
-	for range 3 {
+	for range 30 {
 		if err := run.CloseWrite(); err != nil {
 			t.Fatal(err)
 		}

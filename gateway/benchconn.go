@@ -26,10 +26,15 @@ func (c *benchConn) cancel() { c.once.Do(func() { close(c.done) }) }
 // Close ends the flow. It may be called more than once.
 func (c *benchConn) Close() error {
 	c.cancel()
+	c.leave()
+	return nil
+}
+
+// leave takes the flow out of the run.
+func (c *benchConn) leave() {
 	c.run.mu.Lock()
 	defer c.run.mu.Unlock()
 	delete(c.run.conns, c)
-	return nil
 }
 
 func (c *benchConn) over() bool {
@@ -193,6 +198,7 @@ func newEchoConn(c *benchConn) *pipeConn {
 func newRunConn(c *benchConn) *runConn {
 	return &runConn{newPipeConn(c, func(in io.Reader, out io.Writer) error {
 		err := c.run.answer(in, out)
+		c.leave() // its end is read as one, while the run's other flows are cut
 		c.run.finish(fmt.Errorf("the peer is done: %w", errBenchOver))
 		return err
 	})}
