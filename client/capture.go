@@ -124,7 +124,7 @@ func (c *capture) udp(ctx context.Context, f *netstack.UDPFlow) {
 		defer close(done)
 		buf := make([]byte, maxPacket)
 		for {
-			n, err := up.ReadPacket(buf)
+			n, size, err := up.ReadPackets(buf)
 			if err != nil {
 				if errors.Is(err, tunnel.ErrRefused) {
 					f.Reject(netstack.Refused)
@@ -132,21 +132,31 @@ func (c *capture) udp(ctx context.Context, f *netstack.UDPFlow) {
 				_ = f.Close()
 				return
 			}
-			_ = f.WritePacket(buf[:n]) // a datagram may be lost
+			_ = f.WritePackets(buf[:n], max(1, size)) // a datagram may be lost
 		}
 	}()
 	buf := make([]byte, maxPacket)
 	for {
-		n, err := f.ReadPacket(buf)
-		if err != nil {
-			break
-		}
-		if err := up.WritePacket(buf[:n]); err != nil {
+		n, size, err := f.ReadPackets(buf)
+		if err != nil || writeEach(up, buf[:n], size) != nil {
 			break
 		}
 	}
 	_ = up.Close()
 	<-done
+}
+
+// writeEach sends a run of datagrams of size bytes, of which the last may be shorter.
+func writeEach(up *tunnel.UDPConn, run []byte, size int) error {
+	for {
+		n := min(size, len(run))
+		if err := up.WritePacket(run[:n]); err != nil {
+			return err
+		}
+		if run = run[n:]; len(run) == 0 {
+			return nil
+		}
+	}
 }
 
 func (c *capture) refuse(proto string, dst netip.AddrPort, err error) {

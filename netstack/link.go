@@ -2,7 +2,6 @@ package netstack
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -12,7 +11,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
@@ -29,8 +27,10 @@ const (
 type link struct {
 	s         *Stack
 	headerLen int
-	outboxes  sync.Pool     // of *outbox
-	lastID    atomic.Uint32 // of an IPv4 packet that may be fragmented
+	// udpSegments says that the device takes UDP super-packets.
+	udpSegments bool
+	outboxes    sync.Pool     // of *outbox
+	lastID      atomic.Uint32 // of an IPv4 packet that may be fragmented
 
 	dispatcher atomic.Pointer[stack.NetworkDispatcher]
 }
@@ -115,7 +115,7 @@ func (l *link) receive(b []byte) {
 			st.badChecksum.Add(1)
 			return
 		}
-		l.s.udp.receive(b, p)
+		l.s.udp.receive(b, p, h.udpSegment())
 	case protoICMP, protoICMPv6:
 		l.receiveICMP(b, p, h)
 	default:
@@ -380,40 +380,4 @@ func (q *quote) set(parts ...[]byte) {
 	for _, p := range parts {
 		q.n += copy(q.b[q.n:], p)
 	}
-}
-
-// mayFragment lets the routers of a LAN behind the device fragment a packet, of which b is the IPv4 header: nobody would
-// get their ICMP errors. So it needs an identification of its own (RFC 6864 section 4.3).
-func (l *link) mayFragment(b []byte) {
-	binary.BigEndian.PutUint16(b[4:], uint16(l.lastID.Add(1)))
-	b[6], b[10], b[11] = 0, 0, 0
-	binary.BigEndian.PutUint16(b[10:], ^checksum.Checksum(b, 0))
-}
-
-// udpChecksumOffset is where the checksum is in a UDP header.
-const udpChecksumOffset = 6
-
-// writeUDP sends a datagram that fits the MTU.
-func (l *link) writeUDP(f *UDPFlow, payload []byte) error {
-	o := l.outbox()
-	n := udpHeaderLen + len(payload)
-	o.scratch = appendIP(o.scratch[:0], f.Dst.Addr(), f.Src.Addr(), protoUDP, defaultTTL, n)
-	l4 := len(o.scratch)
-	if l4 == ipv4HeaderLen {
-		l.mayFragment(o.scratch)
-	}
-	o.scratch = binary.BigEndian.AppendUint16(o.scratch, f.Dst.Port())
-	o.scratch = binary.BigEndian.AppendUint16(o.scratch, f.Src.Port())
-	o.scratch = binary.BigEndian.AppendUint16(o.scratch, uint16(n))
-	sum := pseudoHeader(f.Dst.Addr(), f.Src.Addr(), protoUDP, n)
-	var h vnetHeader
-	if l.headerLen > 0 {
-		// The host knows that a partial checksum is right, and computes it only where the datagram leaves the host.
-		h = vnetHeader{flags: vnetNeedsCsum, csumStart: uint16(l4), csumOffset: udpChecksumOffset}
-		o.scratch = binary.BigEndian.AppendUint16(o.scratch, sum)
-	} else {
-		sum = udpChecksum(sum, o.scratch[l4:], payload)
-		o.scratch = binary.BigEndian.AppendUint16(o.scratch, sum)
-	}
-	return l.write(o, h, o.scratch, payload)
 }

@@ -283,7 +283,7 @@ func TestUDPFlowBytes(t *testing.T) {
 		}
 		want := udpPacket(dst4, app4, 53, 1000, []byte("answer"))
 		s.link.lastID.Store(0)
-		s.link.mayFragment(want[:20])
+		s.link.mayFragment(want[:20], 1)
 		if !bytes.Equal(got[header:], want) || want[5] != 1 || want[6] != 0 {
 			t.Errorf("%x\nwant %x", got[header:], want)
 		}

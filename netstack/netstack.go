@@ -49,7 +49,8 @@ import (
 
 // Device carries the packets of a host. Each is preceded by HeaderLen bytes: a struct virtio_net_hdr where that is 10,
 // nothing where it is 0. Read is called by one goroutine, WriteParts by many; WriteParts keeps none of its argument. A waiting
-// Read must end by SetReadDeadline or by Close, where the device has these methods.
+// Read must end by SetReadDeadline or by Close, where the device has these methods. Where it has EnableUDPSegments() bool, and that
+// returns true, packets may be UDP super-packets, both ways.
 type Device interface {
 	Read(p []byte) (int, error)
 	WriteParts(parts [][]byte) (int, error)
@@ -193,6 +194,9 @@ func New(c Config) (*Stack, error) {
 	}
 	s := &Stack{cfg: c, dev: c.Device, closed: make(chan struct{}), done: make(chan struct{})}
 	s.link = newLink(s)
+	if d, ok := s.dev.(interface{ EnableUDPSegments() bool }); ok {
+		s.link.udpSegments = d.EnableUDPSegments()
+	}
 	if s.dev == nil {
 		s.dev = newConnDevice(c.Conn, c.MTU, s.link)
 	}

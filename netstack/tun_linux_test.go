@@ -99,6 +99,12 @@ const (
 // newLab makes a lab; 10.96.0.0/12 and fd96::/12 go into the TUN.
 func newLab(t testing.TB, mtu int, c netstack.Config) *lab {
 	t.Helper()
+	return newLabOn(t, mtu, c, nil)
+}
+
+// newLabOn is newLab with a device that wrap, where it is not nil, has changed for the stack.
+func newLabOn(t testing.TB, mtu int, c netstack.Config, wrap func(netstack.Device) netstack.Device) *lab {
+	t.Helper()
 	l := &lab{namespace: newNamespace(t), t: t}
 	l.do(func() {
 		var err error
@@ -118,6 +124,9 @@ func newLab(t testing.TB, mtu int, c netstack.Config) *lab {
 		t.FailNow()
 	}
 	c.Device = l.dev
+	if wrap != nil {
+		c.Device = wrap(l.dev)
+	}
 	var err error
 	if l.stack, err = netstack.New(c); err != nil {
 		t.Fatal(err)

@@ -15,7 +15,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
@@ -49,16 +48,18 @@ type udpFlows struct {
 	flows   map[udpKey]*UDPFlow
 }
 
-// datagram is a payload that waits.
+// datagram is a payload that waits, or a run of them.
 type datagram struct {
-	b    []byte
+	b    []byte // what nobody has read yet
+	size int    // of each in b, bytes, but for the last, which may be shorter
+	buf  []byte // what b is part of
 	pool *sync.Pool
 }
 
 func newUDPFlows(s *Stack) *udpFlows {
 	u := &udpFlows{s: s, flows: map[udpKey]*UDPFlow{}}
-	u.small.New = func() any { return &datagram{make([]byte, 0, smallDatagram), &u.small} }
-	u.large.New = func() any { return &datagram{make([]byte, 0, maxPacket), &u.large} }
+	u.small.New = func() any { return &datagram{buf: make([]byte, smallDatagram), pool: &u.small} }
+	u.large.New = func() any { return &datagram{buf: make([]byte, maxPacket), pool: &u.large} }
 	return u
 }
 
@@ -78,8 +79,8 @@ func (u *udpFlows) stop() {
 	}
 }
 
-// receive takes an unfragmented datagram whose checksum is right.
-func (u *udpFlows) receive(b []byte, p packet) {
+// receive takes an unfragmented datagram whose checksum is right; or a super-packet, where size is how long its datagrams are.
+func (u *udpFlows) receive(b []byte, p packet, size int) {
 	t := b[p.l4:p.len]
 	if len(t) < udpHeaderLen {
 		u.s.stats.malformed.Add(1)
@@ -95,7 +96,7 @@ func (u *udpFlows) receive(b []byte, p packet) {
 		netip.AddrPortFrom(p.dst, binary.BigEndian.Uint16(t[2:])),
 	}, b, nil)
 	if f != nil {
-		f.queue(t[udpHeaderLen:n])
+		f.queue(t[udpHeaderLen:n], size)
 	}
 }
 
@@ -116,7 +117,7 @@ func (u *udpFlows) handleReassembled(id stack.TransportEndpointID, pkt *stack.Pa
 	}, pkt.NetworkHeader().Slice(), h)
 	if f != nil {
 		v := pkt.Data().AsRange().ToView()
-		f.queue(v.AsSlice())
+		f.queue(v.AsSlice(), 0)
 		v.Release()
 	}
 	return true
@@ -197,65 +198,97 @@ type UDPFlow struct {
 	both   atomic.Bool  // whether they passed in both directions
 	first  quote
 
+	readMu sync.Mutex // guards rest, and makes reads one at a time
+	rest   *datagram  // a run that was read in part; nil: none
+
 	endOnce sync.Once
 	err     error // why it ended; read after done is closed
 	done    chan struct{}
 }
 
-// queue takes a copy of a datagram from the app.
-func (f *UDPFlow) queue(b []byte) {
+// queue takes a copy of a datagram from the app, or of a run of datagrams of size bytes; with size 0 it is one.
+func (f *UDPFlow) queue(b []byte, size int) {
+	if size == 0 || size > len(b) {
+		size = len(b)
+	}
 	if f.queued.Add(int64(len(b))) > udpQueueBytes {
-		f.drop(b)
+		f.drop(b, size)
 		return
 	}
 	d := f.u.get(len(b))
-	d.b = append(d.b[:0], b...)
+	d.b, d.size = d.buf[:copy(d.buf, b)], size
 	select {
 	case f.in <- d:
 		f.seen.Store(time.Now().UnixNano())
 	default:
-		f.drop(b)
+		f.drop(b, size)
 		d.pool.Put(d)
 	}
 }
 
-func (f *UDPFlow) drop(b []byte) {
+func (f *UDPFlow) drop(b []byte, size int) {
 	f.queued.Add(-int64(len(b)))
-	f.u.s.stats.udpQueueFull.Add(1)
+	f.u.s.stats.udpQueueFull.Add(uint64(segments(len(b), size)))
 }
 
 // ReadPacket waits for a datagram of the app and copies its payload to p. A payload that is longer than p is cut, with
 // io.ErrShortBuffer; 65507 bytes hold any. At the end of the flow the error is ErrIdle or net.ErrClosed.
 func (f *UDPFlow) ReadPacket(p []byte) (int, error) {
-	var d *datagram
-	select {
-	case d = <-f.in:
-	default:
-		select {
-		case d = <-f.in:
-		case <-f.done:
-			return 0, f.err
-		}
-	}
-	f.queued.Add(-int64(len(d.b)))
-	n := copy(p, d.b)
-	var err error
-	if n < len(d.b) {
-		err = io.ErrShortBuffer
-	}
-	d.pool.Put(d)
+	n, _, err := f.read(p, 1)
 	return n, err
 }
 
+// ReadPackets waits for datagrams of the app that it sent as one run (UDP_SEGMENT), and copies as many whole ones as p holds to p: n
+// bytes, in pieces of size, of which the last may be shorter. A run of one is an ordinary datagram. Otherwise it is as ReadPacket.
+func (f *UDPFlow) ReadPackets(p []byte) (n, size int, err error) { return f.read(p, maxPacket) }
+
+// read reads a run of at most most datagrams.
+func (f *UDPFlow) read(p []byte, most int) (n, size int, err error) {
+	f.readMu.Lock()
+	defer f.readMu.Unlock()
+	d := f.rest
+	if d == nil {
+		select {
+		case d = <-f.in:
+		default:
+			select {
+			case d = <-f.in:
+			case <-f.done:
+				return 0, 0, f.err
+			}
+		}
+	}
+	size = min(d.size, len(d.b))
+	take := size
+	if size > 0 {
+		take = min(len(d.b), size*max(1, min(most, len(p)/size)))
+	}
+	if n = copy(p, d.b[:take]); n < take {
+		err = io.ErrShortBuffer
+	}
+	f.queued.Add(-int64(take))
+	if d.b = d.b[take:]; len(d.b) > 0 {
+		f.rest = d
+	} else {
+		f.rest = nil
+		d.pool.Put(d)
+	}
+	return n, size, err
+}
+
 // WritePacket sends a datagram to the app, from Dst, in fragments where it is larger than the MTU.
-func (f *UDPFlow) WritePacket(p []byte) error {
+func (f *UDPFlow) WritePacket(p []byte) error { return f.WritePackets(p, max(1, len(p))) }
+
+// WritePackets sends datagrams of size bytes, of which the last may be shorter, to the app: at once where the device takes that, else
+// one by one.
+func (f *UDPFlow) WritePackets(p []byte, size int) error {
 	select {
 	case <-f.done:
 		return f.err
 	default:
 	}
-	if len(p) > maxDatagram {
-		return fmt.Errorf("datagram of %d bytes: %w", len(p), syscall.EMSGSIZE)
+	if min(size, len(p)) > maxDatagram || size <= 0 {
+		return fmt.Errorf("%d bytes in datagrams of %d: %w", len(p), size, syscall.EMSGSIZE)
 	}
 	f.seen.Store(time.Now().UnixNano())
 	f.both.Store(true)
@@ -263,10 +296,24 @@ func (f *UDPFlow) WritePacket(p []byte) error {
 	if f.Src.Addr().Is6() {
 		ip = ipv6HeaderLen
 	}
-	if ip+udpHeaderLen+len(p) <= f.u.s.dev.MTU() {
-		return f.u.s.link.writeUDP(f, p)
+	fits := ip+udpHeaderLen+min(size, len(p)) <= f.u.s.dev.MTU()
+	run := size // bytes sent in one piece
+	if fits && f.u.s.link.udpSegments {
+		run *= min(maxSegments, maxDatagram/size)
 	}
-	return f.writeFragments(p)
+	for {
+		piece := p[:min(run, len(p))]
+		p = p[len(piece):]
+		var err error
+		if fits {
+			err = f.u.s.link.writeUDP(f, piece, size)
+		} else {
+			err = f.writeFragments(piece)
+		}
+		if err != nil || len(p) == 0 {
+			return err
+		}
+	}
 }
 
 // writeFragments sends a datagram through the gVisor stack, which cuts it up.
@@ -294,15 +341,6 @@ func (f *UDPFlow) writeFragments(p []byte) error {
 		return fmt.Errorf("write to %v: %w", f.Src, goError(terr))
 	}
 	return nil
-}
-
-// udpChecksum is the checksum field for a header up to that field, whose length is even, and a payload.
-func udpChecksum(pseudo uint16, h, payload []byte) uint16 {
-	sum := ^checksum.Checksum(payload, checksum.Checksum(h, pseudo))
-	if sum == 0 {
-		return 0xffff // zero says that there is none (RFC 768)
-	}
-	return sum
 }
 
 // Reject tells the app why its datagrams go nowhere, by an ICMP error about the first one, and ends the flow.

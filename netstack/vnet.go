@@ -17,6 +17,7 @@ const (
 	vnetGSONone  = 0
 	vnetGSOTCPv4 = 1
 	vnetGSOTCPv6 = 4
+	vnetGSOUDPL4 = 5 // a run of datagrams of gso_size bytes each, of which the last may be shorter
 	vnetGSOECN   = 0x80
 )
 
@@ -44,6 +45,15 @@ func (h vnetHeader) put(b []byte) {
 
 // trusted reports whether the packet's checksum need not be verified.
 func (h vnetHeader) trusted() bool { return h.flags&(vnetNeedsCsum|vnetDataValid) != 0 }
+
+// udpSegment is how long the datagrams of a UDP super-packet are, bytes of payload; 0 where the packet is none. The partial
+// checksum that comes with it tells that the kernel is where it was made.
+func (h vnetHeader) udpSegment() int {
+	if h.gsoType&^vnetGSOECN != vnetGSOUDPL4 || h.flags&vnetNeedsCsum == 0 {
+		return 0
+	}
+	return int(h.gsoSize)
+}
 
 // complete finishes a partial checksum of pkt in place and reports whether the header's offsets lie within it.
 func (h vnetHeader) complete(pkt []byte) bool {

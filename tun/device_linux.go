@@ -23,8 +23,10 @@ const (
 	// vnetHeaderLen is sizeof(struct virtio_net_hdr), bytes.
 	vnetHeaderLen = 10
 
-	// offloads are those that netstack takes whole. Not USO: a UDP super-packet would have to be cut up again.
+	// offloads are those that every reader of a device with a vnet header takes.
 	offloads = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+	// udpOffloads are for readers that ask for them. The kernel takes both or none, from Linux 6.2 on.
+	udpOffloads = unix.TUN_F_USO4 | unix.TUN_F_USO6
 
 	// addrGenNone is IN6_ADDR_GEN_MODE_NONE: no link-local address, so no router solicitations into the device.
 	addrGenNone = 1
@@ -125,15 +127,9 @@ func (d *Device) setUp() error {
 		return err
 	}
 	if d.headerLen > 0 {
-		// wireguard/tun has just asked for USO as well: take that back.
-		var ioctlErr error
-		if err := d.raw.Control(func(fd uintptr) {
-			ioctlErr = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloads)
-		}); err != nil {
-			return err
-		}
-		if ioctlErr != nil {
-			return fmt.Errorf("offloads: %w", ioctlErr)
+		// wireguard/tun has just asked for USO as well: take that back, not every reader knows of it.
+		if err := d.setOffloads(offloads); err != nil {
+			return fmt.Errorf("offloads: %w", err)
 		}
 	}
 	if d.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
@@ -154,6 +150,21 @@ func (d *Device) setUp() error {
 		return permission(fmt.Errorf("up: %w", err))
 	}
 	return nil
+}
+
+func (d *Device) setOffloads(flags int) error {
+	var errno error
+	if err := d.raw.Control(func(fd uintptr) { errno = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, flags) }); err != nil {
+		return err
+	}
+	return errno
+}
+
+// EnableUDPSegments asks the kernel for UDP super-packets and reports whether there are any: from then on Read returns, and
+// WriteParts may be given, runs of datagrams behind one header of type VIRTIO_NET_HDR_GSO_UDP_L4. Without (no vnet header, or
+// Linux before 6.2) the kernel cuts such runs up, as if nothing had been asked.
+func (d *Device) EnableUDPSegments() bool {
+	return d.headerLen > 0 && d.setOffloads(offloads|udpOffloads) == nil
 }
 
 // permission makes a refusal an ErrUnavailable: the device was persistent and ours to open, but not to change.

@@ -149,6 +149,8 @@ type UDPConn struct {
 	datagrams
 	remote Addr
 	queue  chan []byte
+	readMu sync.Mutex      // guards held, and makes reads one at a time
+	held   []byte          // a datagram that did not belong to the run before it; nil: none
 	ctx    context.Context // ends with the flow; the cause says why
 	cancel context.CancelCauseFunc
 	tasks  sync.WaitGroup
@@ -190,16 +192,51 @@ func (c *UDPConn) enqueue(payload []byte) {
 // answered with ICMP port unreachable, with ErrNoSession when the session ended, and with net.ErrClosed after Close or when the gateway
 // gave up an idle flow.
 func (c *UDPConn) ReadPacket(b []byte) (int, error) {
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	p, err := c.next()
+	return copy(b, p), err
+}
+
+// ReadPackets is ReadPacket for a run of datagrams: the next one, and those of its size that have come behind it, as many as b holds;
+// the last may be shorter. They are n bytes, in pieces of size.
+func (c *UDPConn) ReadPackets(b []byte) (n, size int, err error) {
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	p, err := c.next()
+	n = copy(b, p)
+	size = n
+	for size > 0 && n%size == 0 {
+		select {
+		case p = <-c.queue:
+		default:
+			return n, size, err
+		}
+		if len(p) == 0 || len(p) > size || n+len(p) > len(b) {
+			c.held = p
+			return n, size, err
+		}
+		n += copy(b[n:], p)
+	}
+	return n, size, err
+}
+
+// next waits for the next datagram; readMu is held.
+func (c *UDPConn) next() ([]byte, error) {
+	if p := c.held; p != nil {
+		c.held = nil
+		return p, nil
+	}
 	select {
 	case p := <-c.queue:
-		return copy(b, p), nil
+		return p, nil
 	default:
 	}
 	select {
 	case p := <-c.queue:
-		return copy(b, p), nil
+		return p, nil
 	case <-c.ctx.Done():
-		return 0, c.err()
+		return nil, c.err()
 	}
 }
 
