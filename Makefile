@@ -37,7 +37,7 @@ TEST_EXEC = $(if $(filter 0,$(shell id -u)),,-exec "$(CURDIR)/$(AS_ROOT)")
 export SALLYWAY_BIN := $(CURDIR)/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-peers peers install dist clean help prerequisites
+.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-peers bench-packages peers install dist clean help prerequisites
 
 build: ## build the programs into bin/ (the default)
 	@$(find_go)
@@ -85,14 +85,18 @@ layering: ## hold the imports against the table in layering_test.go
 	@$(find_go)
 	$(AS_CALLER) "$$go" test -count=1 -vet=off .
 
-bench: build peers ## run the benchmarks, next to the peers that are installed; results go to bench/results (root by sudo)
+bench: build peers bench-packages ## run all benchmarks next to the peers that can be installed, more than an hour; results go to bench/results (root by sudo)
 	@$(AS_ROOT) bin/bench
 
-bench-quick: build ## one short throughput run through the whole path, next to raw TCP (root by sudo)
-	@$(AS_ROOT) bin/bench --quick
+bench-quick: build ## a short look at every kind of topology, a few minutes (root by sudo)
+	@build/prerequisites.sh demo
+	$(AS_ROOT) bin/bench --quick
 
-bench-peers: build peers ## one short run next to the peers that are installed (root by sudo)
-	@$(AS_ROOT) bin/bench --quick --peers
+bench-peers: build peers bench-packages ## one short run through a relay next to the peers that can be installed (root by sudo)
+	@$(AS_ROOT) bin/bench --quick --peers --scenario one-relay
+
+bench-packages: ## install the Debian packages of the benchmarks' peers; a peer that cannot be had is named in the results
+	@build/prerequisites.sh bench || echo "make: not all packages could be installed; bench names the peers that are missing"
 
 peers: ## build the peers of the benchmarks that are Go modules of ours: wireguard-go
 	@$(find_go)

@@ -26,7 +26,7 @@ func (r *Result) bars() []bar {
 			o.relayedBars(add)
 		case o.Scenario == TwoRelays:
 			o.moveBars(add)
-		case o.Link != nil && o.Link.Rate > 0:
+		case o.Scenario == longLink(80, 0.5, 100).Name:
 			for _, down := range []bool{false, true} {
 				add(bar{
 					what: fmt.Sprintf("one flow %s next to raw TCP, %v", direction(down), o.Link), wanted: 1, atLeast: true, format: "%.2f ×",

@@ -221,6 +221,8 @@ func TestCompare(t *testing.T) {
 		b.Scenarios[0].Throughput[i].BitsPerSecond *= 2
 	}
 	b.Scenarios[0].Rates = nil
+	a.Relay = []Forwarded{{Server: OwnRelay, Link: Veth, Pairs: 1, Segments: 44, Runs: 5, BitsPerSecond: 9e9, Low: 8e9, High: 10e9, CPUPerGB: 0.5}}
+	b.Join(&Result{Relay: []Forwarded{{Server: OwnRelay, Link: Veth, Pairs: 1, Segments: 44, Runs: 4, BitsPerSecond: 6e9, Low: 5e9, High: 7e9, CPUPerGB: 0.5}}})
 	var text strings.Builder
 	if err := Compare(&text, a, b, false); err != nil {
 		t.Fatal(err)
@@ -231,6 +233,7 @@ func TestCompare(t *testing.T) {
 		"| one-relay | Sallyway | 1 flow up, processor | s/GB | 14.00 (11.00–15.00, 3) | 14.00 (11.00–15.00, 3) | +0.0 % |  |",
 		"| one-relay | Sallyway | 1 flow down | Mbit/s | 200.0 | 400.0 | +100.0 % |  |",
 		"| two-relays | Sallyway | silence, relay killed, load up | ms | 240 (80–400, 2) | 240 (80–400, 2) | +0.0 % |  |",
+		"| relay alone | Sallyway relay | veth, 1 pairs, 44 segments | Gbit/s | 9.00 (8.00–10.00, 5) | 6.00 (5.00–7.00, 4) | -33.3 % | beyond |",
 	} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("%q is missing", want)

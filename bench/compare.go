@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"slices"
@@ -14,6 +15,7 @@ type figure struct {
 	format string // of a value
 	way    string
 	values []float64
+	runs   int // where values are the least, the median and the most of so many; else zero
 }
 
 // figures are all figures of a result, in the order of measuring.
@@ -30,13 +32,26 @@ func (r *Result) figures() []figure {
 	for _, o := range r.Scenarios {
 		o.figures(func(way, what, unit, format string, value float64) { add(o.Scenario, way, what, unit, format, value) })
 	}
+	summed := func(scenario, way, what, unit, format string, low, mid, high float64, runs int) {
+		add(scenario, way, what, unit, format, mid)
+		f := &all[len(all)-1]
+		f.values, f.runs = []float64{low, mid, high}, runs
+	}
 	for _, f := range r.Relay {
-		what := fmt.Sprintf("%d pairs, %d segments", f.Pairs, f.Segments)
-		add("relay alone", f.Server, what, "Gbit/s", "%.2f", f.BitsPerSecond/1e9)
+		what := fmt.Sprintf("%s, %d pairs, %d segments", f.Link, f.Pairs, f.Segments)
+		summed("relay alone", f.Server, what, "Gbit/s", "%.2f", f.Low/1e9, f.BitsPerSecond/1e9, f.High/1e9, f.Runs)
 		add("relay alone", f.Server, what+", processor", "s/GB", "%.2f", f.CPUPerGB)
 	}
+	for _, d := range r.RelayDelay {
+		what := fmt.Sprintf("%s, beside %.0f Mbit/s", d.Link, d.Load/1e6)
+		add("relay alone", d.Server, what+", latency p50", "µs", "%.1f", d.P50)
+		add("relay alone", d.Server, what+", latency p99", "µs", "%.1f", d.P99)
+	}
+	for _, m := range r.RelayMemory {
+		add("relay alone", m.Server, fmt.Sprintf("memory of %d allocations over %s", m.Allocations, m.Control), "MiB", "%.1f", float64(m.Idle)/(1<<20))
+	}
 	for _, s := range r.Netstack {
-		add("netstack alone", s.Way, direction(s.Down), "Mbit/s", "%.0f", s.Median/1e6)
+		summed("netstack alone", s.Way, direction(s.Down), "Mbit/s", "%.0f", s.Low/1e6, s.Median/1e6, s.High/1e6, s.Runs)
 		add("netstack alone", s.Way, direction(s.Down)+", processor", "s/GB", "%.2f", s.CPUPerGB)
 	}
 	return all
@@ -131,7 +146,7 @@ func Compare(out io.Writer, a, b *Result, every bool) error {
 func (f figure) String() string {
 	text := fmt.Sprintf(f.format, median(f.values))
 	if len(f.values) > 1 {
-		text += fmt.Sprintf(" ("+f.format+"–"+f.format+", %d)", slices.Min(f.values), slices.Max(f.values), len(f.values))
+		text += fmt.Sprintf(" ("+f.format+"–"+f.format+", %d)", slices.Min(f.values), slices.Max(f.values), cmp.Or(f.runs, len(f.values)))
 	}
 	return text
 }

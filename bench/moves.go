@@ -30,6 +30,9 @@ type Move struct {
 	Through string  `json:"path_after,omitempty"` // of the session
 }
 
+// noLoad is the Move.Load of an idle lab.
+const noLoad = "none"
+
 // The ways in which a relay goes away.
 const (
 	Drained = "drained" // SIGTERM: the relay asks its nodes to move
@@ -42,6 +45,7 @@ const (
 	moveBefore = 2 * time.Second // of the connection before the relay goes
 	moveAfter  = 5 * time.Second
 	moveWait   = 60 * time.Second // until everything is as it was
+	settled    = 2 * time.Second  // without a change of the session's paths
 	usedFor    = 300 * time.Millisecond
 )
 
@@ -107,6 +111,7 @@ type session struct {
 	Name    string `json:"name"`
 	Path    string `json:"path"`
 	Standby string `json:"standby"`
+	Moves   uint64 `json:"moves"`
 }
 
 // paths are the client's sessions by the names of their gateways.
@@ -124,7 +129,7 @@ func (r *runner) paths(ctx context.Context) (map[string]session, error) {
 	return all, nil
 }
 
-// whole waits until all is as in the beginning: relays, gateway and client ready, and a standby path.
+// whole waits until all is as in the beginning: relays, gateway and client ready, a standby path, and nothing that moves.
 func (r *runner) whole(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, moveWait, errors.New("not whole again"))
 	defer cancel()
@@ -133,13 +138,23 @@ func (r *runner) whole(ctx context.Context) error {
 			return err
 		}
 	}
+	var last session
+	var since time.Time // of last
 	return lab.Until(ctx, 50*time.Millisecond, func() error {
 		all, err := r.paths(ctx)
 		if err != nil {
 			return err
 		}
-		if s := all[lab.Office]; s.Path == "" || s.Standby == "" {
+		s := all[lab.Office]
+		if s.Path == "" || s.Standby == "" {
+			since = time.Time{}
 			return fmt.Errorf("session with %s: path %q, standby %q", lab.Office, s.Path, s.Standby)
+		}
+		if s != last || since.IsZero() {
+			last, since = s, time.Now()
+		}
+		if quiet := time.Since(since); quiet < settled {
+			return fmt.Errorf("the paths of the session with %s are as they are only since %v", lab.Office, quiet)
 		}
 		return nil
 	})
@@ -149,7 +164,7 @@ func (r *runner) whole(ctx context.Context) error {
 func (r *runner) moves(ctx context.Context, l *lab.Lab) error {
 	for range r.cfg.Moves {
 		for _, how := range []string{Drained, Killed, CutOff} {
-			for _, load := range []string{"none", "up", "down"} {
+			for _, load := range r.cfg.MoveLoads {
 				if err := r.whole(ctx); err != nil {
 					return err
 				}
@@ -177,7 +192,7 @@ func (r *runner) move(ctx context.Context, l *lab.Lab, how, load string) (Move, 
 	}
 	defer pulse.Stop()
 	ended := make(chan error, 1)
-	if load == "none" {
+	if load == noLoad {
 		ended <- nil
 	} else {
 		go func() {

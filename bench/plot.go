@@ -120,7 +120,7 @@ func (c chart) svg() string {
 		fmt.Fprintf(&b, `<line x1="%.1f" x2="%.1f" y1="%d" y2="%d" stroke="%s"/>`+"\n", x, x, plotHead-4, base+4, inkGrid)
 		text(&b, x, float64(base+18), "middle", fmt.Sprintf(`fill=%q font-size="11"`, inkFaint), number(v))
 	}
-	text(&b, plotWidth-16, float64(base+18), "end", fmt.Sprintf(`fill=%q font-size="11"`, inkFaint), c.unit)
+	text(&b, plotWidth-16, float64(base+33), "end", fmt.Sprintf(`fill=%q font-size="11"`, inkFaint), c.unit)
 	y := float64(plotHead)
 	for _, r := range c.rows {
 		style := ""

@@ -42,6 +42,8 @@ type Load struct {
 	Ceiling bool // what an emulated link carries of plain UDP
 	Spread  int  // runs through both gateways, alone and at once
 	Moves   int  // of each kind: the relay in use is drained, killed, cut
+	// MoveLoads are what goes on meanwhile: none, up, down.
+	MoveLoads []string
 }
 
 // Outcome is what a scenario found.

@@ -99,7 +99,7 @@ func Full() []Scenario {
 		case s.Name == Direct:
 			s.Load = Load{Runs: 5, Time: 3 * time.Second, Flows: []int{1, 8}, Beats: 2000, Dials: 100, Loaded: true}
 		case s.Name == TwoRelays:
-			s.Load = Load{Runs: 3, Time: 3 * time.Second, Flows: []int{1}, Beats: 1000, Dials: 50, Spread: 5, Moves: 3}
+			s.Load = Load{Runs: 3, Time: 3 * time.Second, Flows: []int{1}, Beats: 1000, Dials: 50, Spread: 5, Moves: 3, MoveLoads: []string{noLoad, direction(false), direction(true)}}
 		case s.Name == Emulator:
 			s.Load = Load{Runs: 3, Time: 3 * time.Second, Flows: []int{1, 8}, Beats: 1000, Dials: 50}
 		case s.Lab.Access != nil:
@@ -126,7 +126,7 @@ func Quick() []Scenario {
 			s.Beside = []string{QUICDirect}
 			s.Load = Load{Runs: 1, Time: 2 * time.Second, Flows: []int{1}, Beats: 200, Dials: 10}
 		case TwoRelays:
-			s.Load = Load{Spread: 1, Time: 2 * time.Second, Moves: 1}
+			s.Load = Load{Spread: 1, Time: 2 * time.Second, Moves: 1, MoveLoads: []string{direction(false)}}
 		case SmallMTU, GROHeld:
 			s.Load = Load{Runs: 1, Time: 2 * time.Second, Flows: []int{1}, Beats: 200, Dials: 10}
 		case longLink(80, 0.5, 100).Name:

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"sallyway/internal/lab"
+	"sallyway/internal/lab/wan"
 )
 
 // Rate is one run of iperf3 with UDP datagrams of 1200 bytes at a rate.
@@ -25,12 +26,12 @@ type Rate struct {
 // Ceiling is what an emulated link carries of plain UDP beyond its rate, one direction.
 type Ceiling struct {
 	Down          bool    `json:"down"`
-	BitsPerSecond float64 `json:"bits_per_second"` // of payload
+	BitsPerSecond float64 `json:"bits_per_second"` // of IP packets
 	Lost          float64 `json:"lost_percent"`    // by the link's loss and at its full queue
 }
 
 const (
-	ceilingTime = 3 * time.Second
+	ceilingTime = 6 * time.Second
 	// ceilingOver is how much more than its rate a link is given.
 	ceilingOver = 1.1
 	// iperfGrace is how much longer than its length an iperf3 run may take.
@@ -117,7 +118,8 @@ func (r *runner) rates(ctx context.Context, l *lab.Lab) error {
 	return nil
 }
 
-// ceiling gives the emulated link more plain UDP than it has room for, past all products.
+// ceiling gives the emulated link more plain UDP than it has room for, past all products, and reads off the emulator what
+// came out at its other end once its queue was full.
 func (r *runner) ceiling(ctx context.Context, l *lab.Lab) error {
 	if r.o.Link == nil || r.o.Link.Rate == 0 {
 		return nil
@@ -125,14 +127,48 @@ func (r *runner) ceiling(ctx context.Context, l *lab.Lab) error {
 	raw := r.ways[slices.IndexFunc(r.ways, func(w way) bool { return w.name == Raw })]
 	over := strconv.Itoa(int(float64(r.o.Link.Rate) * ceilingOver))
 	for _, down := range []bool{false, true} {
-		ctx, cancel := context.WithTimeout(ctx, ceilingTime+iperfGrace)
-		res, err := r.iperf(ctx, l, raw, lab.IperfRun{UDP: true, Rate: over, Down: down, Time: ceilingTime})
-		cancel()
+		c, err := r.ceilingOnce(ctx, l, raw, over, down)
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(r.out, "the link %s: %.1f Mbit/s of UDP\n", direction(down), res.BitsPerSecond/1e6)
-		r.o.Ceiling = append(r.o.Ceiling, Ceiling{Down: down, BitsPerSecond: res.BitsPerSecond, Lost: res.LostPercent})
+		fmt.Fprintf(r.out, "the link %s: %.1f Mbit/s of UDP\n", direction(down), c.BitsPerSecond/1e6)
+		r.o.Ceiling = append(r.o.Ceiling, c)
 	}
 	return nil
+}
+
+func (r *runner) ceilingOnce(ctx context.Context, l *lab.Lab, raw way, rate string, down bool) (Ceiling, error) {
+	ctx, cancel := context.WithTimeout(ctx, ceilingTime+iperfGrace)
+	defer cancel()
+	load := make(chan error, 1)
+	go func() {
+		_, err := r.iperf(ctx, l, raw, lab.IperfRun{UDP: true, Rate: rate, Down: down, Time: ceilingTime})
+		load <- err
+	}()
+	counted := func() wan.Count {
+		s := l.AccessStats()
+		if down {
+			return s.BtoA
+		}
+		return s.AtoB
+	}
+	t := time.NewTimer(ceilingTime / 2) // the queue is full by then
+	defer t.Stop()
+	select {
+	case err := <-load:
+		return Ceiling{}, fmt.Errorf("UDP over the link ended early: %w", err)
+	case <-t.C:
+	}
+	before, start := counted(), time.Now()
+	t.Reset(ceilingTime / 3) // the length of the measurement
+	select {
+	case err := <-load:
+		return Ceiling{}, fmt.Errorf("UDP over the link ended early: %w", err)
+	case <-t.C:
+	}
+	after, took := counted(), time.Since(start)
+	c := Ceiling{Down: down, BitsPerSecond: float64(after.Bytes-before.Bytes) * 8 / took.Seconds()}
+	dropped := float64(after.Lost + after.QueueDrops - before.Lost - before.QueueDrops)
+	c.Lost = 100 * ratio(dropped, dropped+float64(after.Passed-before.Passed))
+	return c, <-load
 }

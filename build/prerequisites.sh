@@ -1,19 +1,33 @@
 #!/bin/bash
 # Installs the Debian packages that the tests use, as root. Services that come with them are neither started now nor at
 # the next boot; services of packages that were here before are left alone.
+#
+#   prerequisites.sh          what `make test` uses
+#   prerequisites.sh demo     only what `make demo` and `make bench-quick` use
+#   prerequisites.sh bench    what `make bench` uses: the other products that it measures
 set -euo pipefail
 
-# With the word demo: only what `make demo` uses.
 packages=(iperf3 iproute2 iputils-ping nftables curl procps ca-certificates)
 tools=(iperf3 ip ping nft curl)
-if [ "${1:-}" != demo ]; then
+case "${1:-}" in
+demo) ;;
+bench)
+	packages+=(openssh-server openssh-client wireguard-tools nebula openvpn coturn)
+	tools+=(ssh sshd wg nebula openvpn turnserver)
+	;;
+'')
 	packages+=(
 		dnsutils openssl systemd                                          # tools
 		postgresql postgresql-client openssh-server openssh-client coturn # real servers and clients
 		gcc libc6-dev                                                      # the race detector
 	)
 	tools+=(dig psql ssh sshd turnutils_uclient openssl gcc)
-fi
+	;;
+*)
+	echo "usage: $0 [demo|bench]" >&2
+	exit 2
+	;;
+esac
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
 	missing=()
@@ -37,7 +51,7 @@ done
 [ ${#missing[@]} -eq 0 ] && exit 0
 
 if [ "$(id -u)" != 0 ]; then
-	echo "Installing packages for the tests: ${missing[*]}"
+	echo "Installing packages: ${missing[*]}"
 	exec "$(dirname "$0")/as-root.sh" "$0" "$@"
 fi
 
@@ -51,13 +65,22 @@ fi
 
 export DEBIAN_FRONTEND=noninteractive
 apt-get -q update
-apt-get -q -y install --no-install-recommends "${missing[@]}"
+if [ "${1:-}" = bench ]; then
+	# One by one: a package that this release lacks keeps no other out.
+	failed=()
+	for p in "${missing[@]}"; do
+		apt-get -q -y install --no-install-recommends "$p" || failed+=("$p")
+	done
+else
+	apt-get -q -y install --no-install-recommends "${missing[@]}"
+fi
 
 for p in "${missing[@]}"; do
 	case $p in
 	postgresql) unit=postgresql ;;
 	openssh-server) unit=ssh ;;
 	coturn) unit=coturn ;;
+	openvpn) unit=openvpn ;;
 	nftables) unit=nftables ;;
 	iperf3) unit=iperf3 ;;
 	*) continue ;;
@@ -66,3 +89,8 @@ for p in "${missing[@]}"; do
 		systemctl disable --now --quiet "$unit" 2>/dev/null || true # the package may have no such unit
 	fi
 done
+
+if [ -n "${failed[*]-}" ]; then
+	echo "Not installed: ${failed[*]}" >&2
+	exit 1
+fi
