@@ -291,7 +291,7 @@ func TestGatewayOpensNothing(t *testing.T) {
 	if ok, _, err := conn.SendRequest(reverse.KeepaliveRequest, true, nil); !ok || err != nil {
 		t.Errorf("keepalive: %v, %v", ok, err)
 	}
-	for range maxRefusals {
+	for range maxRefusals - 8 - 5 { // no more: x/crypto's OpenChannel may hang on a connection that is just ending
 		_, _, _ = conn.OpenChannel("session", nil)
 	}
 	closed := make(chan error, 1)

@@ -149,8 +149,11 @@ func (s *Server) serveSSH(nc net.Conn, p *place) {
 		node: node, hash: hash, slot: reverse.Slot(string(conn.ClientVersion())), cert: cert, conn: conn, since: s.now(), done: make(chan struct{}),
 	}
 	var tasks sync.WaitGroup
-	defer tasks.Wait()
-	defer close(c.done)
+	defer func() {
+		_ = conn.Close() // what serves it ends
+		close(c.done)
+		tasks.Wait()
+	}()
 	var refusals refusals
 	refusals.most = func() { _ = conn.Close() }
 	tasks.Go(func() {
@@ -272,9 +275,26 @@ func (s *Server) connections(n identity.Node) []*sshConn {
 	return out
 }
 
-// openChannel opens a channel to the gateway. A gateway that does not answer in time has its connection closed, which ends the call.
+// openChannel opens a channel to the gateway. A gateway that does not answer in time has its connection closed, which ends the call. It is
+// called from a goroutine of its own since x/crypto's OpenChannel never returns when it comes just when the connection ends: the channel
+// is then entered into a list that has been emptied already.
 func (c *sshConn) openChannel(o reverse.Open) (ssh.Channel, <-chan *ssh.Request, error) {
+	type answer struct {
+		ch       ssh.Channel
+		requests <-chan *ssh.Request
+		err      error
+	}
+	got := make(chan answer, 1)
 	late := time.AfterFunc(openTimeout, c.close)
 	defer late.Stop()
-	return c.conn.OpenChannel(reverse.ChannelType, o.Marshal())
+	go func() {
+		ch, requests, err := c.conn.OpenChannel(reverse.ChannelType, o.Marshal())
+		got <- answer{ch, requests, err}
+	}()
+	select {
+	case a := <-got:
+		return a.ch, a.requests, a.err
+	case <-c.done: // a channel that came at the last moment ends with the connection
+		return nil, nil, net.ErrClosed
+	}
 }
