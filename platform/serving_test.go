@@ -63,3 +63,42 @@ func TestServingGateways(t *testing.T) {
 		}
 	}
 }
+
+// TestAnnouncedAddress: a relay's new address is announced, taken back, announced again, and comes into force by itself.
+func TestAnnouncedAddress(t *testing.T) {
+	t.Parallel()
+	w := populate(t, start(t))
+	host := func(h string) *string { return &h }
+	show := func() (r control.NodeRecord) {
+		w.api("GET", "/relays/relay-1", nil, &r)
+		return r
+	}
+	before := show().Host
+	later := time.Now().Add(time.Hour)
+	w.api("PATCH", "/relays/relay-1", control.UpdateNode{Host: host("192.0.2.77"), From: &later}, nil)
+	if r := show(); r.Host != before || r.NextHost != "192.0.2.77" || !r.NextFrom.Equal(later.UTC().Truncate(time.Microsecond)) {
+		t.Errorf("announced: %+v", r)
+	}
+	w.api("PATCH", "/relays/relay-1", control.UpdateNode{Host: &before, From: &later}, nil)
+	if r := show(); r.Host != before || r.NextHost != "" || r.NextFrom != nil {
+		t.Errorf("taken back: %+v", r)
+	}
+	soon := time.Now().Add(300 * time.Millisecond)
+	w.api("PATCH", "/relays/relay-1", control.UpdateNode{Host: host("192.0.2.78"), From: &soon}, nil)
+	deadline := time.Now().Add(30 * time.Second)
+	for show().Host != "192.0.2.78" {
+		if time.Now().After(deadline) {
+			t.Fatalf("the announced address is not in force: %+v", show())
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	if time.Now().Before(soon) {
+		t.Error("too early")
+	}
+	far := time.Now().Add(500 * 24 * time.Hour)
+	for _, bad := range []control.UpdateNode{{From: &later}, {Host: host("192.0.2.79"), From: &far}} {
+		if status, _ := w.do(w.admin.Token, "PATCH", "/api/v1/orgs/default/relays/relay-1", bad, nil); status != 422 {
+			t.Errorf("%+v: %d", bad, status)
+		}
+	}
+}

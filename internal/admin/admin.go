@@ -63,7 +63,7 @@ The usual way, where you are administrator:
 		a.login(), a.logout(), a.organization(),
 		a.node(relays), a.node(gateways), a.node(clients),
 		a.resource(), a.policy(), a.group(),
-		a.status(), a.session(), a.audit(), a.stun(),
+		a.status(), a.session(), a.audit(), a.stun(), a.firewall(),
 		daemon.VersionCommand(daemon.Spec{Name: "sallyway"}),
 	)
 	return root

@@ -31,6 +31,13 @@ func NewClient(c control.AdminCredential, org string) (*Client, error) {
 	return &Client{link: l, token: c.Token, org: org}, nil
 }
 
+// in returns the same client for another organization.
+func (c *Client) in(org string) *Client {
+	other := *c
+	other.org = org
+	return &other
+}
+
 // Close closes idle connections.
 func (c *Client) Close() { c.link.Close() }
 

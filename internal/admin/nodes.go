@@ -147,7 +147,7 @@ func nodeRow(k nodeKind) func(control.NodeRecord) []any {
 		row := []any{n.Name, n.State}
 		switch k {
 		case relays:
-			row = append(row, hostPort(n.Host, n.Port))
+			row = append(row, hostPort(n.Host, n.Port)+announced(n))
 		case gateways:
 			row = append(row, join(n.Relays), join(n.Virtual))
 		default:
@@ -155,6 +155,14 @@ func nodeRow(k nodeKind) func(control.NodeRecord) []any {
 		}
 		return append(row, n.Version, ago(n.LastSeen), strings.Join(n.Problems, "; "))
 	}
+}
+
+// announced says that a relay's address will change.
+func announced(n control.NodeRecord) string {
+	if n.NextHost == "" {
+		return ""
+	}
+	return fmt.Sprintf(" (%s from %s)", n.NextHost, moment(n.NextFrom))
 }
 
 func hostPort(host string, port uint16) string {
@@ -191,7 +199,7 @@ func showNode(w io.Writer, n control.NodeRecord) {
 	for _, name := range sortedKeys(n.Load) {
 		load = append(load, fmt.Sprintf("%s %g", name, n.Load[name]))
 	}
-	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "state", n.State, "host", hostPort(n.Host, n.Port), "peers", join(n.Peers),
+	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "state", n.State, "host", hostPort(n.Host, n.Port)+announced(n), "peers", join(n.Peers),
 		"relays", join(n.Relays), "virtual", join(n.Virtual), "version", n.Version, "load", strings.Join(load, ", "),
 		"problems", strings.Join(n.Problems, "; "), "key", key, "certificate until", moment(n.NotAfter),
 		"created", moment(&n.Created), "enrolled", moment(n.Enrolled), "last seen", moment(n.LastSeen))
@@ -199,7 +207,7 @@ func showNode(w io.Writer, n control.NodeRecord) {
 
 func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 	var relay relayFlags
-	var name string
+	var name, from string
 	cmd := &cobra.Command{
 		Use: "update NAME [--name NEW]", Short: "Change a " + k.name, Args: one("the " + k.name + "'s name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -210,6 +218,16 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 			}
 			if flags.Changed("host") {
 				u.Host = &relay.host
+			}
+			if flags.Changed("from") {
+				at, err := parseMoment(from)
+				if err != nil {
+					return err
+				}
+				if u.Host == nil {
+					return daemon.Usagef("--from says when --host changes: add --host HOST")
+				}
+				u.From = &at
 			}
 			if flags.Changed("port") {
 				u.Port = &relay.port
@@ -238,7 +256,9 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&name, "name", "", "a new name")
 	if k == relays {
-		cmd.Use = "update NAME [--name NEW] [--host HOST] [--port N] [--peer ADDR:PORT]"
+		cmd.Use = "update NAME [--name NEW] [--host HOST [--from DATE]] [--port N] [--peer ADDR:PORT]"
+		cmd.Long = "Change a relay. With --from the new host is announced: until then nodes use the old one, and `sallyway firewall` lists both."
+		cmd.Flags().StringVar(&from, "from", "", "when the new host takes over, such as 2027-01-31 or 2027-01-31T22:00:00Z (default: at once)")
 		relay.register(cmd)
 	}
 	return a.completing(k.plural, cmd)

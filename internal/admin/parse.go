@@ -47,6 +47,16 @@ func parsePorts(flag, s string) ([]policy.PortRange, error) {
 	return p, nil
 }
 
+// parseMoment reads a date (its first moment, UTC) or a time of RFC 3339.
+func parseMoment(s string) (time.Time, error) {
+	for _, layout := range []string{time.DateOnly, time.RFC3339} {
+		if t, err := time.Parse(layout, s); err == nil {
+			return t, nil
+		}
+	}
+	return time.Time{}, daemon.Usagef("--from %.40q is neither a date such as 2027-01-31 nor a time such as 2027-01-31T22:00:00Z", s)
+}
+
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
 // completing lets the shell complete the name of an object of the organization.

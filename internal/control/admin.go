@@ -77,10 +77,13 @@ type NodeRecord struct {
 	Virtual  []netip.Addr      `json:"virtual,omitempty"`
 	Problems []string          `json:"problems,omitempty"`
 	// For relays.
-	Host  string             `json:"host,omitempty"`
-	Port  uint16             `json:"port,omitempty"`
-	Peers []netip.AddrPort   `json:"peers,omitempty"` // configured peers of the organization at this relay
-	Load  map[string]float64 `json:"load,omitempty"`
+	Host string `json:"host,omitempty"`
+	Port uint16 `json:"port,omitempty"`
+	// NextHost is what Host will be from NextFrom on, so that firewalls can list both until then.
+	NextHost string             `json:"next_host,omitempty"`
+	NextFrom *time.Time         `json:"next_from,omitempty"`
+	Peers    []netip.AddrPort   `json:"peers,omitempty"` // configured peers of the organization at this relay
+	Load     map[string]float64 `json:"load,omitempty"`
 	// For gateways.
 	Relays []string `json:"relays,omitempty"` // names of the relays assigned, active first
 }
@@ -104,8 +107,10 @@ type CreatedNode struct {
 
 // UpdateNode changes what is not nil.
 type UpdateNode struct {
-	Name  *string           `json:"name,omitempty"`
-	Host  *string           `json:"host,omitempty"`
+	Name *string `json:"name,omitempty"`
+	Host *string `json:"host,omitempty"`
+	// From is when Host changes: not before, so that firewalls can follow. Nil is at once. Host as it is now takes an announced change back.
+	From  *time.Time        `json:"from,omitempty"`
 	Port  *uint16           `json:"port,omitempty"`
 	Peers *[]netip.AddrPort `json:"peers,omitempty"`
 }

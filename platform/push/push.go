@@ -290,6 +290,7 @@ func (h *Hub) Run(ctx context.Context) error {
 				h.allocate(ctx)
 			}
 			looked = now
+			h.moveRelays(ctx)
 		case <-flush.C:
 			h.note(ctx, "audit refusals", h.reg.FlushRefusals(ctx, false))
 		case <-house.C:
@@ -311,6 +312,14 @@ func (h *Hub) allocate(ctx context.Context) {
 	h.note(ctx, "list organizations", err)
 	for _, o := range orgs {
 		h.note(ctx, "assign relays", h.reg.Allocate(ctx, o, h.started))
+	}
+}
+
+func (h *Hub) moveRelays(ctx context.Context) {
+	orgs, err := h.reg.OrgNames(ctx)
+	h.note(ctx, "list organizations", err)
+	for _, o := range orgs {
+		h.note(ctx, "move relays to announced addresses", h.reg.MoveRelays(ctx, o))
 	}
 }
 

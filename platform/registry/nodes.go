@@ -30,6 +30,9 @@ func (r *Registry) record(ctx context.Context, tx store.Tx, o *store.Org, n *sto
 		ID: n.ID, Name: n.Name, Kind: n.Kind, State: r.Board.State(n, r.Now()), Created: n.Created, Version: n.Version,
 		Virtual: view.Addresses(o, n.Address), Host: n.Host, Port: n.Port, Peers: n.Peers,
 	}
+	if n.NextHost != "" {
+		rec.NextHost, rec.NextFrom = n.NextHost, &n.NextFrom
+	}
 	if !n.Enrolled.IsZero() {
 		rec.Enrolled = &n.Enrolled
 	}
@@ -268,9 +271,46 @@ func (r *Registry) ReissueToken(ctx context.Context, org string, kind identity.K
 	return out, err
 }
 
+// maxNotice is how far ahead the change of a relay's address can be announced.
+const maxNotice = 366 * 24 * time.Hour
+
+// MoveRelays puts announced addresses in force whose time has come.
+func (r *Registry) MoveRelays(ctx context.Context, org string) error {
+	due := func(n *store.Node) bool { return n.NextHost != "" && !n.NextFrom.After(r.Now()) }
+	var ns []*store.Node
+	err := r.Store.View(ctx, func(tx store.Tx) (err error) {
+		ns, err = tx.Nodes(ctx, org, identity.Relay, store.Page{})
+		return err
+	})
+	if err != nil || !slices.ContainsFunc(ns, due) {
+		return err
+	}
+	return r.update(ctx, func(c *change) error {
+		ns, err := c.Nodes(ctx, org, identity.Relay, store.Page{}) // what was read before may be old
+		if err != nil {
+			return err
+		}
+		for _, n := range ns {
+			if !due(n) {
+				continue
+			}
+			before := n.Host
+			n.Host, n.NextHost, n.NextFrom = n.NextHost, "", time.Time{}
+			if err := c.UpdateNode(ctx, n); err != nil {
+				return err
+			}
+			if err := c.audit(ctx, org, "relay.move", n.Identity().String(), audit.OK, map[string]any{"name": n.Name, "host": n.Host, "before": before}); err != nil {
+				return err
+			}
+			r.Log.Info("relay moved to its announced address", "org", org, "relay", n.Name, "host", n.Host, "before", before)
+		}
+		return c.bump(ctx, org)
+	})
+}
+
 // UpdateNode changes what is not nil.
 func (r *Registry) UpdateNode(ctx context.Context, org string, kind identity.Kind, name string, req control.UpdateNode) (*control.NodeRecord, error) {
-	return r.changeNode(ctx, org, kind, name, "node.update", func(_ *change, n *store.Node) (map[string]any, error) {
+	return r.changeNode(ctx, org, kind, name, "node.update", func(c *change, n *store.Node) (map[string]any, error) {
 		detail := map[string]any{}
 		if req.Name != nil {
 			if err := checkName(string(kind), *req.Name); err != nil {
@@ -286,8 +326,19 @@ func (r *Registry) UpdateNode(ctx context.Context, org string, kind identity.Kin
 			if err := checkHost(*req.Host); err != nil {
 				return nil, err
 			}
-			n.Host = *req.Host
-			detail["host"] = n.Host
+			switch {
+			case req.From != nil && req.From.After(c.now) && *req.Host != n.Host:
+				if req.From.After(c.now.Add(maxNotice)) {
+					return nil, invalid("body.from", "a year ahead at most", "%v is too far ahead", req.From)
+				}
+				n.NextHost, n.NextFrom = *req.Host, req.From.UTC().Truncate(time.Microsecond)
+				detail["next_host"], detail["next_from"] = n.NextHost, n.NextFrom.Format(time.RFC3339)
+			default:
+				n.Host, n.NextHost, n.NextFrom = *req.Host, "", time.Time{}
+				detail["host"] = n.Host
+			}
+		} else if req.From != nil {
+			return nil, invalid("body.from", "name the new host, too", "a date without a host changes nothing")
 		}
 		if req.Port != nil {
 			if *req.Port == 0 {

@@ -139,18 +139,18 @@ func (t *sqliteTx) Authorities(ctx context.Context, org string) ([]*Authority, e
 	return many(ctx, t, scanAuthority, `SELECT `+authorityColumns+` FROM authorities WHERE org = ? ORDER BY kind, generation DESC`, org)
 }
 
-const nodeColumns = `id, org, kind, name, status, host, port, peers, draining, address, enrolment, version, created, enrolled, last_seen, deleted`
+const nodeColumns = `id, org, kind, name, status, host, port, peers, draining, address, enrolment, version, created, enrolled, last_seen, deleted, next_host, next_from`
 
 func scanNode(r row) (*Node, error) {
 	var n Node
 	return &n, r.Scan(&n.ID, &n.Org, &n.Kind, &n.Name, &n.Status, &n.Host, &n.Port, list[[]netip.AddrPort]{&n.Peers}, &n.Draining, &n.Address,
-		&n.Enrolment, &n.Version, stamp{&n.Created}, stamp{&n.Enrolled}, stamp{&n.LastSeen}, stamp{&n.Deleted})
+		&n.Enrolment, &n.Version, stamp{&n.Created}, stamp{&n.Enrolled}, stamp{&n.LastSeen}, stamp{&n.Deleted}, &n.NextHost, stamp{&n.NextFrom})
 }
 
 func (t *sqliteTx) InsertNode(ctx context.Context, n *Node) error {
-	return t.exec(ctx, true, `INSERT INTO nodes (`+nodeColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+	return t.exec(ctx, true, `INSERT INTO nodes (`+nodeColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		n.ID, n.Org, string(n.Kind), n.Name, string(n.Status), n.Host, n.Port, encode(n.Peers), n.Draining, n.Address,
-		n.Enrolment, n.Version, micros(n.Created), micros(n.Enrolled), micros(n.LastSeen), micros(n.Deleted))
+		n.Enrolment, n.Version, micros(n.Created), micros(n.Enrolled), micros(n.LastSeen), micros(n.Deleted), n.NextHost, micros(n.NextFrom))
 }
 
 func (t *sqliteTx) Node(ctx context.Context, id string) (*Node, error) {
@@ -174,9 +174,9 @@ func (t *sqliteTx) DeletedNodes(ctx context.Context, org string) ([]*Node, error
 
 func (t *sqliteTx) UpdateNode(ctx context.Context, n *Node) error {
 	return t.exec(ctx, true, `UPDATE nodes SET name = ?, status = ?, host = ?, port = ?, peers = ?, draining = ?, address = ?, enrolment = ?,
-		version = ?, enrolled = ?, last_seen = ?, deleted = ? WHERE id = ?`,
+		version = ?, enrolled = ?, last_seen = ?, deleted = ?, next_host = ?, next_from = ? WHERE id = ?`,
 		n.Name, string(n.Status), n.Host, n.Port, encode(n.Peers), n.Draining, n.Address, n.Enrolment,
-		n.Version, micros(n.Enrolled), micros(n.LastSeen), micros(n.Deleted), n.ID)
+		n.Version, micros(n.Enrolled), micros(n.LastSeen), micros(n.Deleted), n.NextHost, micros(n.NextFrom), n.ID)
 }
 
 func (t *sqliteTx) PurgeNode(ctx context.Context, id string) error {

@@ -90,6 +90,8 @@ type Node struct {
 	Enrolled      time.Time // zero is never
 	LastSeen      time.Time // zero is never; written once in a while
 	Deleted       time.Time // zero is not
+	NextHost      string    // what Host will be from NextFrom on; "" for no change
+	NextFrom      time.Time
 }
 
 // Identity is the node's name in certificates.
