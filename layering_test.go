@@ -45,6 +45,7 @@ var layers = []struct {
 	{folder: "internal/control", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/datagram", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/daemon", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/trial", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/version", never: []string{""}},
 }
 

@@ -444,3 +444,18 @@ func TestBenchConnects(t *testing.T) {
 		t.Error("the connections are not counted as flows")
 	}
 }
+
+// TestBenchFlag: the switch is on or off, and nothing else starts a gateway.
+func TestBenchFlag(t *testing.T) {
+	cmd := Command()
+	cmd.SetArgs([]string{"up", "--bench", "perhaps", "--state", t.TempDir()})
+	cmd.SetOut(io.Discard)
+	cmd.SetErr(io.Discard)
+	if err := cmd.ExecuteContext(t.Context()); err == nil || !strings.Contains(err.Error(), "--bench") {
+		t.Errorf("%v, want that --bench is wrong", err)
+	}
+	up, _, err := cmd.Find([]string{"up"})
+	if err != nil || up.Flags().Lookup("bench").DefValue != "on" {
+		t.Errorf("the default is another one than the documents say: %v", err)
+	}
+}
