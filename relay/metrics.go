@@ -184,7 +184,7 @@ func (s *Server) Snapshot() Snapshot {
 func (s *Server) bufferErrors() (n uint64) {
 	s.listening.Lock()
 	defer s.listening.Unlock()
-	for _, sh := range s.sockets() {
+	for _, sh := range s.sockets {
 		n += sh.sock.Drops()
 	}
 	return n

@@ -76,6 +76,7 @@ type Config struct {
 	// Now tells the time; nil is time.Now.
 	Now func() time.Time
 
+	unfair           bool          // for comparison: the kernel drops what comes last
 	handshakeTimeout time.Duration // 0 is handshakeTimeout; tests have less patience
 }
 
@@ -178,8 +179,9 @@ type Server struct {
 	count    counters
 
 	listening sync.Mutex
-	ctl       *shard   // the socket for what is not data
+	sockets   []*shard // of the port
 	shards    []*shard // those for data
+	aside     *aside
 	warnings  []string // of opening the sockets, with what to do
 	tcp       net.Listener
 	local     netip.AddrPort
@@ -404,24 +406,38 @@ func (s *Server) listen(ctx context.Context) error {
 	}
 	s.tcp = l
 	addr = netip.AddrPortFrom(addr.Addr(), uint16(l.Addr().(*net.TCPAddr).Port))
-	for i := range 1 + s.cfg.Shards {
+	// The sockets in the order by which the kernel is told of them: control, data, those set aside.
+	// More busy shards than threads would keep control waiting for one of them, so there are not more of the last.
+	for i := range 1 + s.cfg.Shards + s.cfg.Shards {
 		uc, warnings, err := udpio.Listen(ctx, addr, udpio.Config{PacketInfo: addr.Addr().IsUnspecified(), ReusePort: true})
 		if err != nil {
 			return fmt.Errorf("listen on udp %v: %w", addr, err)
 		}
-		if i > 0 {
-			s.shards = append(s.shards, newShard(s, uc, uc, fmt.Sprintf("data%d", i-1)))
-			continue
+		sh := &shard{s: s, sock: uc, out: uc, buf: make([]byte, udpio.MaxRead)}
+		s.sockets = append(s.sockets, sh)
+		switch data := i - 1; {
+		case i == 0:
+			sh.name, sh.out = "control", nil
+			s.warnings = warnings
+			for _, w := range warnings {
+				s.log.Warn("udp socket", "warning", w)
+			}
+		case data < s.cfg.Shards:
+			sh.name = fmt.Sprintf("data%d", data)
+			s.shards = append(s.shards, sh)
+		default:
+			sh.name, sh.outcasts = fmt.Sprintf("aside%d", data-s.cfg.Shards), true
 		}
-		s.ctl = newShard(s, uc, nil, "control")
-		for _, w := range warnings {
-			s.log.Warn("udp socket", "warning", w)
-		}
-		s.warnings = warnings
 	}
-	if err := s.ctl.sock.Steer(controlBytes, len(s.shards)); err != nil {
+	steering := udpio.NewSteering(controlBytes, s.cfg.Shards)
+	s.aside = newAside(1+s.cfg.Shards, s.cfg.Shards, func(pins []udpio.Pin) error { return s.sockets[0].sock.Steer(steering, pins) })
+	if err := s.aside.steer(nil); err != nil {
 		// The kernel goes on to choose by a hash, among all of them, and each handles everything.
 		s.log.Warn("control and data share queues, so control may wait while much data comes in", "err", err)
+	} else if !s.cfg.unfair {
+		for _, sh := range s.shards {
+			sh.fair = newFairness(s.aside, sh.sock)
+		}
 	}
 	s.local = addr
 	s.cfg.Listen = addr
@@ -430,22 +446,14 @@ func (s *Server) listen(ctx context.Context) error {
 
 // closeSockets undoes a listen that failed.
 func (s *Server) closeSockets() {
-	for _, sh := range s.sockets() {
+	for _, sh := range s.sockets {
 		sh.sock.Close()
 	}
-	s.ctl, s.shards = nil, nil
+	s.sockets, s.shards = nil, nil
 	if s.tcp != nil {
 		s.tcp.Close()
 		s.tcp = nil
 	}
-}
-
-// sockets are the UDP sockets of the port, that for control first.
-func (s *Server) sockets() []*shard {
-	if s.ctl == nil {
-		return nil
-	}
-	return append([]*shard{s.ctl}, s.shards...)
 }
 
 // Run serves until ctx ends, and returns when everything has stopped. It ends with nil when ctx ended it. A Server runs once.
@@ -453,16 +461,15 @@ func (s *Server) Run(ctx context.Context) error {
 	if err := s.Listen(ctx); err != nil {
 		return err
 	}
-	sockets := s.sockets()
-	errs := make(chan error, len(sockets)+1)
-	for _, sh := range sockets {
+	errs := make(chan error, len(s.sockets)+1)
+	for _, sh := range s.sockets {
 		s.wg.Go(func() { errs <- sh.serve() })
 	}
 	s.wg.Go(func() { errs <- s.accept() })
 	s.wg.Go(s.repeatLoop)
 	s.ready.Store(true)
-	read, write := s.ctl.sock.Buffers()
-	s.log.Info("relay is serving", "port", s.local.Port(), "shards", len(s.shards), "gso", s.ctl.sock.GSO(), "gro", s.ctl.sock.GRO(), "receive_buffer", read, "send_buffer", write)
+	read, write := s.sockets[0].sock.Buffers()
+	s.log.Info("relay is serving", "port", s.local.Port(), "shards", len(s.shards), "gso", s.sockets[0].sock.GSO(), "gro", s.sockets[0].sock.GRO(), "receive_buffer", read, "send_buffer", write)
 	tick := time.NewTicker(sweepInterval)
 	defer tick.Stop()
 	var err error
@@ -482,7 +489,7 @@ func (s *Server) Run(ctx context.Context) error {
 		s.end(a, "relay stops")
 	}
 	s.conns.closeAll()
-	for _, sh := range sockets {
+	for _, sh := range s.sockets {
 		sh.sock.Close()
 	}
 	s.tcp.Close()
@@ -504,6 +511,7 @@ func (s *Server) sweep() {
 		s.expire(a, now)
 	}
 	s.conns.closeBare(now)
+	s.aside.judge(time.Now(), func(i int) uint64 { return s.sockets[i].sock.Drops() })
 	s.table.releasePorts(now)
 	s.reportAbuse()
 }

@@ -19,29 +19,42 @@ type shard struct {
 	sock *udpio.Conn
 	out  *udpio.Conn // by which data leaves; nil takes that of the receiver
 	buf  []byte
-}
 
-func newShard(s *Server, sock, out *udpio.Conn, name string) *shard {
-	return &shard{s: s, name: name, sock: sock, out: out, buf: make([]byte, udpio.MaxRead)}
+	fair     *fairness // of a shard for data, where the kernel can be told whom to set aside
+	outcasts bool      // gets those that are set aside
 }
 
 // serve reads until the socket is closed.
 func (sh *shard) serve() error {
+	s := sh.s
 	for {
 		m, err := sh.sock.Read(sh.buf)
 		if errors.Is(err, net.ErrClosed) {
 			return err
 		}
 		if err != nil { // an ICMP error of an earlier write, or no memory: the next read may be fine
-			sh.s.count.readErrors.Add(1)
+			s.count.readErrors.Add(1)
 			continue
 		}
-		sh.handle(sh.buf[:m.N], m)
+		if sh.fair != nil && sh.fair.gone(m.From) {
+			s.aside.dropped.Add(uint64((m.N + m.Segment - 1) / max(m.Segment, 1)))
+			sh.fair.account(m.From, m.N, 0)
+			continue
+		}
+		runs := sh.handle(sh.buf[:m.N], m)
+		if sh.fair != nil {
+			sh.fair.account(m.From, m.N, runs)
+		} else if sh.outcasts {
+			if o := s.aside.get(m.From); o != nil {
+				o.used.Add(cost(m.N, runs))
+			}
+		}
 	}
 }
 
-// handle tells the datagrams of one read apart by their first byte (RFC 7983 §7). It does not allocate for ChannelData.
-func (sh *shard) handle(b []byte, m udpio.Message) {
+// handle tells the datagrams of one read apart by their first byte (RFC 7983 §7), and returns how many runs they made. It does not allocate
+// for ChannelData.
+func (sh *shard) handle(b []byte, m udpio.Message) (runs int) {
 	s := sh.s
 	now := s.now().UnixNano()
 	var src *allocation
@@ -69,7 +82,9 @@ func (sh *shard) handle(b []byte, m udpio.Message) {
 			s.count.malformed.Add(1)
 		}
 		b = b[n:]
+		runs++
 	}
+	return runs
 }
 
 func (sh *shard) end(m udpio.Message) udpEnd {

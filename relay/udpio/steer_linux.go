@@ -1,19 +1,17 @@
 package udpio
 
 import (
+	"encoding/binary"
 	"errors"
-	"math/rand/v2"
+	"net/netip"
 	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// Offsets of the kernel's classic BPF beyond the packet (linux/filter.h).
-const (
-	skfNetOff = 0xFFF00000 // SKF_NET_OFF: the network header
-	skfAdOff  = 0xFFFFF000 // SKF_AD_OFF: what the kernel knows beside the bytes
-)
+// skfNetOff is where the kernel's classic BPF sees the network header: SKF_NET_OFF of linux/filter.h.
+const skfNetOff = 0xFFF00000
 
 // Offsets in headers.
 const (
@@ -25,7 +23,10 @@ const (
 )
 
 // Scratch cells of the programs.
-const cellSource = 0
+const (
+	cellSource = iota
+	cellPort
+)
 
 func stmt(code uint16, k uint32) unix.SockFilter { return unix.SockFilter{Code: code, K: k} }
 
@@ -54,9 +55,9 @@ func loadSource(p []unix.SockFilter) []unix.SockFilter {
 }
 
 // steeringProgram returns the index of a socket. The packet begins behind the UDP header.
-func steeringProgram(first []ByteRange, shards int, multiplier uint32) []unix.SockFilter {
+func steeringProgram(s *Steering, pins []Pin) []unix.SockFilter {
 	p := []unix.SockFilter{stmt(unix.BPF_LD|unix.BPF_ABS|unix.BPF_B, 0)}
-	for _, r := range first {
+	for _, r := range s.first {
 		p = append(p,
 			jump(unix.BPF_JGE, uint32(r.First), 0, 2),
 			jump(unix.BPF_JGT, uint32(r.Last), 1, 0),
@@ -76,25 +77,48 @@ func steeringProgram(first []ByteRange, shards int, multiplier uint32) []unix.So
 		jump(unix.BPF_JEQ, protocolUDP, 1, 0),
 		stmt(unix.BPF_JMP|unix.BPF_JA, 1), // what A holds, the same for all of them, serves
 		stmt(unix.BPF_LD|unix.BPF_ABS|unix.BPF_H, skfNetOff+ip6Header),
+		stmt(unix.BPF_ST, cellPort),
+	)
+	for _, pin := range pins {
+		p = append(p,
+			stmt(unix.BPF_LD|unix.BPF_MEM, cellPort),
+			jump(unix.BPF_JEQ, uint32(pin.From.Port()), 0, 3),
+			stmt(unix.BPF_LD|unix.BPF_MEM, cellSource),
+			jump(unix.BPF_JEQ, sourceKey(pin.From.Addr()), 0, 1),
+			stmt(unix.BPF_RET|unix.BPF_K, uint32(pin.Socket)),
+		)
+	}
+	p = append(p,
+		stmt(unix.BPF_LD|unix.BPF_MEM, cellPort),
 		// Neighbouring ports and addresses differ in their low bits; multiplying brings these up, and the best bits are the high ones.
 		stmt(unix.BPF_ALU|unix.BPF_MUL|unix.BPF_K, 0x9E3779B1),
 		stmt(unix.BPF_LDX|unix.BPF_MEM, cellSource),
 		stmt(unix.BPF_ALU|unix.BPF_XOR|unix.BPF_X, 0),
-		stmt(unix.BPF_ALU|unix.BPF_MUL|unix.BPF_K, multiplier),
+		stmt(unix.BPF_ALU|unix.BPF_MUL|unix.BPF_K, s.multiplier),
 		stmt(unix.BPF_ALU|unix.BPF_RSH|unix.BPF_K, 16),
-		stmt(unix.BPF_ALU|unix.BPF_MOD|unix.BPF_K, uint32(shards)),
+		stmt(unix.BPF_ALU|unix.BPF_MOD|unix.BPF_K, uint32(s.shards)),
 		stmt(unix.BPF_ALU|unix.BPF_ADD|unix.BPF_K, 1),
 		stmt(unix.BPF_RET|unix.BPF_A, 0),
 	)
 	return p
 }
 
-func (c *Conn) steer(first []ByteRange, shards int) error {
-	if shards < 1 {
-		return errors.New("no socket to choose")
+// sourceKey is what loadSource makes of an address.
+func sourceKey(a netip.Addr) uint32 {
+	if a = a.Unmap(); a.Is4() {
+		b := a.As4()
+		return binary.BigEndian.Uint32(b[:])
 	}
-	// The multiplier is secret, so that nobody picks whom to share a socket with.
-	return c.attach(unix.SO_ATTACH_REUSEPORT_CBPF, steeringProgram(first, shards, rand.Uint32()|1))
+	b := a.As16()
+	var k uint32
+	for i := 0; i < len(b); i += 4 {
+		k ^= binary.BigEndian.Uint32(b[i:])
+	}
+	return k
+}
+
+func (c *Conn) steer(s *Steering, pins []Pin) error {
+	return c.attach(unix.SO_ATTACH_REUSEPORT_CBPF, steeringProgram(s, pins))
 }
 
 // attach gives the socket a program.

@@ -60,8 +60,9 @@ func TestSteer(t *testing.T) {
 		{"127.0.0.1", "127.0.0.1"}, {"::1", "::1"}, {"::", "127.0.0.1"}, {"::", "::1"}, {"0.0.0.0", "127.0.0.2"},
 	} {
 		t.Run(tc.listen+" "+tc.to, func(t *testing.T) {
-			conns, arrived := group(t, netip.AddrPortFrom(netip.MustParseAddr(tc.listen), 0), 1+shards)
-			if err := conns[1].Steer([]ByteRange{{First: 0, Last: 3}, {First: 20, Last: 63}}, shards); err != nil {
+			conns, arrived := group(t, netip.AddrPortFrom(netip.MustParseAddr(tc.listen), 0), 1+shards+1)
+			steering := NewSteering([]ByteRange{{First: 0, Last: 3}, {First: 20, Last: 63}}, shards)
+			if err := conns[1].Steer(steering, nil); err != nil {
 				t.Fatal(err)
 			}
 			to := netip.AddrPortFrom(netip.MustParseAddr(tc.to), conns[0].LocalAddr().Port())
@@ -104,6 +105,23 @@ func TestSteer(t *testing.T) {
 						t.Errorf("data of one source arrived at sockets %d and %d", of, a.socket)
 					}
 				}
+				// Pinned to the last socket, which gets nothing else; control is not.
+				from := c.LocalAddr().(*net.UDPAddr).AddrPort()
+				other := netip.AddrPortFrom(from.Addr(), from.Port()^1)
+				if err := conns[0].Steer(steering, []Pin{{other, 0}, {from, 1 + shards}, {other, 0}}); err != nil {
+					t.Fatal(err)
+				}
+				for first, want := range map[byte]int{64: 1 + shards, 255: 1 + shards, 0: 0, 20: 0} {
+					if _, err := c.Write([]byte{first, 1, 2, 3}); err != nil {
+						t.Fatal(err)
+					}
+					if a := next(); a.socket != want {
+						t.Errorf("data %d of a pinned source arrived at socket %d, want %d", first, a.socket, want)
+					}
+				}
+				if err := conns[1].Steer(steering, nil); err != nil {
+					t.Fatal(err)
+				}
 				if _, err := c.Write(nil); err != nil {
 					t.Fatal(err)
 				}
@@ -127,7 +145,7 @@ func TestSteer(t *testing.T) {
 // TestSteerKeepsRunsTogether sends a run whose last datagram is of another kind: it comes with the others.
 func TestSteerKeepsRunsTogether(t *testing.T) {
 	conns, arrived := group(t, netip.MustParseAddrPort("127.0.0.1:0"), 2)
-	if err := conns[0].Steer([]ByteRange{{First: 0, Last: 3}}, 1); err != nil {
+	if err := conns[0].Steer(NewSteering([]ByteRange{{First: 0, Last: 3}}, 1), nil); err != nil {
 		t.Fatal(err)
 	}
 	if !conns[0].GRO() || !conns[0].GSO() {

@@ -2,7 +2,11 @@
 
 package udpio
 
-func (c *Conn) steer([]ByteRange, int) error { return errSteer }
+import "errors"
+
+var errSteer = errors.New("this system does not choose by what a datagram says")
+
+func (c *Conn) steer(*Steering, []Pin) error { return errSteer }
 
 func (c *Conn) buffers() (read, write int) { return 0, 0 }
 
