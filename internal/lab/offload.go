@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 	"unsafe"
 
@@ -178,7 +177,7 @@ func ethtool(fd int, dev string, b []byte) error {
 	}{data: unsafe.Pointer(&b[0])}
 	copy(req.name[:unix.IFNAMSIZ-1], dev)
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 {
-		return os.NewSyscallError("ioctl SIOCETHTOOL", syscall.Errno(errno))
+		return os.NewSyscallError("ioctl SIOCETHTOOL", errno)
 	}
 	return nil
 }
