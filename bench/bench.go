@@ -82,6 +82,7 @@ type Result struct {
 func (r *Result) Join(layer *Result) {
 	r.Relay = append(r.Relay, layer.Relay...)
 	r.Netstack = append(r.Netstack, layer.Netstack...)
+	r.Alone.join(layer.Alone)
 	r.RelayDelay = append(r.RelayDelay, layer.RelayDelay...)
 	r.RelayMemory = append(r.RelayMemory, layer.RelayMemory...)
 	r.Took = time.Since(r.Started).Seconds()

@@ -13,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"syscall"
 	"time"
 
 	"sallyway/internal/identity"
@@ -59,7 +58,6 @@ const (
 	relayStart   = 20 * time.Second
 	keyVariable  = "SALLYWAY_BENCH_RELAY_KEY" // of the child's environment: the key in hex
 	startedPairs = 10                         // with more, sockets get the system's buffers
-	openFiles    = 1 << 16                    // of the load: a socket per allocation
 )
 
 // RelayConfig says how much is measured of a relay alone.
@@ -93,10 +91,6 @@ func RelayQuick() RelayConfig {
 
 // RunRelay measures the relay alone, and pion's server in the same run.
 func RunRelay(ctx context.Context, cfg RelayConfig, out io.Writer) (*Result, error) {
-	limit := syscall.Rlimit{Cur: openFiles, Max: openFiles}
-	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		fmt.Fprintf(out, "open files stay limited: %v\n", err) // what needs more says so
-	}
 	l, err := lab.New(lab.Config{Bin: cfg.Bin})
 	if err != nil {
 		return nil, err
@@ -148,58 +142,23 @@ func (l *loaded) close() {
 	l.stop()
 }
 
-// series measures a number of pairs: both servers stay up and idle while the other's turn is. The first time that there are
-// most pairs, memory says what these cost.
+// series measures a number of pairs, both servers in turn: each starts anew, since ten thousand sockets for each at once are
+// more than many a machine allows. With memory, it is noted once what the idle allocations cost.
 func (r *relayRun) series(ctx context.Context, bed *relayBed, pairs int, memory bool) error {
-	servers := []string{OwnRelay, PionRelay}
-	up := make(map[string]*loaded)
-	defer func() {
-		for _, l := range up {
-			l.close()
-		}
-	}()
-	for _, server := range servers {
-		key := newRelayKey()
-		srv, err := bed.start(ctx, server, key, "")
-		if err != nil {
-			return err
-		}
-		l := &loaded{relayServer: srv}
-		up[server] = l
-		before, err := srv.proc.Usage()
-		if err != nil {
-			return err
-		}
-		for i := range pairs {
-			p, err := newRelayPair(srv.addr, i, pairs > startedPairs, bed.dial(i), bed.dial(i), credentialsOf(server, key))
-			if err != nil {
-				return fmt.Errorf("%s, pair %d: %w", server, i, err)
-			}
-			l.pairs = append(l.pairs, p)
-		}
-		if memory {
-			after, err := srv.proc.Usage()
-			if err != nil {
-				return err
-			}
-			r.res.RelayMemory = append(r.res.RelayMemory, RelayMemory{Server: server, Control: "UDP", Allocations: 2 * pairs, Empty: before.RSS, Idle: after.RSS})
-		}
-	}
 	type kind struct {
 		server   string
 		segments int
 	}
+	servers := []string{OwnRelay, PionRelay}
 	runs := make(map[kind][]Forwarded)
-	for range r.cfg.Runs {
-		for _, segments := range r.cfg.Segments {
-			for _, server := range servers {
-				f, err := r.best(ctx, up[server], segments)
-				if err != nil {
-					return fmt.Errorf("%s: %w", server, err)
-				}
-				f.Server, f.Link = server, bed.link
-				fmt.Fprintf(r.out, "%s over %s: %d pairs, %d segments: %.2f Gbit/s\n", server, bed.link, pairs, segments, f.BitsPerSecond/1e9)
-				runs[kind{server, segments}] = append(runs[kind{server, segments}], f)
+	for run := range r.cfg.Runs {
+		for _, server := range servers {
+			found, err := r.turn(ctx, bed, server, pairs, memory && run == 0)
+			if err != nil {
+				return fmt.Errorf("%s: %w", server, err)
+			}
+			for _, f := range found {
+				runs[kind{server, f.Segments}] = append(runs[kind{server, f.Segments}], f)
 			}
 		}
 	}
@@ -209,6 +168,46 @@ func (r *relayRun) series(ctx context.Context, bed *relayBed, pairs int, memory 
 		}
 	}
 	return nil
+}
+
+// turn is one server's: a run with each number of segments.
+func (r *relayRun) turn(ctx context.Context, bed *relayBed, server string, pairs int, memory bool) ([]Forwarded, error) {
+	key := newRelayKey()
+	srv, err := bed.start(ctx, server, key, "")
+	if err != nil {
+		return nil, err
+	}
+	l := &loaded{relayServer: srv}
+	defer l.close()
+	before, err := srv.proc.Usage()
+	if err != nil {
+		return nil, err
+	}
+	for i := range pairs {
+		p, err := newRelayPair(srv.addr, i, pairs > startedPairs, bed.dial(i), bed.dial(i), credentialsOf(server, key))
+		if err != nil {
+			return nil, fmt.Errorf("pair %d: %w", i, err)
+		}
+		l.pairs = append(l.pairs, p)
+	}
+	if memory {
+		after, err := srv.proc.Usage()
+		if err != nil {
+			return nil, err
+		}
+		r.res.RelayMemory = append(r.res.RelayMemory, RelayMemory{Server: server, Control: "UDP", Allocations: 2 * pairs, Empty: before.RSS, Idle: after.RSS})
+	}
+	var found []Forwarded
+	for _, segments := range r.cfg.Segments {
+		f, err := r.best(ctx, l, segments)
+		if err != nil {
+			return nil, err
+		}
+		f.Server, f.Link, f.Segments = server, bed.link, segments
+		fmt.Fprintf(r.out, "%s over %s: %d pairs, %d segments: %.2f Gbit/s\n", server, bed.link, pairs, segments, f.BitsPerSecond/1e9)
+		found = append(found, f)
+	}
+	return found, nil
 }
 
 // best measures with each window.
@@ -265,7 +264,7 @@ func (b *relayBed) start(ctx context.Context, server string, key []byte, dir str
 	}
 	p, err := b.serve.Start(lab.Spec{
 		Name: fmt.Sprintf("%s-%d", name, partNumber.Add(1)), Env: []string{keyVariable + "=" + hex.EncodeToString(key)}, Grace: time.Second,
-		Args: []string{exe, "turn", name, "--server", netip.AddrPortFrom(b.server, 0).String(), "--client", b.server.String(), "--target", b.server.String(), "--dir", dir},
+		Args: []string{exe, "turn", name, "--server", netip.AddrPortFrom(b.server, b.port).String(), "--client", b.server.String(), "--target", b.server.String(), "--dir", dir},
 	})
 	if err != nil {
 		return nil, err

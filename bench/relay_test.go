@@ -3,7 +3,6 @@ package bench
 import (
 	"context"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -18,28 +17,13 @@ import (
 func TestRelayClientsMeet(t *testing.T) {
 	key := newRelayKey()
 	t.Setenv(keyVariable, hex.EncodeToString(key))
-	addr := netip.MustParseAddrPort("127.0.0.1:0")
-	probe, _, err := udpio.Listen(t.Context(), addr, udpio.Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr = probe.LocalAddr()
-	if err := probe.Close(); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- RelayServer(ctx, TurnConfig{Server: addr}) }()
-	defer func() {
-		cancel()
-		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
-			t.Error(err)
-		}
-	}()
+	addr := freePort(t)
+	run(t, func(ctx context.Context) error { return RelayServer(ctx, TurnConfig{Server: addr}) })
 	dial := func(server netip.AddrPort) (*net.UDPConn, error) {
 		return net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(server))
 	}
 	var p *relayPair
+	var err error
 	for end := time.Now().Add(10 * time.Second); ; {
 		if p, err = newRelayPair(addr, 0, true, dial, dial, credentialsOf(OwnRelay, key)); err == nil || time.Now().After(end) {
 			break
@@ -111,25 +95,8 @@ func TestMedianForwarded(t *testing.T) {
 
 // TestForwarder: what one sends the other gets.
 func TestForwarder(t *testing.T) {
-	probe, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := probe.LocalAddr().(*net.UDPAddr)
-	if err := probe.Close(); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() {
-		done <- forwardPart(ctx, fmt.Appendf(nil, `{"Listen": %q}`, addr))
-	}()
-	defer func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	}()
+	addr := net.UDPAddrFromAddrPort(freePort(t))
+	run(t, func(ctx context.Context) error { return forwardPart(ctx, fmt.Appendf(nil, `{"Listen": %q}`, addr)) })
 	ask := func(c net.Conn, say string) string {
 		buf := make([]byte, 64)
 		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); { // it may not listen yet
@@ -146,6 +113,7 @@ func TestForwarder(t *testing.T) {
 		return "nothing"
 	}
 	var ends [2]*net.UDPConn
+	var err error
 	for i := range ends {
 		if ends[i], err = net.DialUDP("udp4", nil, addr); err != nil {
 			t.Fatal(err)

@@ -18,6 +18,7 @@ type relayBed struct {
 	link        string
 	serve, load *lab.Host
 	server      netip.Addr // where the relay listens
+	port        uint16     // 0 is a free one
 	sources     [2]byte    // the first bytes of the load's addresses
 }
 

@@ -16,6 +16,8 @@ var partNumber atomic.Int64
 var parts = map[string]func(ctx context.Context, config []byte) error{
 	"forward":        forwardPart,
 	"idle-legs":      idleLegsPart,
+	"leg-client":     legClient,
+	"leg-gateway":    legGateway,
 	"netstack-own":   ownNetstack,
 	"netstack-plain": plainNetstack,
 }
@@ -37,6 +39,9 @@ func (r *Result) alone(b *strings.Builder) bool {
 	}
 	if len(r.Netstack) > 0 {
 		r.netstackTable(b)
+	}
+	if len(r.Layers) > 0 {
+		r.layersTable(b)
 	}
 	return b.Len() > n
 }

@@ -11,7 +11,7 @@ import (
 
 // alone are the measurements of single layers.
 type alone struct {
-	relay, netstack bool
+	relay, netstack, layers bool
 }
 
 // flags adds the flags that choose one.
@@ -19,7 +19,8 @@ func (a *alone) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.BoolVar(&a.relay, "relay", false, "measure the relay alone, next to pion's server")
 	f.BoolVar(&a.netstack, "netstack", false, "measure TUN and netstack alone, next to the usual construction")
-	cmd.MarkFlagsMutuallyExclusive("relay", "netstack")
+	f.BoolVar(&a.layers, "layers", false, "measure what each layer of the path costs: raw TCP, the relay alone, legs and QUIC, the whole")
+	cmd.MarkFlagsMutuallyExclusive("relay", "netstack", "layers")
 }
 
 // measurement is the one that was chosen, or nil.
@@ -43,6 +44,15 @@ func (a *alone) measurement(cfg bench.Config, quick bool, runs int) func(context
 			c.Runs = runs
 		}
 		return func(ctx context.Context, out io.Writer) (*bench.Result, error) { return bench.RunNetstack(ctx, c, out) }
+	case a.layers:
+		c := bench.LayersDefaults()
+		if quick {
+			c = bench.LayersQuick()
+		}
+		if c.Bin, c.MTU = cfg.Bin, cfg.MTU; runs > 0 {
+			c.Runs = runs
+		}
+		return func(ctx context.Context, out io.Writer) (*bench.Result, error) { return bench.RunLayers(ctx, c, out) }
 	}
 	return nil
 }

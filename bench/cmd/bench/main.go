@@ -130,7 +130,7 @@ func (o *options) measure(cmd *cobra.Command, cfg bench.Config) (*bench.Result, 
 	if o.quick || len(o.scenarios) > 0 {
 		return res, failed
 	}
-	for _, layer := range []alone{{relay: true}, {netstack: true}} {
+	for _, layer := range []alone{{relay: true}, {netstack: true}, {layers: true}} {
 		if ctx.Err() != nil {
 			break
 		}
