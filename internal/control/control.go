@@ -86,12 +86,14 @@ type AdminCredential struct {
 	Token string `json:"token"`
 }
 
-// EnrolRequest spends a token. Requests are CSRs in PEM; a gateway sends a second one of kind site for the same key.
+// EnrolRequest spends a token. Requests are CSRs in PEM; a gateway sends a second one of kind site for the same key. Gateways and relays
+// send one more for their SSH key, which is Ed25519: its certificate is an SSH one.
 type EnrolRequest struct {
 	Secret  []byte        `json:"secret"`
 	Node    identity.Node `json:"node"`
 	CSR     string        `json:"csr"`
 	SiteCSR string        `json:"site_csr,omitempty"`
+	SSHCSR  string        `json:"ssh_csr,omitempty"`
 	Version string        `json:"version"`
 }
 
@@ -99,6 +101,8 @@ type EnrolRequest struct {
 type Certificates struct {
 	Leaf string `json:"leaf"`
 	Site string `json:"site,omitempty"`
+	// SSH is for the last rung, a line of an authorized_keys file; "" from a platform that has no SSH CA.
+	SSH string `json:"ssh,omitempty"`
 }
 
 // EnrolResponse makes a node a member.
@@ -113,6 +117,7 @@ type EnrolResponse struct {
 type RenewRequest struct {
 	CSR     string `json:"csr"`
 	SiteCSR string `json:"site_csr,omitempty"`
+	SSHCSR  string `json:"ssh_csr,omitempty"`
 }
 
 // RenewResponse is the answer to RenewRequest.
@@ -176,6 +181,9 @@ type Relay struct {
 	Orgs     []RelayOrg      `json:"orgs"`
 	Denied   []identity.Node `json:"denied,omitempty"`
 	Draining bool            `json:"draining,omitempty"`
+	// SSHPort and TLSPort are those of the last rung that nodes are told to dial; 0 is none.
+	SSHPort uint16 `json:"ssh_port,omitempty"`
+	TLSPort uint16 `json:"tls_port,omitempty"`
 }
 
 // RelayKey is a key for TURN passwords: secret.
@@ -192,6 +200,10 @@ type RelayOrg struct {
 	// MaxAllocations and BytesPerSecond are quotas of the whole organization here; zero means the relay's default.
 	MaxAllocations int   `json:"max_allocations,omitempty"`
 	BytesPerSecond int64 `json:"bytes_per_second,omitempty"`
+	// Trust and SSHCAs prove who comes by the last rung: nodes' X.509 certificates, and gateways' SSH certificates by these keys (lines of an
+	// authorized_keys file). Without them the organization has no last rung here.
+	Trust  *Trust   `json:"trust,omitempty"`
+	SSHCAs []string `json:"ssh_cas,omitempty"`
 }
 
 // RelayRef is a relay as nodes dial it.
@@ -205,6 +217,11 @@ type RelayRef struct {
 	Pins     []identity.KeyHash `json:"pins"`
 	Username string             `json:"username"` // TURN credential of the node that reads this, renewed hourly
 	Password string             `json:"password"`
+	// SSHPort and TLSPort are where the last rung is, for gateways and for those who dial them; 0 is none. SSHCAs prove the relay's SSH
+	// certificate: lines of an authorized_keys file.
+	SSHPort uint16   `json:"ssh_port,omitempty"`
+	TLSPort uint16   `json:"tls_port,omitempty"`
+	SSHCAs  []string `json:"ssh_cas,omitempty"`
 }
 
 // Gateway is a gateway's share of the configuration.

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"sallyway/platform/pki"
 	"sallyway/platform/store"
 	"sallyway/platform/view"
+	"sallyway/relay/reverse"
 )
 
 // Codes of refusals at enrolment besides those of package control.
@@ -29,10 +31,11 @@ const (
 type requests struct {
 	main *pki.Request
 	site *pki.Request // nil when the node is no gateway or did not ask
+	ssh  *pki.Request // nil when the node is neither gateway nor relay, or did not ask
 }
 
-// checkRequests checks what a node sent: proof of possession, its own identity, and one key for both.
-func checkRequests(n identity.Node, csr, siteCSR string) (*requests, error) {
+// checkRequests checks what a node sent: proof of possession, its own identity, and one key for the X.509 leaves.
+func checkRequests(n identity.Node, csr, siteCSR, sshCSR string) (*requests, error) {
 	bad := func(err error) error {
 		return refuse(http.StatusUnprocessableEntity, CodeBadRequest, "update the node's software; its key is made on the host and is P-256 or Ed25519", "certificate request: %v", err)
 	}
@@ -44,6 +47,17 @@ func checkRequests(n identity.Node, csr, siteCSR string) (*requests, error) {
 		return nil, bad(errors.New("it is for " + main.Node.String() + ", the node is " + n.String()))
 	}
 	out := &requests{main: main}
+	if sshCSR != "" {
+		if out.ssh, err = pki.ParseRequest([]byte(sshCSR)); err != nil {
+			return nil, bad(err)
+		}
+		if out.ssh.Node != n || (n.Kind != identity.Gateway && n.Kind != identity.Relay) {
+			return nil, bad(errors.New("the one for SSH is for " + out.ssh.Node.String() + ", which " + n.String() + " may not be"))
+		}
+		if _, ok := out.ssh.Public.(ed25519.PublicKey); !ok {
+			return nil, bad(errors.New("the one for SSH is for a key that is not Ed25519"))
+		}
+	}
 	if siteCSR == "" {
 		return out, nil
 	}
@@ -65,7 +79,7 @@ func (r *Registry) Enrol(ctx context.Context, source string, req control.EnrolRe
 		return nil, invalid("body.node", "", "node: %v", err)
 	}
 	ctx = WithActor(ctx, source)
-	reqs, err := checkRequests(req.Node, req.CSR, req.SiteCSR)
+	reqs, err := checkRequests(req.Node, req.CSR, req.SiteCSR, req.SSHCSR)
 	if err != nil {
 		return nil, r.enrolRefused(ctx, source, req.Node, err)
 	}
@@ -214,6 +228,11 @@ func (c *change) issue(ctx context.Context, n *store.Node, reqs *requests) (*con
 			return nil, err
 		}
 	}
+	if reqs.ssh != nil {
+		if out.SSH, err = c.issueSSH(ctx, n, reqs); err != nil {
+			return nil, err
+		}
+	}
 	public, err := x509.MarshalPKIXPublicKey(reqs.main.Public)
 	if err != nil {
 		return nil, err
@@ -221,6 +240,29 @@ func (c *change) issue(ctx context.Context, n *store.Node, reqs *requests) (*con
 	return out, c.PutKey(ctx, &store.Key{
 		Hash: reqs.main.Key, Node: n.ID, Public: public, Enrolment: n.Enrolment, Created: c.now, NotAfter: cert.NotAfter.UTC(),
 	})
+}
+
+// issueSSH makes the SSH certificate of a gateway or relay, and tells nodes of a relay's last rung from now on.
+func (c *change) issueSSH(ctx context.Context, n *store.Node, reqs *requests) (string, error) {
+	ca, err := c.r.sshAuthority(ctx, c.Tx, n.Org)
+	if err != nil {
+		return "", err
+	}
+	cert, err := ca.Issue(n.Identity(), reqs.ssh.Public, reqs.main.Key, c.now, control.LeafLife)
+	if err != nil {
+		return "", err
+	}
+	err = c.audit(ctx, n.Org, "certificate.issue", n.Identity().String(), audit.OK, map[string]any{
+		"ssh_key": reqs.ssh.Key.String(), "key": reqs.main.Key.String(), "not_after": c.now.Add(control.LeafLife).UTC().Format(time.RFC3339),
+	})
+	if err != nil || n.Kind != identity.Relay {
+		return cert, err
+	}
+	rungs, err := c.RelayRungs(ctx, n.Org)
+	if err == nil && rungs[n.ID] == nil {
+		err = c.PutRelayRungs(ctx, &store.RelayRungs{Relay: n.ID, SSHPort: reverse.SSHPort, TLSPort: reverse.TLSPort})
+	}
+	return cert, err
 }
 
 // enrolRefused audits a refusal and returns it. Other errors pass unchanged.
@@ -235,7 +277,7 @@ func (r *Registry) enrolRefused(ctx context.Context, source string, n identity.N
 
 // Renew issues fresh leaves for a node that has shown who it is, for the same key or a new one.
 func (r *Registry) Renew(ctx context.Context, who *Session, req control.RenewRequest) (*control.RenewResponse, error) {
-	reqs, err := checkRequests(who.Node, req.CSR, req.SiteCSR)
+	reqs, err := checkRequests(who.Node, req.CSR, req.SiteCSR, req.SSHCSR)
 	if err != nil {
 		return nil, err
 	}

@@ -40,11 +40,11 @@ func authorityLabel(org, kind string, generation int) string {
 	return fmt.Sprintf("authority/%s/%s/%d", org, kind, generation)
 }
 
-// Bootstrap makes what a new database lacks: the platform itself and the organization default. It says whether this was the first start.
+// Bootstrap makes what a new database lacks: the platform itself and the organization default; and what one of an older version does. It says whether this was the first start.
 func (r *Registry) Bootstrap(ctx context.Context) (first bool, err error) {
 	err = r.update(ctx, func(c *change) error {
 		if _, err := c.Org(ctx, identity.SharedOrg); err == nil {
-			return nil
+			return c.completeAuthorities(ctx)
 		} else if !errors.Is(err, store.ErrNotFound) {
 			return err
 		}
@@ -99,6 +99,9 @@ func (c *change) createOrg(ctx context.Context, name string, ranges []netip.Pref
 			return err
 		}
 	}
+	if err := c.putSSHAuthority(ctx, name); err != nil {
+		return err
+	}
 	return c.audit(ctx, name, "organization.create", name, audit.OK, map[string]any{
 		"range4": o.Range4.String(), "range6": o.Range6.String(), "root_key": identity.CertificateKeyHash(root.Certificate).String(),
 	})
@@ -112,6 +115,75 @@ func (c *change) putAuthority(ctx context.Context, org, kind string, a *pki.Auth
 	return c.InsertAuthority(ctx, &store.Authority{
 		Org: org, Kind: kind, Generation: 1, Certificate: a.Certificate.Raw, Key: c.r.Seal.Seal(authorityLabel(org, kind, 1), key), Created: c.now,
 	})
+}
+
+// putSSHAuthority makes the SSH CA of an organization. Where other CAs have their certificate it has its public key.
+func (c *change) putSSHAuthority(ctx context.Context, org string) error {
+	ca, err := pki.NewSSHAuthority()
+	if err != nil {
+		return err
+	}
+	key, err := identity.EncodeKey(ca.Key)
+	if err != nil {
+		return err
+	}
+	public, err := x509.MarshalPKIXPublicKey(ca.Key.Public())
+	if err != nil {
+		return err
+	}
+	return c.InsertAuthority(ctx, &store.Authority{
+		Org: org, Kind: pki.KindSSH, Generation: 1, Certificate: public, Key: c.r.Seal.Seal(authorityLabel(org, pki.KindSSH, 1), key), Created: c.now,
+	})
+}
+
+// completeAuthorities makes the SSH CA of organizations that were made before there was one.
+func (c *change) completeAuthorities(ctx context.Context) error {
+	orgs, err := c.Orgs(ctx, store.Page{})
+	if err != nil {
+		return err
+	}
+	for _, o := range orgs {
+		as, err := c.Authorities(ctx, o.Name)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(as, func(a *store.Authority) bool { return a.Kind == pki.KindSSH }) {
+			continue
+		}
+		if err := c.putSSHAuthority(ctx, o.Name); err != nil {
+			return err
+		}
+		if err := c.audit(ctx, o.Name, "organization.ssh-ca", o.Name, audit.OK, nil); err != nil {
+			return err
+		}
+		if err := c.bump(ctx, o.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sshAuthority opens the newest SSH CA of an organization.
+func (r *Registry) sshAuthority(ctx context.Context, tx store.Tx, org string) (*pki.SSHAuthority, error) {
+	as, err := tx.Authorities(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range as { // newest first
+		if a.Kind != pki.KindSSH {
+			continue
+		}
+		pem, err := r.Seal.Open(authorityLabel(org, pki.KindSSH, a.Generation), a.Key)
+		if err != nil {
+			return nil, err
+		}
+		key, err := identity.DecodeKey(pem)
+		if err != nil {
+			return nil, fmt.Errorf("key of the SSH CA of %s: %w", org, err)
+		}
+		return pki.OpenSSHAuthority(key)
+	}
+	return nil, fmt.Errorf("organization %s has no SSH CA: %w", org, store.ErrNotFound)
 }
 
 // Authority opens the newest CA of a kind.

@@ -160,6 +160,12 @@ type Policy struct {
 	Created       time.Time
 }
 
+// RelayRungs are the ports of a relay's last rung that nodes are told to dial; 0 is none.
+type RelayRungs struct {
+	Relay            string
+	SSHPort, TLSPort uint16
+}
+
 // RelayKey is a key for TURN passwords; Secret is sealed.
 type RelayKey struct {
 	Relay, ID string
@@ -277,6 +283,9 @@ type Tx interface {
 	InsertRelayKey(ctx context.Context, k *RelayKey) error
 	RelayKeys(ctx context.Context, relay string) ([]*RelayKey, error) // newest first
 	DeleteRelayKey(ctx context.Context, relay, id string) error
+
+	PutRelayRungs(ctx context.Context, r *RelayRungs) error                        // inserts or replaces
+	RelayRungs(ctx context.Context, org string) (map[string]*RelayRungs, error) // by relay; those that have a last rung
 
 	PutSessionEnd(ctx context.Context, e *SessionEnd) error
 	SessionEnds(ctx context.Context, org string) ([]*SessionEnd, error)

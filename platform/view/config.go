@@ -93,7 +93,10 @@ func (v *View) relayConfig(n *store.Node) *control.Relay {
 	if v.Org.Name == identity.SharedOrg {
 		c.Orgs = v.orgs
 	} else {
-		c.Orgs = []control.RelayOrg{{Org: v.Org.Name, Peers: n.Peers}}
+		c.Orgs = []control.RelayOrg{{Org: v.Org.Name, Peers: n.Peers, Trust: &v.Trust, SSHCAs: v.sshCAs}}
+	}
+	if r := v.rungs[n.ID]; r != nil {
+		c.SSHPort, c.TLSPort = r.SSHPort, r.TLSPort
 	}
 	return c
 }
@@ -213,6 +216,12 @@ func (v *View) relayRefs(n *store.Node, gateway string, as identity.Node) []cont
 		}
 		ref := control.RelayRef{
 			Node: r.Identity(), Name: r.Name, Host: r.Host, Port: r.Port, Roots: home.Trust.Roots, Pins: home.Trust.Pins[identity.Relay],
+		}
+		if rungs := home.rungs[id]; rungs != nil {
+			ref.SSHPort, ref.TLSPort = rungs.SSHPort, rungs.TLSPort
+			if rungs.SSHPort != 0 {
+				ref.SSHCAs = home.sshCAs
+			}
 		}
 		// A credential lives as long as the node's leaf: before the node has one, or when the relay has no key, there is none.
 		if k, keys := v.keys[n.ID], home.relayKeys[id]; k != nil && len(keys) > 0 {

@@ -44,6 +44,8 @@ type View struct {
 	ends        []*store.SessionEnd
 	shared      *View              // the platform's relays; nil in the platform's own view
 	orgs        []control.RelayOrg // in the platform's own view: every organization
+	rungs       map[string]*store.RelayRungs
+	sshCAs      []string
 }
 
 // Load reads org in tx.
@@ -118,6 +120,12 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 	for _, g := range groups {
 		v.groups[g.ID] = g
 	}
+	if v.rungs, err = tx.RelayRungs(ctx, org); err != nil {
+		return nil, err
+	}
+	if v.sshCAs, err = sshCAs(ctx, tx, org); err != nil {
+		return nil, err
+	}
 	if v.assignments, err = tx.Assignments(ctx, org); err != nil {
 		return nil, err
 	}
@@ -135,7 +143,15 @@ func (v *View) loadOrgs(ctx context.Context, tx store.Tx, now time.Time) error {
 		if o.Name == identity.SharedOrg {
 			continue
 		}
-		v.orgs = append(v.orgs, control.RelayOrg{Org: o.Name})
+		trust, err := LoadTrust(ctx, tx, o.Name, now)
+		if err != nil {
+			return err
+		}
+		cas, err := sshCAs(ctx, tx, o.Name)
+		if err != nil {
+			return err
+		}
+		v.orgs = append(v.orgs, control.RelayOrg{Org: o.Name, Trust: &trust, SSHCAs: cas})
 		live, err := tx.Nodes(ctx, o.Name, "", store.Page{})
 		if err != nil {
 			return err
@@ -162,6 +178,9 @@ func LoadTrust(ctx context.Context, tx store.Tx, org string, now time.Time) (con
 	}
 	var roots []*x509.Certificate
 	for _, a := range as {
+		if a.Kind == pki.KindSSH {
+			continue // a key, see sshCAs
+		}
 		c, err := x509.ParseCertificate(a.Certificate)
 		if err != nil {
 			return t, fmt.Errorf("certificate of the %s CA: %w", a.Kind, err)
@@ -195,6 +214,30 @@ func LoadTrust(ctx context.Context, tx store.Tx, org string, now time.Time) (con
 	}
 	slices.SortFunc(t.Denied, func(a, b identity.KeyHash) int { return slices.Compare(a[:], b[:]) })
 	return t, nil
+}
+
+// sshCAs reads the public keys of an organization's SSH CAs.
+func sshCAs(ctx context.Context, tx store.Tx, org string) ([]string, error) {
+	as, err := tx.Authorities(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, a := range as {
+		if a.Kind != pki.KindSSH {
+			continue
+		}
+		key, err := x509.ParsePKIXPublicKey(a.Certificate)
+		if err != nil {
+			return nil, fmt.Errorf("key of the SSH CA: %w", err)
+		}
+		line, err := pki.SSHPublicKey(key)
+		if err != nil {
+			return nil, fmt.Errorf("key of the SSH CA: %w", err)
+		}
+		out = append(out, line)
+	}
+	return out, nil
 }
 
 // deniedNodes are the nodes whose relay credentials could still be alive although they may not use them.

@@ -10,6 +10,7 @@
 //	node.key        the node's private key; made here, leaves never
 //	node.json       who the node is, its platform with CA pin, its certificates, its trust, the fingerprint of the token spent
 //	config.json     the newest configuration (with credentials), the last good snapshot, the highest versions seen
+//	ssh.key         the key of gateways and relays for the last rung; made here, leaves never
 //	enrolling.key   the key of an enrolment that has not been confirmed, with enrolling.json
 package agent
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"path/filepath"
 	"slices"
@@ -147,8 +148,10 @@ func (a *Agent) enrol(ctx context.Context, t control.Token) error {
 	fp := fingerprint(t)
 	resumed := begun.Token == fp
 	if !resumed {
-		if err := remove(dir, enrollingKeyFile); err != nil {
-			return err
+		for _, old := range []string{enrollingKeyFile, enrollingSSHKeyFile} {
+			if err := remove(dir, old); err != nil {
+				return err
+			}
 		}
 		if err := save(dir, enrollingFile, enrollingState{Token: fp, Node: t.Node, URL: t.URL}); err != nil {
 			return err
@@ -182,6 +185,9 @@ func (a *Agent) spend(ctx context.Context, l *link.Link, t control.Token, key cr
 	req := control.EnrolRequest{Secret: t.Secret, Node: t.Node, Version: a.cfg.Version}
 	var err error
 	if req.CSR, req.SiteCSR, err = requests(key, t.Node); err != nil {
+		return nil, nil, err
+	}
+	if req.SSHCSR, err = a.sshRequest(t.Node, enrollingSSHKeyFile); err != nil {
 		return nil, nil, err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, a.cfg.EnrolTimeout, &link.Error{
@@ -248,7 +254,7 @@ func (a *Agent) recover(ctx context.Context, l *link.Link, t control.Token, key 
 	if err != nil {
 		return nil, nil, err
 	}
-	certs, err := requestRenewal(ctx, l, bearer, key, t.Node)
+	certs, err := a.requestRenewal(ctx, l, bearer, key, t.Node, enrollingSSHKeyFile)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -296,6 +302,10 @@ func (a *Agent) join(t control.Token, key crypto.Signer, resp *control.EnrolResp
 		Node: t.Node, Name: resp.Name, URL: t.URL, Pin: t.Pin, Token: fingerprint(t), OldTokens: old,
 		Key: identity.HashKey(key.Public()), Enrolled: a.cfg.Now().UTC(), Certificates: resp.Certificates, Trust: resp.Trust,
 	}
+	// A crash between this and what follows leaves an SSH key without certificate, until the enrolment is taken up again.
+	if err := rename(filepath.Join(dir, enrollingSSHKeyFile), filepath.Join(dir, sshKeyFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("write state: %w", err)
+	}
 	if err := save(dir, nodeFile, a.state); err != nil {
 		return err
 	}
@@ -328,11 +338,14 @@ func requests(key crypto.Signer, n identity.Node) (csr, site string, err error) 
 	return string(b), string(s), err
 }
 
-// requestRenewal asks for fresh leaves and holds them to key and identity.
-func requestRenewal(ctx context.Context, l *link.Link, bearer string, key crypto.Signer, n identity.Node) (control.Certificates, error) {
+// requestRenewal asks for fresh leaves and holds them to key and identity. sshFile holds the SSH key.
+func (a *Agent) requestRenewal(ctx context.Context, l *link.Link, bearer string, key crypto.Signer, n identity.Node, sshFile string) (control.Certificates, error) {
 	var req control.RenewRequest
 	var err error
 	if req.CSR, req.SiteCSR, err = requests(key, n); err != nil {
+		return control.Certificates{}, err
+	}
+	if req.SSHCSR, err = a.sshRequest(n, sshFile); err != nil {
 		return control.Certificates{}, err
 	}
 	var resp control.RenewResponse

@@ -413,7 +413,7 @@ func (a *Agent) renewNow(ctx context.Context) error {
 	bearer, err := a.bearer(ctx)
 	if err == nil {
 		var certs control.Certificates
-		if certs, err = requestRenewal(ctx, a.link, bearer, a.key, a.state.Node); err == nil {
+		if certs, err = a.requestRenewal(ctx, a.link, bearer, a.key, a.state.Node, sshKeyFile); err == nil {
 			return a.install(certs)
 		}
 		a.noteAuth(bearer, err)
