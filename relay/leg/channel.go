@@ -61,7 +61,8 @@ type Channel struct {
 
 var _ datagram.Link = (*Channel)(nil)
 
-// Send implements datagram.Link: one system call for up to 64 segments and 65 507 bytes with their headers, more for more.
+// Send implements datagram.Link: one system call for up to 64 segments and 65 507 bytes with their headers, more for more; what several calls
+// send meanwhile is gathered.
 func (c *Channel) Send(payload []byte, segment int, ecn datagram.ECN) {
 	if len(payload) == 0 {
 		return
@@ -69,31 +70,13 @@ func (c *Channel) Send(payload []byte, segment int, ecn datagram.ECN) {
 	if segment <= 0 || segment > len(payload) {
 		segment = len(payload)
 	}
-	l, n := c.leg, uint64((len(payload)+segment-1)/segment)
 	select {
 	case <-c.done:
-		count(&l.stats.DroppedClosed, &l.cfg.Metrics.DroppedClosed, n)
+		c.leg.unsent(uint64((len(payload)+segment-1)/segment), net.ErrClosed)
 		return
 	default:
 	}
-	bytes, err := l.car.send(c.number, payload, segment, ecn)
-	sent := uint64((bytes + segment - 1) / segment)
-	count(&l.stats.SentDatagrams, &l.cfg.Metrics.SentDatagrams, sent)
-	count(&l.stats.SentBytes, &l.cfg.Metrics.SentBytes, uint64(bytes))
-	if err == nil {
-		return
-	}
-	n -= sent
-	switch {
-	case isFull(err):
-		count(&l.stats.DroppedFull, &l.cfg.Metrics.DroppedFull, n)
-	case isTooLarge(err):
-		count(&l.stats.DroppedSize, &l.cfg.Metrics.DroppedSize, n)
-	case errors.Is(err, net.ErrClosed):
-		count(&l.stats.DroppedClosed, &l.cfg.Metrics.DroppedClosed, n)
-	default:
-		count(&l.stats.DroppedError, &l.cfg.Metrics.DroppedError, n)
-	}
+	c.leg.car.send(c.number, payload, segment, ecn)
 }
 
 // SetReceiver implements datagram.Link. Receive is called from the goroutine that reads the leg.

@@ -163,14 +163,16 @@ func (f *fakeRelay) answerLocked(m *stun.Message) *stun.Message {
 	return refuse(m, stun.CodeBadRequest)
 }
 
-func (f *fakeRelay) send(number uint16, payload []byte, segment int, _ datagram.ECN) (int, error) {
+func (f *fakeRelay) send(number uint16, payload []byte, segment int, _ datagram.ECN) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	n := uint64((len(payload) + segment - 1) / segment)
 	if f.closed {
-		return 0, net.ErrClosed
+		f.leg.unsent(n, net.ErrClosed)
+		return
 	}
 	f.sent = append(f.sent, string(payload))
-	return len(payload), nil
+	f.leg.sent(n, uint64(len(payload)))
 }
 
 func (f *fakeRelay) maxPayload() int { return 1400 }

@@ -143,8 +143,9 @@ func (c *Config) validate() error {
 type carrier interface {
 	// write sends a control message. An error means that the carrier is broken.
 	write(message []byte) error
-	// send sends ChannelData and never blocks. sent is how many bytes of payload went; the rest were dropped for err.
-	send(number uint16, payload []byte, segment int, ecn datagram.ECN) (sent int, err error)
+	// send sends ChannelData and never blocks. payload and segment are not empty; payload is not kept. What became of it is told by sent
+	// and unsent of upcalls, perhaps later.
+	send(number uint16, payload []byte, segment int, ecn datagram.ECN)
 	maxPayload() int
 	// reliable reports whether the carrier retransmits by itself.
 	reliable() bool
@@ -153,12 +154,15 @@ type carrier interface {
 	close()
 }
 
-// upcalls are what a carrier tells its leg, from its reading goroutine.
+// upcalls are what a carrier tells its leg: from its reading goroutine, except for sent and unsent.
 type upcalls interface {
 	// message takes an authenticated control message. b is valid during the call.
 	message(b []byte)
 	// data takes over a batch of a channel.
 	data(number uint16, b datagram.Batch)
+	// sent and unsent count datagrams that were to be sent: those that were, with the bytes of their payload, and those dropped for err.
+	sent(datagrams, bytes uint64)
+	unsent(datagrams uint64, err error)
 	// malformed counts a datagram that nobody can read.
 	malformed()
 	// suspect reports a reason, which anybody could have forged, to think that the relay is gone.
@@ -440,6 +444,26 @@ func (l *Leg) data(number uint16, b datagram.Batch) {
 	}
 	b.Release()
 	count(&l.stats.DroppedUnbound, &l.cfg.Metrics.DroppedUnbound, n)
+}
+
+// sent implements upcalls.
+func (l *Leg) sent(datagrams, bytes uint64) {
+	count(&l.stats.SentDatagrams, &l.cfg.Metrics.SentDatagrams, datagrams)
+	count(&l.stats.SentBytes, &l.cfg.Metrics.SentBytes, bytes)
+}
+
+// unsent implements upcalls.
+func (l *Leg) unsent(datagrams uint64, err error) {
+	own, shared := &l.stats.DroppedError, &l.cfg.Metrics.DroppedError
+	switch {
+	case isFull(err):
+		own, shared = &l.stats.DroppedFull, &l.cfg.Metrics.DroppedFull
+	case isTooLarge(err):
+		own, shared = &l.stats.DroppedSize, &l.cfg.Metrics.DroppedSize
+	case errors.Is(err, net.ErrClosed):
+		own, shared = &l.stats.DroppedClosed, &l.cfg.Metrics.DroppedClosed
+	}
+	count(own, shared, datagrams)
 }
 
 // malformed implements upcalls.

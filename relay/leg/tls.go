@@ -160,26 +160,33 @@ func (t *tlsCarrier) write(message []byte) error {
 var errQueueFull = errors.New("queue full")
 
 // send implements carrier.
-func (t *tlsCarrier) send(number uint16, payload []byte, segment int, _ datagram.ECN) (sent int, err error) {
-	if segment <= 0 || segment > len(payload) {
-		segment = len(payload)
+func (t *tlsCarrier) send(number uint16, payload []byte, segment int, _ datagram.ECN) {
+	sent, bytes, unsent, err := t.enqueue(number, payload, segment)
+	t.up.sent(sent, bytes)
+	if unsent > 0 {
+		t.up.unsent(unsent, err)
 	}
-	if segment > maxStreamPayload {
-		return 0, errTooLarge
-	}
+}
+
+func (t *tlsCarrier) enqueue(number uint16, payload []byte, segment int) (sent, bytes, unsent uint64, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.closed {
-		return 0, net.ErrClosed
-	}
-	if t.queue == nil {
-		t.queue = make([]byte, 0, t.limit)
-	}
 	for len(payload) > 0 {
 		n := min(segment, len(payload))
-		if len(t.queue)+channelHeader+n+3 > t.limit {
+		switch {
+		case t.closed:
+			err = net.ErrClosed
+		case n > maxStreamPayload:
+			err = errTooLarge
+		case len(t.queue)+channelHeader+n+3 > t.limit:
 			err = errQueueFull
-			break
+		}
+		if err != nil {
+			t.wake.Signal() // for what came before
+			return sent, bytes, uint64((len(payload) + segment - 1) / segment), err
+		}
+		if t.queue == nil {
+			t.queue = make([]byte, 0, t.limit)
 		}
 		var head [channelHeader]byte
 		binary.BigEndian.PutUint16(head[:], number)
@@ -188,10 +195,11 @@ func (t *tlsCarrier) send(number uint16, payload []byte, segment int, _ datagram
 		t.queue = append(t.queue, payload[:n]...)
 		t.queue = append(t.queue, "\x00\x00\x00"[:-n&3]...)
 		payload = payload[n:]
-		sent += n
+		sent++
+		bytes += uint64(n)
 	}
 	t.wake.Signal()
-	return sent, err
+	return sent, bytes, 0, nil
 }
 
 func (t *tlsCarrier) maxPayload() int { return maxStreamPayload }

@@ -49,7 +49,8 @@ var unknownType = stun.NewType(wire.MethodUnknown, stun.ClassIndication).Value()
 // udpCarrier is the 5-tuple of a UDP leg: DTLS, and ChannelData beside it where plain.
 type udpCarrier struct {
 	conn  *udpio.Conn
-	out   *udpio.Sender
+	tx    *udpio.Sender
+	out   *gatherer // of ChannelData in the clear
 	pipe  *pipe
 	dtls  *dtls.Conn
 	plain bool // ChannelData goes outside of DTLS
@@ -58,8 +59,8 @@ type udpCarrier struct {
 
 	refusal chan error // the first refusal while the handshake is under way
 
-	mu      sync.Mutex // guards scratch
-	scratch []byte
+	mu     sync.Mutex // guards record
+	record [maxRecord]byte
 }
 
 // dialUDP connects the socket and does the DTLS handshake. Its goroutines are run by start.
@@ -81,11 +82,11 @@ func dialUDP(ctx context.Context, cfg *Config, addr netip.AddrPort, plain bool, 
 		cfg.Logger.Debug("UDP socket", "warning", w)
 	}
 	u := &udpCarrier{
-		conn: conn, out: conn.NewSender(), plain: plain, up: up,
+		conn: conn, tx: conn.NewSender(), plain: plain, up: up,
 		max:     max(cfg.MTU-overhead-channelHeader, 0),
 		refusal: make(chan error, 1),
-		scratch: make([]byte, udpio.MaxWrite),
 	}
+	u.out = newGatherer(u.transmit, up)
 	if !plain {
 		u.max = max(u.max-dtlsOverhead, 0)
 	}
@@ -109,6 +110,9 @@ func dialUDP(ctx context.Context, cfg *Config, addr netip.AddrPort, plain bool, 
 		return nil, err
 	}
 	start(u.readControl)
+	if plain {
+		start(u.out.loop)
+	}
 	return u, nil
 }
 
@@ -186,12 +190,12 @@ func (u *udpCarrier) writeRecord(b []byte) error {
 // transmit sends on the socket. An ICMP message about an earlier datagram surfaces as the error of the next call, which sends nothing:
 // what can be sent all the same is sent again.
 func (u *udpCarrier) transmit(b []byte, segment int, ecn datagram.ECN) error {
-	err := u.out.Send(b, segment, ecn)
+	err := u.tx.Send(b, segment, ecn)
 	if err == nil || !isICMP(err) {
 		return err
 	}
 	u.failed(err)
-	return u.out.Send(b, segment, ecn)
+	return u.tx.Send(b, segment, ecn)
 }
 
 // isICMP reports whether err of a connected UDP socket comes from an ICMP message about an earlier datagram, or looks as if.
@@ -305,46 +309,30 @@ func (u *udpCarrier) write(message []byte) error {
 }
 
 // send implements carrier.
-func (u *udpCarrier) send(number uint16, payload []byte, segment int, ecn datagram.ECN) (sent int, err error) {
-	if segment <= 0 || segment > len(payload) {
-		segment = len(payload)
+func (u *udpCarrier) send(number uint16, payload []byte, segment int, ecn datagram.ECN) {
+	if u.plain {
+		u.out.send(number, payload, segment, ecn)
+		return
 	}
-	if segment == 0 {
-		return 0, nil
-	}
-	stride := segment + channelHeader
-	if stride > len(u.scratch) {
-		return 0, syscall.EMSGSIZE
-	}
+	// A record a datagram: the slow way, of those whose credential does not ask for data in the clear.
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	limit := min(len(u.scratch)/stride, udpio.MaxSegments)
-	if !u.plain {
-		limit = 1
-	}
 	for len(payload) > 0 {
-		n, count, bytes := 0, 0, 0
-		for count < limit && len(payload) > 0 {
-			k := min(segment, len(payload))
-			binary.BigEndian.PutUint16(u.scratch[n:], number)
-			binary.BigEndian.PutUint16(u.scratch[n+2:], uint16(k))
-			copy(u.scratch[n+channelHeader:], payload[:k])
-			payload = payload[k:]
-			n += channelHeader + k
-			bytes += k
-			count++
-		}
-		if u.plain {
-			err = u.transmit(u.scratch[:n], stride, ecn)
+		k := min(segment, len(payload))
+		if channelHeader+k > len(u.record) {
+			u.up.unsent(1, errTooLarge)
 		} else {
-			_, err = u.dtls.Write(u.scratch[:n])
+			binary.BigEndian.PutUint16(u.record[:], number)
+			binary.BigEndian.PutUint16(u.record[2:], uint16(k))
+			copy(u.record[channelHeader:], payload[:k])
+			if _, err := u.dtls.Write(u.record[:channelHeader+k]); err != nil {
+				u.up.unsent(1, err)
+			} else {
+				u.up.sent(1, uint64(k))
+			}
 		}
-		if err != nil {
-			return sent, err
-		}
-		sent += bytes
+		payload = payload[k:]
 	}
-	return sent, nil
 }
 
 func (u *udpCarrier) maxPayload() int { return u.max }
@@ -357,6 +345,7 @@ func (u *udpCarrier) addrs() (local, remote netip.AddrPort) {
 
 // close says goodbye and closes the socket.
 func (u *udpCarrier) close() {
+	u.out.stop()
 	_ = u.dtls.Close()
 	_ = u.pipe.Close()
 	_ = u.conn.Close()

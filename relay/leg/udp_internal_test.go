@@ -3,6 +3,7 @@ package leg
 import (
 	"errors"
 	"net"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -16,6 +17,32 @@ type told struct {
 	suspected chan error
 	dropped   int
 	passed    int
+
+	mu                   sync.Mutex // guards what follows
+	sentData, unsentData uint64
+	sentBytes            uint64
+	err                  error
+}
+
+func (u *told) sent(datagrams, bytes uint64) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.sentData += datagrams
+	u.sentBytes += bytes
+}
+
+func (u *told) unsent(datagrams uint64, err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.unsentData += datagrams
+	u.err = err
+}
+
+// sending returns the datagrams that were sent and that were not, the bytes of the former, and why the last one was not.
+func (u *told) sending() (sent, unsent, bytes uint64, err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.sentData, u.unsentData, u.sentBytes, u.err
 }
 
 func (u *told) message([]byte) {}
@@ -51,8 +78,10 @@ func TestRefusalLosesNothing(t *testing.T) {
 	}
 	defer conn.Close()
 	up := &told{suspected: make(chan error, 1)}
-	u := &udpCarrier{conn: conn, out: conn.NewSender(), up: up, plain: true, refusal: make(chan error, 1), scratch: make([]byte, udpio.MaxWrite)}
-	if _, err := u.send(minChannel, []byte("refused"), 0, 0); err != nil {
+	u := &udpCarrier{conn: conn, tx: conn.NewSender(), up: up, plain: true, refusal: make(chan error, 1)}
+	u.out = newGatherer(u.transmit, up)
+	u.send(minChannel, []byte("refused"), 7, 0) // a lone datagram is sent by its caller
+	if sent, _, _, err := up.sending(); sent != 1 {
 		t.Fatal(err)
 	}
 	// On loopback the refusal is pending when send returns. Now somebody listens.
@@ -61,8 +90,9 @@ func TestRefusalLosesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer open.Close()
-	if n, err := u.send(minChannel, []byte("after"), 0, 0); err != nil || n != 5 {
-		t.Errorf("sent %d, %v", n, err)
+	u.send(minChannel, []byte("after"), 5, 0)
+	if sent, unsent, bytes, err := up.sending(); sent != 2 || unsent != 0 || bytes != 12 {
+		t.Errorf("sent %d, %d bytes, unsent %d, %v", sent, bytes, unsent, err)
 	}
 	select {
 	case err := <-up.suspected:
