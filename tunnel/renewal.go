@@ -11,7 +11,8 @@ import (
 // of its own makes the sender ask the path again, and a move to another path, which below QUIC may be the same link, gives it one.
 //
 // A renewal says when. It does so only where the window is what limits the sender, grows by a packet per round trip, loses nothing, and
-// where the path shows no queue of its own: then there is room, and whoever else uses it is not hurt.
+// where the path shows no queue of its own: then there is room, and whoever else uses it is not hurt. A delay above the path's least is a
+// queue, or another way than before: a queue that is the sender's own grows with its window.
 const (
 	// renewSample is how far apart samples are at least.
 	renewSample = 100 * time.Millisecond
@@ -22,6 +23,9 @@ const (
 	// renewLossRounds and renewLossLeast are how long ago the last loss must be. Loss at random rates keeps a sender below that, and a path
 	// that is full in truth shows it by then.
 	renewLossRounds, renewLossLeast = 16, 3 * time.Second
+	// renewWindow is what has to be small about a window that is renewed, in bytes: a new one has 38 400. A larger one is renewed where the sender
+	// was twice as fast before. There is something to lose, since slow start may end too early again.
+	renewWindow = 128 << 10
 	// renewPause and renewMostPause bound the time from one renewal to the next. It doubles when one has not raised the rate by half.
 	renewPause, renewMostPause = 10 * time.Second, 5 * time.Minute
 	// renewMeter is over what time the rate is measured that tells whether a renewal was worth it.
@@ -35,9 +39,10 @@ type renewal struct {
 	last quic.ConnectionStats
 	at   time.Time // of last
 
-	since  time.Time // the window has been the limit since then; zero: it is not
-	window uint64    // when that began, bytes
-	empty  bool      // a packet since then met no queue
+	since  time.Time     // the window has been the limit since then; zero: it is not
+	window uint64        // when that began, bytes
+	low    time.Duration // the least and the largest delay since then
+	high   time.Duration
 	lossAt time.Time // of the last loss seen on this path; zero: none
 
 	renewed time.Time // of the last renewal
@@ -45,6 +50,7 @@ type renewal struct {
 	before  float64 // rate at the last renewal, bytes a second
 	best    float64 // rate since
 
+	most    float64 // best rate ever
 	meterAt time.Time
 	meter   uint64 // bytes sent by then
 }
@@ -63,6 +69,7 @@ func (r *renewal) sample(now time.Time, s quic.ConnectionStats) bool {
 	r.last, r.at = s, now
 	if d := now.Sub(r.meterAt); d >= renewMeter {
 		r.best = max(r.best, float64(s.BytesSent-r.meter)/d.Seconds())
+		r.most = max(r.most, r.best)
 		r.meterAt, r.meter = now, s.BytesSent
 	}
 	if s.PacketsLost != last.PacketsLost {
@@ -76,17 +83,22 @@ func (r *renewal) sample(now time.Time, s quic.ConnectionStats) bool {
 		return false
 	}
 	if r.since.IsZero() {
-		r.since, r.window, r.empty = now, s.CongestionWindow, false
+		r.since, r.window, r.low, r.high = now, s.CongestionWindow, s.LatestRTT, s.LatestRTT
 	}
-	r.empty = r.empty || s.LatestRTT <= s.MinRTT+queueless(s.MinRTT)
+	r.low, r.high = min(r.low, s.LatestRTT), max(r.high, s.LatestRTT)
 	held := now.Sub(r.since)
 	rounds := held.Seconds() / max(s.SmoothedRTT, time.Millisecond).Seconds()
 	if float64(s.CongestionWindow-r.window) > renewPacket*(rounds+1) {
 		r.since = time.Time{} // slow start
 		return false
 	}
+	queue := r.low > s.MinRTT+queueless(s.MinRTT)
 	switch {
-	case s.MinRTT < renewLeastRTT, !r.empty:
+	case s.MinRTT < renewLeastRTT:
+		return false
+	case s.CongestionWindow > renewWindow && r.most < 2*r.rate():
+		return false
+	case queue && (rounds < float64(s.CongestionWindow)/renewPacket || r.high > r.low+queueless(s.MinRTT)):
 		return false
 	case held < max(renewLeast, renewRounds*s.SmoothedRTT):
 		return false
@@ -99,6 +111,11 @@ func (r *renewal) sample(now time.Time, s quic.ConnectionStats) bool {
 // queueless is by how much a packet may be late that met no queue: what QUIC's slow start takes for none (RFC 9406 section 4.2 has the same).
 func queueless(least time.Duration) time.Duration {
 	return min(max(least/8, 4*time.Millisecond), 16*time.Millisecond)
+}
+
+// rate is what the window allows, in bytes a second.
+func (r *renewal) rate() float64 {
+	return float64(r.last.CongestionWindow) / max(r.last.SmoothedRTT, time.Millisecond).Seconds()
 }
 
 // nextPause is how long after the last renewal there may be another.
@@ -117,7 +134,7 @@ func (r *renewal) began(now time.Time) {
 		r.pause = r.nextPause()
 	}
 	r.renewed = now
-	r.before, r.best = float64(r.last.CongestionWindow)/max(r.last.SmoothedRTT, time.Millisecond).Seconds(), 0
+	r.before, r.best = r.rate(), 0
 	r.meterAt, r.meter = r.at, r.last.BytesSent
 	r.fresh()
 }

@@ -16,6 +16,7 @@ type reno struct {
 	loss   float64       // share of packets
 	demand float64       // bytes a second; 0 is no limit
 	delay  time.Duration // by others
+	others time.Duration // the most of what others add to that at random
 
 	window float64
 	slow   bool // slow start
@@ -26,7 +27,7 @@ type reno struct {
 const renoPacket = 1452
 
 func (m *reno) step(d time.Duration) {
-	base := m.rtt + m.delay
+	base := m.rtt + m.delay + time.Duration(m.rng.Int64N(int64(m.others)+1)) + m.others
 	rtt := max(base, time.Duration(m.window/m.rate*float64(time.Second)))
 	sends := m.window / rtt.Seconds()
 	limited := true
@@ -102,6 +103,17 @@ func TestRenewalOfAHeldBackSender(t *testing.T) {
 	}
 }
 
+// TestRenewalOfALargeWindow holds that a window with something to lose is renewed if the path was twice as fast before.
+func TestRenewalOfALargeWindow(t *testing.T) {
+	m, r, at := long(), renewal{}, time.Duration(0)
+	m.run(&r, &at, 5*time.Second)
+	m.stats.PacketsLost++
+	m.window = 400e3
+	if got := m.run(&r, &at, time.Minute); len(got) != 1 || got[0] < 8*time.Second || got[0] > 9*time.Second {
+		t.Fatalf("renewed at %v, want once, 3 s after the loss", got)
+	}
+}
+
 func TestRenewalAfterLoss(t *testing.T) {
 	m, r, at := long(), renewal{}, time.Duration(0)
 	m.run(&r, &at, 5*time.Second)
@@ -126,7 +138,9 @@ func TestNoRenewal(t *testing.T) {
 		{"random loss", func(m *reno) { m.loss = 0.005 }},
 		{"much random loss", func(m *reno) { m.loss = 0.02 }},
 		{"a queue of its own", func(m *reno) { m.rate, m.slow = 0.2e6, false }},
-		{"a queue of others", func(m *reno) { m.stats.MinRTT, m.delay, m.slow = m.rtt, 30*time.Millisecond, false }},
+		{"a queue of others", func(m *reno) { m.stats.MinRTT, m.others, m.slow = m.rtt, 30*time.Millisecond, false }},
+		{"a large window that is no smaller than it was", func(m *reno) { m.window, m.slow = 300e3, false }},
+		{"a path that shows no queue", func(m *reno) { m.buffer = 10e3 }},
 		{"a short path", func(m *reno) { m.rtt, m.slow = time.Millisecond, false }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -139,11 +153,20 @@ func TestNoRenewal(t *testing.T) {
 	}
 }
 
+// TestRenewalOnALongerPath holds that a sender whose packets go a longer way than before is not taken for one that fills a queue.
+func TestRenewalOnALongerPath(t *testing.T) {
+	m, r, at := long(), renewal{}, time.Duration(0)
+	m.stats.MinRTT, m.slow = m.rtt/2, false
+	if got := m.run(&r, &at, time.Minute); len(got) != 1 || got[0] < 2*time.Second || got[0] > 5*time.Second {
+		t.Fatalf("renewed at %v, want once within seconds", got)
+	}
+}
+
 // TestRenewalGivesUp holds that a path that shows no queue and is full all the same is asked ever more seldom.
 func TestRenewalGivesUp(t *testing.T) {
 	m, r, at := long(), renewal{}, time.Duration(0)
-	m.buffer = 20e3
-	m.window, m.slow = 0.7*m.rate*m.rtt.Seconds(), false
+	m.rtt, m.rate, m.buffer = 300*time.Millisecond, 350e3, 5e3
+	m.slow, m.stats.MinRTT = false, m.rtt
 	got := m.run(&r, &at, time.Hour)
 	if len(got) < 3 || len(got) > 60*60/300+6 {
 		t.Fatalf("renewed at %v", got)

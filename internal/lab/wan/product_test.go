@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,8 +25,11 @@ const echoPort = 5202
 //	go test -tags measure -count=1 -v -run TestProductOverWAN ./internal/lab/wan
 //
 // SALLYWAY_WAN_RTT (ms), _LOSS (percent), _MBIT, _SECONDS, _RUNS and _CC change the link and the load; SALLYWAY_WAN_ONLY
-// measures one of "raw TCP" and "sallyway" alone, SALLYWAY_WAN_WAY one of up and down: what a session has carried before
-// decides how it starts.
+// measures one of "raw TCP" and "sallyway" alone, SALLYWAY_WAN_WAY one of up and down, and SALLYWAY_WAN_IDLE pauses for so many seconds before
+// each: what a session has carried before decides how it starts. SALLYWAY_WAN_NETEM=1 has the kernel's netem emulate the link.
+//
+// The ceiling is what raw TCP gets out of the same link without loss and delay: what the emulator adds to or takes from the figures. Dropped is
+// what hosts lost on their own: full socket buffers, full queues of devices.
 func TestProductOverWAN(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root for network namespaces")
@@ -51,17 +55,54 @@ func TestProductOverWAN(t *testing.T) {
 	if cc == "" {
 		cc = "cubic"
 	}
+	netem := os.Getenv("SALLYWAY_WAN_NETEM") != ""
 	ctx := t.Context()
-	l, err := lab.New(lab.Config{Raw: true, Access: &wan.Config{AtoB: way, BtoA: way, Seed: 1}})
+	l, err := lab.New(lab.Config{Raw: true, Access: &wan.Config{AtoB: way, BtoA: way, Seed: 1}, AccessNetem: netem})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	site, err := l.Build(ctx, lab.SiteConfig{NoBranch: true}, nil)
-	if err != nil {
+	if _, err := l.Private.Iperf3Server(ctx, iperfPort); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := l.Private.Iperf3Server(ctx, iperfPort); err != nil {
+	directions := []bool{false, true}
+	switch os.Getenv("SALLYWAY_WAN_WAY") {
+	case "up":
+		directions = directions[:1]
+	case "down":
+		directions = directions[1:]
+	}
+	run := func(r lab.IperfRun) (res lab.IperfResult, err error) {
+		soon, cancel := context.WithTimeout(ctx, 3*r.Time+30*time.Second)
+		defer cancel()
+		err = lab.Until(soon, time.Second, func() error { // iperf3's server resets who comes between two tests
+			res, err = l.Client.Iperf3(soon, r)
+			return err
+		})
+		return res, err
+	}
+	if !netem { // before the product sees a delay that is not the path's
+		for _, c := range []struct {
+			name string
+			way  wan.Direction
+		}{{"its rate, no loss, no delay", wan.Direction{Rate: way.Rate}}, {"no limit", wan.Direction{}}} {
+			if err := l.SetAccess(c.way, c.way); err != nil {
+				t.Fatal(err)
+			}
+			for _, down := range directions {
+				res, err := run(lab.IperfRun{Addr: lab.RawAddr.String(), Port: iperfPort, Time: 3 * time.Second, Down: down, CC: cc})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Logf("ceiling with %s, down %t: %.1f Mbit/s", c.name, down, res.BitsPerSecond/1e6)
+			}
+		}
+		if err := l.SetAccess(way, way); err != nil {
+			t.Fatal(err)
+		}
+	}
+	site, err := l.Build(ctx, lab.SiteConfig{NoBranch: true}, nil)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := l.Private.Echo(":" + strconv.Itoa(echoPort)); err != nil {
@@ -91,14 +132,8 @@ func TestProductOverWAN(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	directions := []bool{false, true}
-	switch os.Getenv("SALLYWAY_WAN_WAY") {
-	case "up":
-		directions = directions[:1]
-	case "down":
-		directions = directions[1:]
-	}
 	found := make(map[string][]float64)
+	idle := time.Duration(number("IDLE", 0) * float64(time.Second))
 	for range runs {
 		for _, down := range directions {
 			for _, name := range names {
@@ -106,15 +141,9 @@ func TestProductOverWAN(t *testing.T) {
 				if down {
 					key = name + " down"
 				}
-				before := l.AccessStats()
-				var res lab.IperfResult
-				soon, cancel := context.WithTimeout(ctx, 3*seconds+30*time.Second)
-				err := lab.Until(soon, time.Second, func() error { // iperf3's server resets who comes between two tests
-					var err error
-					res, err = l.Client.Iperf3(soon, lab.IperfRun{Addr: addrs[name], Port: iperfPort, Time: seconds, Down: down, CC: cc})
-					return err
-				})
-				cancel()
+				<-time.After(idle) // a part of the load
+				before, dropped := l.AccessStats(), drops(t, l)
+				res, err := run(lab.IperfRun{Addr: addrs[name], Port: iperfPort, Time: seconds, Down: down, CC: cc})
 				if err != nil {
 					t.Errorf("%s: %v", key, err)
 					continue
@@ -124,6 +153,11 @@ func TestProductOverWAN(t *testing.T) {
 				t.Logf("%s: %.1f Mbit/s, %d retransmits of the sender's TCP", key, mbit, res.Retransmits)
 				t.Logf("  link up %s", difference(before.AtoB, l.AccessStats().AtoB))
 				t.Logf("  link down %s", difference(before.BtoA, l.AccessStats().BtoA))
+				for what, n := range drops(t, l) {
+					if n > dropped[what] {
+						t.Logf("  dropped %d: %s", n-dropped[what], what)
+					}
+				}
 			}
 		}
 	}
@@ -141,6 +175,52 @@ func TestProductOverWAN(t *testing.T) {
 	if t.Failed() {
 		t.Log(site.Laptop.Log.Tail(20))
 	}
+}
+
+// drops counts what the lab's hosts dropped: datagrams that found a socket's buffer full, packets at their devices.
+func drops(t *testing.T, l *lab.Lab) map[string]uint64 {
+	t.Helper()
+	found := make(map[string]uint64)
+	for _, h := range l.Hosts() {
+		var snmp, dev []byte
+		err := h.Do(func() (err error) {
+			if snmp, err = os.ReadFile("/proc/thread-self/net/snmp"); err == nil {
+				dev, err = os.ReadFile("/proc/thread-self/net/dev")
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for line := range strings.Lines(string(snmp)) {
+			f := strings.Fields(line)
+			if f[0] != "Udp:" {
+				continue
+			}
+			if names == nil {
+				names = f
+				continue
+			}
+			for i, name := range names {
+				if n, _ := strconv.ParseUint(f[i], 10, 64); name == "RcvbufErrors" || name == "SndbufErrors" {
+					found[h.Name+" "+name] = n
+				}
+			}
+		}
+		for line := range strings.Lines(string(dev)) {
+			name, counts, ok := strings.Cut(line, ":")
+			f := strings.Fields(counts)
+			if !ok || len(f) < 16 {
+				continue
+			}
+			for i, way := range map[int]string{3: "received", 11: "sent"} {
+				n, _ := strconv.ParseUint(f[i], 10, 64)
+				found[h.Name+" "+strings.TrimSpace(name)+" "+way] = n
+			}
+		}
+	}
+	return found
 }
 
 // difference tells what has come through between two counts.
