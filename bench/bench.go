@@ -49,6 +49,7 @@ type Throughput struct {
 	Bytes         int64              `json:"bytes"`
 	Retransmits   int                `json:"retransmits"`
 	CPU           map[string]float64 `json:"cpu_seconds,omitempty"` // per process, of ours or of the peer
+	Relay         *Bundles           `json:"relay,omitempty"`       // of Sallyway's relay
 }
 
 // Memory is a process's resident set in bytes.

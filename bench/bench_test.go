@@ -19,7 +19,7 @@ func sample() *Result {
 		Scenario: OneRelay, About: "One relay.", MTU: 1500,
 		Throughput: []Throughput{
 			{Way: Raw, Flows: 1, BitsPerSecond: 10e9, Bytes: 1e9},
-			{Way: Sallyway, Flows: 1, BitsPerSecond: 400e6, Bytes: 2e9, CPU: map[string]float64{"office": 10, "laptop": 12}},
+			{Way: Sallyway, Flows: 1, BitsPerSecond: 400e6, Bytes: 2e9, CPU: map[string]float64{"office": 10, "laptop": 12}, Relay: &Bundles{Packet: 9000, Read: 20000, Write: 30000, Dropped: 4}},
 			{Way: Sallyway, Flows: 1, BitsPerSecond: 600e6, Bytes: 1e9, CPU: map[string]float64{"office": 7, "laptop": 8}},
 			{Way: Sallyway, Flows: 1, BitsPerSecond: 500e6, Bytes: 1e9, CPU: map[string]float64{"office": 6, "laptop": 8}},
 			{Way: Raw, Flows: 1, Down: true, BitsPerSecond: 8e9, Bytes: 1e9},
@@ -88,6 +88,7 @@ func TestMarkdown(t *testing.T) {
 		"| " + WireGuardGo + " | 1 | up | 250 | 250–250 | 1 | 12.0 | 2.5 % | 1.00 | 2.00 × |",
 		"| " + OpenSSH + " | 1 | up | 1000 | 1000–1000 | 1 | – | 10.0 % | 4.00 | 0.50 × |",
 		"| 1 flow | up | 8.0 | 6.0 |",
+		"| 1 flow | up | 9000 | 20000 | 30000 | 4 |",
 		"| Sallyway | 0.150 | 0.000 | 1 of 10 | 100 |",
 		"| raw UDP | 50 | up | 50.0 | 0.00 | 0.000 | – |",
 		"| Sallyway | 50 | up | 48.0 | 4.00 | 0.600 | 25.0 |",

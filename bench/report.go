@@ -65,6 +65,7 @@ func (o *Outcome) section(b *strings.Builder) {
 	fmt.Fprintf(b, "\n## %s\n\n%s MTU %d, %s; %.0f s.\n", o.Scenario, o.About, o.MTU, o.Wire, o.Took)
 	o.standingsTable(b)
 	o.processTable(b)
+	o.bundlesTable(b)
 	o.latencyTables(b)
 	o.ratesTable(b)
 	o.setupTable(b)
@@ -103,6 +104,19 @@ func (o *Outcome) processTable(b *strings.Builder) {
 			fmt.Fprintf(b, " %.1f |", row.perGB[p])
 		}
 		b.WriteByte('\n')
+	}
+}
+
+// bundlesTable says in which pieces the relay got and gave what it carried.
+func (o *Outcome) bundlesTable(b *strings.Builder) {
+	head := "\n| Sallyway's relay, mean bytes | direction | of a packet on its link | of a read | of a write | found its buffer full |\n|---|---|---|---|---|---|\n"
+	for _, flows := range o.flows() {
+		for _, down := range []bool{false, true} {
+			if m := o.bundleMedians(flows, down); m != nil {
+				fmt.Fprintf(b, "%s| %s | %s | %.0f | %.0f | %.0f | %d |\n", head, plural(flows, "flow"), direction(down), m.Packet, m.Read, m.Write, m.Dropped)
+				head = ""
+			}
+		}
 	}
 }
 

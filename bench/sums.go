@@ -88,6 +88,23 @@ func (o *Outcome) perProcess(way string) []processRow {
 	return rows
 }
 
+// bundleMedians are those of Sallyway's runs of a kind; nil where there are none.
+func (o *Outcome) bundleMedians(flows int, down bool) *Bundles {
+	var packet, read, write []float64
+	m := new(Bundles)
+	for _, t := range o.Throughput {
+		if b := t.Relay; b != nil && t.Flows == flows && t.Down == down {
+			packet, read, write = append(packet, b.Packet), append(read, b.Read), append(write, b.Write)
+			m.Dropped += b.Dropped
+		}
+	}
+	if len(read) == 0 {
+		return nil
+	}
+	m.Packet, m.Read, m.Write = median(packet), median(read), median(write)
+	return m
+}
+
 // rateRow is the medians of runs of UDP at one rate.
 type rateRow struct {
 	Rate

@@ -63,8 +63,20 @@ func (r *runner) throughput(ctx context.Context, l *lab.Lab) error {
 
 // once is one run of iperf3 over TCP.
 func (r *runner) once(ctx context.Context, l *lab.Lab, w way, flows int, down bool) (Throughput, error) {
+	before, err := r.relayCounts(w)
+	if err != nil {
+		return Throughput{}, err
+	}
 	res, used, err := r.metered(ctx, l, w, lab.IperfRun{Flows: flows, Down: down, CC: r.cfg.CC})
-	return Throughput{Way: w.name, Down: down, Flows: flows, BitsPerSecond: res.BitsPerSecond, Bytes: res.Bytes, Retransmits: res.Retransmits, CPU: used}, err
+	t := Throughput{Way: w.name, Down: down, Flows: flows, BitsPerSecond: res.BitsPerSecond, Bytes: res.Bytes, Retransmits: res.Retransmits, CPU: used}
+	if err != nil || before == nil {
+		return t, err
+	}
+	after, err := r.relayCounts(w)
+	if err == nil {
+		t.Relay = bundles(before, after)
+	}
+	return t, err
 }
 
 // metered runs iperf3 and returns what each of the way's processes has used meanwhile, in seconds; nil where it has none.
