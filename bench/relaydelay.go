@@ -80,7 +80,7 @@ func (r *relayRun) delays(ctx context.Context, bed *relayBed) error {
 		}
 		own.Added50, own.Added99 = own.P50-base.P50, own.P99-base.P99
 		r.res.RelayDelay = append(r.res.RelayDelay, own, base)
-		fmt.Fprintf(r.out, "latency over %s beside %.1f Gbit/s: p50 %.0f, p99 %.0f µs; forwarder %.0f, %.0f\n", bed.link, load/1e9, own.P50, own.P99, base.P50, base.P99)
+		fmt.Fprintf(r.out, "latency over %s beside %.1f Gbit/s: p50 %.0f, p99 %.0f µs; forwarder %.0f, %.0f\n", bed.link, own.Load/1e9, own.P50, own.P99, base.P50, base.P99)
 	}
 	return nil
 }
@@ -89,13 +89,15 @@ func (r *relayRun) delays(ctx context.Context, bed *relayBed) error {
 func (r *relayRun) delay(ctx context.Context, bed *relayBed, load float64, pairs [2]*relayPair, plain *relayPair) (own, base Delay, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
+	var carried atomic.Int64 // bytes of the load
+	start := time.Now()
 	pressed := make(chan error, 1)
 	if load > 0 {
 		if err := pairs[0].b.udp.SetReadDeadline(time.Time{}); err != nil {
 			cancel()
 			return own, base, err
 		}
-		wg.Go(func() { pairs[0].b.receive(new(atomic.Int64), nil) })
+		wg.Go(func() { pairs[0].b.receive(&carried, nil) })
 		wg.Go(func() { pressed <- pairs[0].press(ctx, pingLoad, load) })
 	} else {
 		pressed <- nil
@@ -105,7 +107,7 @@ func (r *relayRun) delay(ctx context.Context, bed *relayBed, load float64, pairs
 		err = errors.Join(err, <-pressed, pairs[0].b.udp.SetReadDeadline(time.Now()))
 		wg.Wait()
 	}()
-	own, base = Delay{Server: OwnRelay, Link: bed.link, Load: load}, Delay{Server: Forwarder, Link: bed.link, Load: load}
+	own, base = Delay{Server: OwnRelay, Link: bed.link}, Delay{Server: Forwarder, Link: bed.link}
 	var p50, p99 [2][]float64
 	for range r.cfg.Runs {
 		for i, way := range []struct {
@@ -122,6 +124,8 @@ func (r *relayRun) delay(ctx context.Context, bed *relayBed, load float64, pairs
 			p99[i] = append(p99[i], micro(times[len(times)*99/100]))
 		}
 	}
+	own.Load = float64(carried.Load()) * 8 / time.Since(start).Seconds()
+	base.Load = own.Load
 	own.P50, own.P99 = median(p50[0]), median(p99[0])
 	base.P50, base.P99 = median(p50[1]), median(p99[1])
 	return own, base, nil

@@ -17,6 +17,7 @@ import (
 const (
 	relayStall = 20 * time.Millisecond  // without an arrival, what is missing is lost
 	pressPause = 200 * time.Microsecond // between bursts of a steady load
+	pressMost  = time.Millisecond
 )
 
 // forward sends through all pairs in turn for a while, from a to b, with at most window bytes on their way.
@@ -81,7 +82,8 @@ func channelRun(segments int) []byte {
 	return run
 }
 
-// press sends from a to b at a rate in bit/s until ctx ends, in bursts of what pressPause owes.
+// press sends from a to b at a rate in bit/s until ctx ends, in bursts of what pressPause owes. What it owes because it was not
+// given the processor for longer than pressMost it forgets: nobody sends that at once.
 func (p *relayPair) press(ctx context.Context, segments int, rate float64) error {
 	run := channelRun(segments)
 	perRun := float64(segments*relaySegment) * 8
@@ -89,7 +91,8 @@ func (p *relayPair) press(ctx context.Context, segments int, rate float64) error
 	defer tick.Stop()
 	start, sent := time.Now(), 0.0
 	for {
-		for owed := time.Since(start).Seconds() * rate; sent+perRun <= owed; sent += perRun {
+		owed := time.Since(start).Seconds() * rate
+		for sent = max(sent, owed-pressMost.Seconds()*rate); sent+perRun <= owed; sent += perRun {
 			if err := p.a.sock.Write(run, 4+relaySegment, 0, udpio.Peer{}); err != nil && !errors.Is(err, syscall.ENOBUFS) {
 				return err
 			}
