@@ -12,6 +12,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/daemon"
+	"sallyway/relay/reverse"
 )
 
 // nodeKind is one of the three kinds of node that people make.
@@ -199,15 +200,28 @@ func showNode(w io.Writer, n control.NodeRecord) {
 	for _, name := range sortedKeys(n.Load) {
 		load = append(load, fmt.Sprintf("%s %g", name, n.Load[name]))
 	}
-	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "state", n.State, "host", hostPort(n.Host, n.Port)+announced(n), "peers", join(n.Peers),
+	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "state", n.State, "host", hostPort(n.Host, n.Port)+announced(n), "last rung", lastRung(n), "peers", join(n.Peers),
 		"relays", join(n.Relays), "virtual", join(n.Virtual), "version", n.Version, "load", strings.Join(load, ", "),
 		"problems", strings.Join(n.Problems, "; "), "key", key, "certificate until", moment(n.NotAfter),
 		"created", moment(&n.Created), "enrolled", moment(n.Enrolled), "last seen", moment(n.LastSeen))
 }
 
+// lastRung words the ports of a relay's last rung.
+func lastRung(n *control.NodeRecord) string {
+	var out []string
+	if n.SSHPort != 0 {
+		out = append(out, fmt.Sprintf("ssh %d", n.SSHPort))
+	}
+	if n.TLSPort != 0 {
+		out = append(out, fmt.Sprintf("tls %d", n.TLSPort))
+	}
+	return strings.Join(out, ", ")
+}
+
 func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 	var relay relayFlags
 	var name, from string
+	var sshPort, tlsPort uint16
 	cmd := &cobra.Command{
 		Use: "update NAME [--name NEW]", Short: "Change a " + k.name, Args: one("the " + k.name + "'s name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -231,6 +245,12 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 			}
 			if flags.Changed("port") {
 				u.Port = &relay.port
+			}
+			if flags.Changed("ssh-port") {
+				u.SSHPort = &sshPort
+			}
+			if flags.Changed("tls-port") {
+				u.TLSPort = &tlsPort
 			}
 			if flags.Changed("peer") {
 				peers, err := parseAll(relay.peers, "--peer", netip.ParseAddrPort)
@@ -256,7 +276,9 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&name, "name", "", "a new name")
 	if k == relays {
-		cmd.Use = "update NAME [--name NEW] [--host HOST [--from DATE]] [--port N] [--peer ADDR:PORT]"
+		cmd.Use = "update NAME [--name NEW] [--host HOST [--from DATE]] [--port N] [--ssh-port N] [--tls-port N] [--peer ADDR:PORT]"
+		cmd.Flags().Uint16Var(&sshPort, "ssh-port", reverse.SSHPort, "SSH port of the last rung that gateways are told to dial; 0 is none")
+		cmd.Flags().Uint16Var(&tlsPort, "tls-port", reverse.TLSPort, "TLS port of the last rung that clients are told to dial; 0 is none")
 		cmd.Long = "Change a relay. With --from the new host is announced: until then nodes use the old one, and `sallyway firewall` lists both."
 		cmd.Flags().StringVar(&from, "from", "", "when the new host takes over, such as 2027-01-31 or 2027-01-31T22:00:00Z (default: at once)")
 		relay.register(cmd)

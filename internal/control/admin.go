@@ -79,6 +79,9 @@ type NodeRecord struct {
 	// For relays.
 	Host string `json:"host,omitempty"`
 	Port uint16 `json:"port,omitempty"`
+	// SSHPort and TLSPort are those of the last rung; 0 is none, or software that has none.
+	SSHPort uint16 `json:"ssh_port,omitempty"`
+	TLSPort uint16 `json:"tls_port,omitempty"`
 	// NextHost is what Host will be from NextFrom on, so that firewalls can list both until then.
 	NextHost string             `json:"next_host,omitempty"`
 	NextFrom *time.Time         `json:"next_from,omitempty"`
@@ -113,6 +116,9 @@ type UpdateNode struct {
 	From  *time.Time        `json:"from,omitempty"`
 	Port  *uint16           `json:"port,omitempty"`
 	Peers *[]netip.AddrPort `json:"peers,omitempty"`
+	// SSHPort and TLSPort are those of a relay's last rung that nodes are told to dial; 0 is none.
+	SSHPort *uint16 `json:"ssh_port,omitempty"`
+	TLSPort *uint16 `json:"tls_port,omitempty"`
 }
 
 // CreateTURNCredential asks for a credential that standard TURN software can use at a relay, as a client node of the organization.

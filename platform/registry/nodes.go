@@ -19,6 +19,7 @@ import (
 	"sallyway/platform/presence"
 	"sallyway/platform/store"
 	"sallyway/platform/view"
+	"sallyway/relay/reverse"
 	"sallyway/relay/wire"
 )
 
@@ -29,6 +30,15 @@ func (r *Registry) record(ctx context.Context, tx store.Tx, o *store.Org, n *sto
 	rec := &control.NodeRecord{
 		ID: n.ID, Name: n.Name, Kind: n.Kind, State: r.Board.State(n, r.Now()), Created: n.Created, Version: n.Version,
 		Virtual: view.Addresses(o, n.Address), Host: n.Host, Port: n.Port, Peers: n.Peers,
+	}
+	if n.Kind == identity.Relay {
+		rungs, err := tx.RelayRungs(ctx, n.Org)
+		if err != nil {
+			return nil, err
+		}
+		if r := rungs[n.ID]; r != nil {
+			rec.SSHPort, rec.TLSPort = r.SSHPort, r.TLSPort
+		}
 	}
 	if n.NextHost != "" {
 		rec.NextHost, rec.NextFrom = n.NextHost, &n.NextFrom
@@ -319,7 +329,7 @@ func (r *Registry) UpdateNode(ctx context.Context, org string, kind identity.Kin
 			detail["old_name"] = n.Name
 			n.Name = *req.Name
 		}
-		if kind != identity.Relay && (req.Host != nil || req.Port != nil || req.Peers != nil) {
+		if kind != identity.Relay && (req.Host != nil || req.Port != nil || req.Peers != nil || req.SSHPort != nil || req.TLSPort != nil) {
 			return nil, invalid("body.host", "leave out host, port and peers", "only relays have a host, a port and peers")
 		}
 		if req.Host != nil {
@@ -354,8 +364,31 @@ func (r *Registry) UpdateNode(ctx context.Context, org string, kind identity.Kin
 			n.Peers = *req.Peers
 			detail["peers"] = n.Peers
 		}
-		return detail, nil
+		return detail, c.updateRungs(ctx, n, req, detail)
 	})
+}
+
+// updateRungs changes the ports of a relay's last rung.
+func (c *change) updateRungs(ctx context.Context, n *store.Node, req control.UpdateNode, detail map[string]any) error {
+	if req.SSHPort == nil && req.TLSPort == nil {
+		return nil
+	}
+	all, err := c.RelayRungs(ctx, n.Org)
+	if err != nil {
+		return err
+	}
+	r := all[n.ID]
+	if r == nil {
+		r = &store.RelayRungs{Relay: n.ID, SSHPort: reverse.SSHPort, TLSPort: reverse.TLSPort}
+	}
+	if req.SSHPort != nil {
+		r.SSHPort = *req.SSHPort
+	}
+	if req.TLSPort != nil {
+		r.TLSPort = *req.TLSPort
+	}
+	detail["ssh_port"], detail["tls_port"] = r.SSHPort, r.TLSPort
+	return c.PutRelayRungs(ctx, r)
 }
 
 // DisableNode takes a node its rights until EnableNode.

@@ -335,7 +335,6 @@ func signerOf(t testing.TB, id reverse.Identity) ssh.Signer {
 
 func pemOf(b *pem.Block) []byte { return pem.EncodeToMemory(b) }
 
-
 func addrOf(a, b, c, d byte) netip.Addr { return netip.AddrFrom4([4]byte{a, b, c, d}) }
 
 func addrFrom(s string) netip.Addr { return netip.MustParseAddr(s) }
