@@ -207,7 +207,7 @@ func showNode(w io.Writer, n control.NodeRecord) {
 }
 
 // lastRung words the ports of a relay's last rung.
-func lastRung(n *control.NodeRecord) string {
+func lastRung(n control.NodeRecord) string {
 	var out []string
 	if n.SSHPort != 0 {
 		out = append(out, fmt.Sprintf("ssh %d", n.SSHPort))

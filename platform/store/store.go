@@ -284,7 +284,7 @@ type Tx interface {
 	RelayKeys(ctx context.Context, relay string) ([]*RelayKey, error) // newest first
 	DeleteRelayKey(ctx context.Context, relay, id string) error
 
-	PutRelayRungs(ctx context.Context, r *RelayRungs) error                        // inserts or replaces
+	PutRelayRungs(ctx context.Context, r *RelayRungs) error                     // inserts or replaces
 	RelayRungs(ctx context.Context, org string) (map[string]*RelayRungs, error) // by relay; those that have a last rung
 
 	PutSessionEnd(ctx context.Context, e *SessionEnd) error
