@@ -76,6 +76,12 @@ func (b *benchRun) load(ctx context.Context, up bool) (*BenchLoad, error) {
 	if up {
 		port = trial.PortDiscard
 	}
+	g, gctx := errgroup.WithContext(ctx)
+	defer func() { _ = g.Wait() }() // after the resets below; its error was taken by then, or there is another
+	var mu sync.Mutex               // guards what follows
+	var total trial.Received
+	var first, last time.Time
+	counting := make(chan struct{}) // closed when all are open: what came before does not count
 	flows := make([]*tunnel.Stream, b.cfg.Flows)
 	for i := range flows {
 		str, release, err := b.open(ctx, port)
@@ -85,31 +91,12 @@ func (b *benchRun) load(ctx context.Context, up bool) (*BenchLoad, error) {
 		flows[i] = str
 		defer str.Reset()
 		defer release()
-	}
-	before, err := b.sample()
-	if err != nil {
-		return nil, err
-	}
-	end := time.Now().Add(b.cfg.Time)
-	var lat []time.Duration
-	var mu sync.Mutex // guards what follows
-	var total trial.Received
-	var first, last time.Time
-	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() (err error) {
-		lat, err = b.latency(gctx, func(int) bool { return time.Now().Before(end) })
-		return err
-	})
-	for _, str := range flows {
+		if up {
+			continue
+		}
+		// It is read from at once: what waits to be read fills the window that all flows of the session share, and the next one would not open.
 		g.Go(func() error {
-			if up {
-				got, err := sendUntil(str, end)
-				mu.Lock()
-				defer mu.Unlock()
-				total.Bytes, total.Took = total.Bytes+got.Bytes, max(total.Took, got.Took)
-				return err
-			}
-			n, began, ended, err := b.receiveUntil(str, end)
+			n, began, ended, err := b.receive(str, counting)
 			mu.Lock()
 			defer mu.Unlock()
 			total.Bytes += n
@@ -119,6 +106,32 @@ func (b *benchRun) load(ctx context.Context, up bool) (*BenchLoad, error) {
 			if ended.After(last) {
 				last = ended
 			}
+			return err
+		})
+	}
+	before, err := b.sample()
+	if err != nil {
+		return nil, err
+	}
+	end := time.Now().Add(b.cfg.Time)
+	close(counting)
+	var lat []time.Duration
+	g.Go(func() (err error) {
+		lat, err = b.latency(gctx, func(int) bool { return time.Now().Before(end) })
+		return err
+	})
+	for _, str := range flows {
+		if !up {
+			if err := str.SetReadDeadline(end); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		g.Go(func() error {
+			got, err := sendUntil(str, end)
+			mu.Lock()
+			defer mu.Unlock()
+			total.Bytes, total.Took = total.Bytes+got.Bytes, max(total.Took, got.Took)
 			return err
 		})
 	}
@@ -169,16 +182,21 @@ func sendUntil(str *tunnel.Stream, end time.Time) (got trial.Received, err error
 	return got, nil
 }
 
-// receiveUntil reads until end, then resets the flow.
-func (b *benchRun) receiveUntil(str *tunnel.Stream, end time.Time) (n uint64, first, last time.Time, err error) {
+// receive reads until the flow's deadline, which is set later, counts what comes once counting is closed, and resets the flow.
+func (b *benchRun) receive(str *tunnel.Stream, counting <-chan struct{}) (n uint64, first, last time.Time, err error) {
 	defer str.Reset()
 	buf := make([]byte, largeWrite)
-	if err := str.SetReadDeadline(end); err != nil {
-		return 0, first, last, err
-	}
+	counts := false
 	for {
 		k, err := str.Read(buf)
-		if k > 0 {
+		if !counts {
+			select {
+			case <-counting:
+				counts = true
+			default:
+			}
+		}
+		if k > 0 && counts {
 			last = time.Now()
 			if first.IsZero() {
 				first = last

@@ -65,12 +65,12 @@ func TestBench(t *testing.T) {
 		}
 	})
 	t.Run("a gateway, one direction, text", func(t *testing.T) {
-		r, err := s.Client.Run(ctx, bin, "bench", "--state", s.Laptop.State, lab.Office, "--time", "500ms", "--flows", "3", "--down", "--udp", "off")
+		r, err := s.Client.Run(ctx, bin, "bench", "--state", s.Laptop.State, lab.Office, "--time", "500ms", "--flows", "32", "--down", "--udp", "off")
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Logf("\n%s", r.Stdout)
-		for _, want := range []string{"gateway office", "over relay-", "STUN Binding", "path probes", "down", "3 flows", "small messages meanwhile", "congestion window"} {
+		for _, want := range []string{"gateway office", "over relay-", "STUN Binding", "path probes", "down", "32 flows", "small messages meanwhile", "congestion window"} {
 			if !strings.Contains(r.Stdout, want) {
 				t.Errorf("the text lacks %q", want)
 			}
