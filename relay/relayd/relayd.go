@@ -24,6 +24,8 @@ import (
 	"sallyway/internal/identity"
 	"sallyway/internal/version"
 	"sallyway/relay"
+	"sallyway/relay/fallback"
+	"sallyway/relay/reverse"
 	"sallyway/relay/wire"
 )
 
@@ -45,6 +47,7 @@ type options struct {
 	daemon.Options
 	listenIP, relayIP, advertise string
 	port, minPort, maxPort       uint16
+	sshPort, tlsPort             uint16
 	shards, maxAllocations       int
 	drain                        time.Duration
 }
@@ -57,7 +60,8 @@ func Command() *cobra.Command {
 		Short: "Run the relay",
 		Long: `Run a relay: gateways and clients of its organization meet here, and it passes on what it can not read.
 
-It needs inbound 5349/udp and 5349/tcp, and for configured peers the relayed ports (49152-65535/udp); outbound 443/tcp to the platform.
+It needs inbound 5349/udp and 5349/tcp, 2222/tcp and 8443/tcp for nodes whose networks let only these through, and for configured peers the
+relayed ports (49152-65535/udp); outbound 443/tcp to the platform.
 The first run needs the token that "sallyway relay create NAME --host HOST" printed; the same command again starts it without enrolling.`,
 		Example: "  relayd start --token-file relay.token\n  relayd start --listen-ip 203.0.113.7",
 		Args:    cobra.NoArgs,
@@ -67,6 +71,8 @@ The first run needs the token that "sallyway relay create NAME --host HOST" prin
 	f := start.Flags()
 	f.StringVar(&o.listenIP, "listen-ip", "", "address to listen on (default: every address)")
 	f.Uint16Var(&o.port, "listen-port", wire.Port, "port for STUN and TURN over UDP, DTLS, TCP and TLS")
+	f.Uint16Var(&o.sshPort, "ssh-port", reverse.SSHPort, "port of the last rung for gateways, by SSH; 0 switches it off")
+	f.Uint16Var(&o.tlsPort, "tls-port", reverse.TLSPort, "port of the last rung for clients, by TLS; 0 switches it off")
 	f.StringVar(&o.advertise, "advertise-ip", "", "address that nodes are told (default: the relay's host as the platform knows it)")
 	f.StringVar(&o.relayIP, "relay-ip", "", "address of relayed sockets (default: --listen-ip)")
 	f.Uint16Var(&o.minPort, "min-port", relay.DefaultMinPort, "first relayed port")
@@ -91,6 +97,9 @@ type relayDaemon struct {
 	agent *agent.Agent
 	srv   atomic.Pointer[relay.Server]
 	stop  context.CancelFunc // begins the drain
+
+	rung        atomic.Pointer[fallback.Server] // nil when it is off
+	rungProblem atomic.Pointer[string]          // why its ports are not open, "" when they are
 
 	following sync.Mutex // one configuration is taken over after the other
 
@@ -164,6 +173,7 @@ func (d *relayDaemon) relay(ctx, work context.Context) error {
 	defer stop()
 	g, run := errgroup.WithContext(run)
 	g.Go(func() error { return srv.Run(run) })
+	g.Go(func() error { return d.serveLastRung(run) })
 	g.Go(func() error {
 		d.sh.Ready("serving on " + srv.Addr().String())
 		d.sh.Log.Info("Relay server started successfully", "listen", srv.Addr(), "name", d.agent.Name())
@@ -184,9 +194,12 @@ func (d *relayDaemon) drain(srv *relay.Server) {
 	ctx, cancel := context.WithTimeout(context.Background(), d.opts.drain)
 	defer cancel()
 	go d.agent.HeartbeatNow()
+	var rung sync.WaitGroup
+	rung.Go(func() { d.drainLastRung(ctx) })
 	if left := srv.Drain(ctx, d.opts.drain); left > 0 {
 		d.sh.Log.Warn("drain deadline reached", "allocations_left", left)
 	}
+	rung.Wait()
 }
 
 func (d *relayDaemon) newServer(ctx context.Context, c *control.Config) (*relay.Server, error) {
@@ -196,7 +209,7 @@ func (d *relayDaemon) newServer(ctx context.Context, c *control.Config) (*relay.
 	cfg := relay.Config{
 		MinPort: d.opts.minPort, MaxPort: d.opts.maxPort, Shards: d.opts.shards, Logger: d.sh.Log, Metrics: d.sh.Metrics,
 		Certificate: d.agent.Certificate, Keys: keys(c.Relay), Organizations: organizations(c.Relay), Denied: c.Relay.Denied,
-		Limits: relay.Limits{Allocations: d.opts.maxAllocations},
+		ServicePorts: d.opts.servicePorts(), Limits: relay.Limits{Allocations: d.opts.maxAllocations},
 	}
 	listen := netip.IPv4Unspecified()
 	var err error
@@ -218,7 +231,7 @@ func (d *relayDaemon) newServer(ctx context.Context, c *control.Config) (*relay.
 	if err != nil {
 		return nil, daemon.Usagef("%w", err)
 	}
-	return srv, nil
+	return srv, d.newLastRung(listen)
 }
 
 // advertised is the address that nodes are told: the flag's, the listening one, or the host's that the platform knows.
@@ -257,6 +270,7 @@ func (d *relayDaemon) follow() {
 	}
 	srv.SetKeys(keys(c.Relay))
 	srv.SetDenied(c.Relay.Denied)
+	d.followLastRung(c.Relay)
 	if err := srv.SetOrganizations(organizations(c.Relay)); err != nil {
 		d.sh.Log.Error("a configured peer is refused: its organization keeps its former peers, the rest of the configuration is in force", "err", err)
 		d.sh.Health.Set("organizations", err)
@@ -303,6 +317,9 @@ func (d *relayDaemon) heartbeat() control.Heartbeat {
 	} else if problem := d.portProblem(); problem != "" {
 		hb.State, hb.Problems = "degraded", []string{problem}
 	}
+	if problem := d.lastRungProblem(); problem != "" {
+		hb.Problems = append(hb.Problems, problem)
+	}
 	now := time.Now()
 	hb.Load = map[string]float64{"allocations": float64(s.Allocations)}
 	if dt := now.Sub(d.lastBeat).Seconds(); !d.lastBeat.IsZero() && dt > 0 {
@@ -327,13 +344,15 @@ type Status struct {
 	Platform agent.Status    `json:"platform"`
 	Listen   netip.AddrPort  `json:"listen,omitzero"`
 	Relay    *relay.Snapshot `json:"relay,omitempty"`
+	// LastRung is missing when it is switched off.
+	LastRung *fallback.Snapshot `json:"last_rung,omitempty"`
 }
 
 func (d *relayDaemon) status() Status {
 	st := Status{Platform: d.agent.Status()}
 	if srv := d.srv.Load(); srv != nil {
 		s := srv.Snapshot()
-		st.Listen, st.Relay = srv.Addr(), &s
+		st.Listen, st.Relay, st.LastRung = srv.Addr(), &s, d.lastRung()
 	}
 	return st
 }
@@ -354,7 +373,7 @@ func (d *relayDaemon) checks() []daemon.Check {
 			})
 		}
 	}
-	return append(out, row)
+	return append(append(out, row), d.lastRungCheck()...)
 }
 
 func renderStatus(w io.Writer, doc json.RawMessage) error {
@@ -368,6 +387,6 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 		return err
 	}
 	fmt.Fprintf(w, "relay      on %v, up %v, %d allocations, %d connections, draining %v\n", st.Listen, st.Relay.Uptime.Round(time.Second), st.Relay.Allocations, st.Relay.Connections, st.Relay.Draining)
-	_, err := fmt.Fprintf(w, "relayed    %d bytes in %d datagrams, %d dropped\n", st.Relay.Bytes, st.Relay.Datagrams, st.Relay.Dropped)
-	return err
+	fmt.Fprintf(w, "relayed    %d bytes in %d datagrams, %d dropped\n", st.Relay.Bytes, st.Relay.Datagrams, st.Relay.Dropped)
+	return renderLastRung(w, st.LastRung)
 }
