@@ -20,6 +20,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent"
 	"sallyway/internal/daemon"
+	"sallyway/internal/doctor"
 	"sallyway/internal/legs"
 	"sallyway/tunnel"
 )
@@ -28,7 +29,7 @@ import (
 var spec = daemon.Spec{
 	Name: "sallyway connect", Role: "client", StateName: "client",
 	Capabilities: []string{"CAP_NET_ADMIN"}, Devices: []string{"/dev/net/tun rw"}, HostDNS: true,
-	RenderStatus: renderStatus,
+	RenderStatus: renderStatus, Checks: doctor.Network,
 }
 
 var program = agent.Program{Create: "sallyway client create NAME", Start: "sallyway connect"}

@@ -3,7 +3,9 @@ package e2e
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -13,6 +15,7 @@ import (
 	"time"
 
 	"sallyway/internal/control"
+	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 	"sallyway/internal/lab"
 )
@@ -205,6 +208,41 @@ func TestStatusDoctorVersion(t *testing.T) {
 		}
 	}
 	gatewayd := must(s.Bin("gatewayd"))(t)
+	diagnose := func(parts ...string) map[string]daemon.Check {
+		t.Helper()
+		r, err := s.Gateway.Run(ctx, append([]string{gatewayd, "doctor", "--json", "--state", s.GatewayA.State}, parts...)...)
+		var checks []daemon.Check
+		if jerr := json.Unmarshal([]byte(r.Stdout), &checks); jerr != nil {
+			t.Fatalf("doctor: %v, %v: %s", err, jerr, r.Stdout)
+		}
+		out := map[string]daemon.Check{}
+		for _, c := range checks {
+			out[c.Check] = c
+		}
+		return out
+	}
+	var rows map[string]daemon.Check
+	check(t, lab.Until(within(t, resume), 200*time.Millisecond, func() error {
+		rows = diagnose()
+		if c := rows["NAT"]; c.Result != daemon.Pass { // it is measured once a relay is reached
+			return fmt.Errorf("row NAT: %+v", c)
+		}
+		return nil
+	}))
+	for _, want := range []string{"DNS", "platform from here", "relay relay-1 by udp", "relay relay-2 by tls", "path MTU to relay-1", "UDP buffers", "TUN", "resources", "clock", "certificate"} {
+		if c, ok := rows[want]; !ok || c.Result != daemon.Pass {
+			t.Errorf("doctor's row %q: %+v", want, c)
+		}
+	}
+	check(t, s.BlockUDP(true))
+	rows = diagnose()
+	if c := rows["relay relay-1 by udp"]; c.Result != daemon.Warn || !strings.Contains(c.Remedy, "UDP port 5349") {
+		t.Errorf("UDP is blocked, and the doctor says %+v", c)
+	}
+	if c := rows["relay relay-1 by tls"]; c.Result != daemon.Pass {
+		t.Errorf("UDP is blocked, and the doctor says of TLS %+v", c)
+	}
+	check(t, s.BlockUDP(false))
 	if _, err := s.Gateway.Run(ctx, gatewayd, "down", "--state", s.GatewayA.State); err != nil {
 		t.Error(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent"
 	"sallyway/internal/daemon"
+	"sallyway/internal/doctor"
 	"sallyway/internal/identity"
 	"sallyway/internal/legs"
 	"sallyway/tunnel"
@@ -21,7 +22,7 @@ import (
 
 var spec = daemon.Spec{
 	Name: "gatewayd", Role: "gateway", Start: []string{"up"}, Capabilities: []string{"CAP_NET_ADMIN", "CAP_NET_RAW"}, Devices: []string{"/dev/net/tun rw"},
-	HostDNS: true, RenderStatus: renderStatus, StopTimeout: DefaultDrain + 15*time.Second,
+	HostDNS: true, RenderStatus: renderStatus, Checks: doctor.Network, StopTimeout: DefaultDrain + 15*time.Second,
 }
 
 var program = agent.Program{Create: "sallyway gateway create NAME", Start: "sudo gatewayd up"}

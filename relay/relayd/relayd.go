@@ -21,6 +21,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent"
 	"sallyway/internal/daemon"
+	"sallyway/internal/doctor"
 	"sallyway/internal/identity"
 	"sallyway/internal/version"
 	"sallyway/relay"
@@ -37,7 +38,7 @@ const resolveTimeout = 10 * time.Second
 
 var spec = daemon.Spec{
 	Name: "relayd", Role: "relay", Start: []string{"start"}, Capabilities: []string{"CAP_NET_BIND_SERVICE", "CAP_NET_ADMIN"},
-	StopTimeout: DefaultDrain + 15*time.Second, RenderStatus: renderStatus,
+	StopTimeout: DefaultDrain + 15*time.Second, RenderStatus: renderStatus, Checks: doctor.Network,
 }
 
 var program = agent.Program{Create: "sallyway relay create NAME --host ADDRESS", Start: "relayd start"}

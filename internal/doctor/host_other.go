@@ -1,0 +1,7 @@
+//go:build !linux
+
+package doctor
+
+import "sallyway/internal/daemon"
+
+func buffers() []daemon.Check { return nil }

@@ -1,0 +1,7 @@
+//go:build !linux
+
+package stun
+
+import "net"
+
+func forbidFragments(*net.UDPConn) error { return ErrNoDF }
