@@ -62,7 +62,9 @@ func TestGather(t *testing.T) {
 		g := newGatherer(k.transmit, up)
 		var loop sync.WaitGroup
 		loop.Go(g.loop)
-		send := func(c byte, n, segment int, ecn datagram.ECN) { g.send(minChannel+uint16(c&1), filled(c, n), segment, ecn) }
+		send := func(c byte, n, segment int, ecn datagram.ECN) {
+			g.send(minChannel+uint16(c&1), filled(c, n), segment, ecn)
+		}
 		// The first finds nobody sending, and is sent by the loop, since it is more than one datagram.
 		send('a', 250, 100, 0)
 		synctest.Wait()

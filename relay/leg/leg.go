@@ -55,8 +55,8 @@ const (
 	DefaultKeepalive = 15 * time.Second
 	// DefaultMTU is Ethernet's, in bytes of IP packet.
 	DefaultMTU = 1500
-	// DefaultQueue bounds what waits in a TLS leg to be written, in bytes: 20 ms of 100 Mbit/s. What comes when it is full is dropped.
-	DefaultQueue = 256 << 10
+	// DefaultQueue bounds what waits in a TLS leg to be written, in bytes: 20 ms of 400 Mbit/s. What comes when it is full is dropped.
+	DefaultQueue = 1 << 20
 	// DefaultAttempt bounds the attempt on one of the relay's addresses when there are more.
 	DefaultAttempt = 3 * time.Second
 )
@@ -88,7 +88,8 @@ type Config struct {
 	Keepalive time.Duration
 	// MTU of the path to the relay in bytes of IP packet; 0 is DefaultMTU. UDP channels derive MaxPayload from it.
 	MTU int
-	// Queue bounds in bytes what waits to be written on a TLS leg; 0 is DefaultQueue.
+	// Queue bounds in bytes what waits to be written on a TLS leg; 0 is DefaultQueue. Where less than that drains in 20 ms the bound is
+	// what does.
 	Queue int
 	// Logger takes the leg's changes of state; nil discards them. No secret is ever logged.
 	Logger *slog.Logger

@@ -2,6 +2,7 @@ package leg
 
 import (
 	"net"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,4 +21,21 @@ func limitUnsent(c *net.TCPConn, bytes int) error {
 		return err
 	}
 	return serr
+}
+
+// unsent returns how many bytes wait in a UDP socket's send buffer (SIOCOUTQ), with what the kernel needs to keep them.
+func unsent(c syscall.RawConn) (bytes int, err error) {
+	if cerr := c.Control(func(fd uintptr) { bytes, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }); cerr != nil {
+		return 0, cerr
+	}
+	return bytes, err
+}
+
+// limitBacklog has a UDP socket's send buffer hold this many bytes. The kernel doubles what it is told, for what it needs to keep them.
+func limitBacklog(c syscall.RawConn, bytes int) {
+	_ = c.Control(func(fd uintptr) {
+		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, bytes/2) != nil {
+			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, bytes/2)
+		}
+	})
 }

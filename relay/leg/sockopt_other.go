@@ -2,6 +2,14 @@
 
 package leg
 
-import "net"
+import (
+	"errors"
+	"net"
+	"syscall"
+)
 
 func limitUnsent(*net.TCPConn, int) error { return nil }
+
+func unsent(syscall.RawConn) (int, error) { return 0, errors.ErrUnsupported }
+
+func limitBacklog(syscall.RawConn, int) {}

@@ -30,14 +30,16 @@ type tlsCarrier struct {
 	tcp    *gather
 	conn   *tls.Conn
 	up     upcalls
-	limit  int
 	local  netip.AddrPort
 	remote netip.AddrPort
 
 	mu      sync.Mutex // guards what follows
 	wake    sync.Cond  // something to write, or closed
 	control []byte     // waiting, written before data
-	queue   []byte     // waiting data, at most limit bytes
+	queue   []byte     // waiting data, at most limit bytes with what is being written
+	writing int        // bytes of data that are being written
+	limit   int
+	backlog backlog
 	closed  bool
 }
 
@@ -52,7 +54,7 @@ func dialTLS(ctx context.Context, cfg *Config, addr netip.AddrPort, up upcalls, 
 	tc.VerifyConnection = func(cs tls.ConnectionState) error { return verifyChain(cfg, cs.PeerCertificates) }
 	tc.ServerName = cfg.Relay.ServerName()
 	tc.DynamicRecordSizingDisabled = true
-	t := &tlsCarrier{tcp: &gather{Conn: nc}, up: up, limit: cfg.Queue}
+	t := &tlsCarrier{tcp: &gather{Conn: nc}, up: up, limit: cfg.Queue, backlog: backlog{most: cfg.Queue}}
 	t.wake.L = &t.mu
 	t.conn = tls.Client(t.tcp, tc)
 	if err := t.conn.HandshakeContext(ctx); err != nil {
@@ -122,6 +124,7 @@ func (t *tlsCarrier) writeLoop() {
 		}
 		control, t.control = t.control, control[:0]
 		data, t.queue = t.queue, data[:0]
+		t.writing = len(data)
 		t.mu.Unlock()
 		t.tcp.hold()
 		var err error
@@ -138,6 +141,9 @@ func (t *tlsCarrier) writeLoop() {
 			t.up.broken(fmt.Errorf("write: %w", err))
 			return
 		}
+		t.mu.Lock()
+		t.writing = 0
+		t.mu.Unlock()
 	}
 }
 
@@ -171,6 +177,13 @@ func (t *tlsCarrier) send(number uint16, payload []byte, segment int, _ datagram
 func (t *tlsCarrier) enqueue(number uint16, payload []byte, segment int) (sent, bytes, unsent uint64, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	before := len(t.queue)
+	defer func() {
+		if now := sinceEpoch(); t.backlog.sent(len(t.queue)-before, now) {
+			t.limit, _ = t.backlog.look(t.writing+len(t.queue), now)
+		}
+		t.wake.Signal()
+	}()
 	for len(payload) > 0 {
 		n := min(segment, len(payload))
 		switch {
@@ -178,15 +191,11 @@ func (t *tlsCarrier) enqueue(number uint16, payload []byte, segment int) (sent, 
 			err = net.ErrClosed
 		case n > maxStreamPayload:
 			err = errTooLarge
-		case len(t.queue)+channelHeader+n+3 > t.limit:
+		case t.writing+len(t.queue)+channelHeader+n+3 > t.limit:
 			err = errQueueFull
 		}
 		if err != nil {
-			t.wake.Signal() // for what came before
 			return sent, bytes, uint64((len(payload) + segment - 1) / segment), err
-		}
-		if t.queue == nil {
-			t.queue = make([]byte, 0, t.limit)
 		}
 		var head [channelHeader]byte
 		binary.BigEndian.PutUint16(head[:], number)
@@ -198,7 +207,6 @@ func (t *tlsCarrier) enqueue(number uint16, payload []byte, segment int) (sent, 
 		sent++
 		bytes += uint64(n)
 	}
-	t.wake.Signal()
 	return sent, bytes, 0, nil
 }
 
@@ -220,12 +228,36 @@ func (t *tlsCarrier) close() {
 	_ = t.tcp.Conn.Close() // a write that is stuck gets an error
 }
 
-// gather is a TCP connection that collects the TLS records of a burst into one write. Without it every 16 KiB record is a system call.
+// streamRead is how much a TLS leg reads at a time, in bytes: many records. TLS itself asks for one.
+const streamRead = 128 << 10
+
+// gather is a TCP connection that collects the TLS records of a burst into one write, and reads many at once. Without it every 16 KiB record
+// is a system call.
 type gather struct {
 	net.Conn
+	in []byte // what was read, of which TLS has taken at; only the reader's
+	at int
+
 	mu      sync.Mutex // guards what follows, and writes
 	holding bool
 	buf     []byte
+}
+
+// Read implements net.Conn.
+func (g *gather) Read(b []byte) (int, error) {
+	if g.at == len(g.in) {
+		if g.in == nil {
+			g.in = make([]byte, 0, streamRead)
+		}
+		n, err := g.Conn.Read(g.in[:cap(g.in)])
+		g.in, g.at = g.in[:n], 0
+		if n == 0 {
+			return 0, err
+		}
+	}
+	n := copy(b, g.in[g.at:])
+	g.at += n
+	return n, nil
 }
 
 // Write implements net.Conn.
