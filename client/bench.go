@@ -241,7 +241,7 @@ func (b *benchRun) ask(req trial.Request) (a trial.Answer, err error) {
 		case errors.Is(err, io.EOF):
 			err = errors.New("it ended the run; its log says why")
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			err = fmt.Errorf("no answer within %v", answerTimeout)
+			err = fmt.Errorf("no answer within %v: the path is gone, or this node's rights are; see `sallyway connect status`", answerTimeout)
 		}
 		return a, fmt.Errorf("the gateway: %w", err)
 	}
