@@ -71,13 +71,15 @@ type RelayConfig struct {
 	Windows  []int         // bytes; the best counts, for each server
 	Pings    time.Duration // of each measurement of latency
 	Idle     int           // allocations over DTLS whose memory is measured; those over UDP are the most pairs
+	Settle   time.Duration // how long these are idle before it is measured again
 }
 
 // RelayDefaults are from one pair to 10 000 allocations, with what a quic-go sends at once and with as much as fits.
 func RelayDefaults() RelayConfig {
 	return RelayConfig{
 		Time: time.Second, Runs: 5, Links: []string{Loopback, Veth}, Pairs: []int{1, 10, 1000, 5000}, Segments: []int{13, 44},
-		Windows: []int{128 << 10, 512 << 10}, Pings: 2 * time.Second, Idle: 10_000,
+		Windows: []int{128 << 10, 512 << 10}, Pings: 2 * time.Second, Idle: idleAllocations,
+		Settle: 150 * time.Second, // the runtime collects garbage every two minutes at the latest, and gives memory back slowly
 	}
 }
 

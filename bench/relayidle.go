@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/hex"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -25,8 +27,14 @@ type RelayMemory struct {
 	Control     string `json:"control"` // how the clients talk to the relay
 	Allocations int    `json:"allocations"`
 	Empty       int64  `json:"empty_bytes"` // resident before the first
-	Idle        int64  `json:"idle_bytes"`  // resident with all of them
+	Idle        int64  `json:"idle_bytes"`  // resident with all of them, at once
+	// Settled is what is resident when they have been idle for a while: what was garbage of their beginning is gone. 0 is not
+	// measured.
+	Settled int64 `json:"settled_bytes,omitempty"`
 }
+
+// resident is what counts.
+func (m RelayMemory) resident() int64 { return cmp.Or(m.Settled, m.Idle) }
 
 // idleBar is what 10 000 idle allocations may cost.
 const (
@@ -72,7 +80,19 @@ func (r *relayRun) idleLegs(ctx context.Context, bed *relayBed) error {
 	if err != nil {
 		return err
 	}
-	r.res.RelayMemory = append(r.res.RelayMemory, RelayMemory{Server: OwnRelay, Control: "DTLS", Allocations: r.cfg.Idle, Empty: before.RSS, Idle: after.RSS})
+	m := RelayMemory{Server: OwnRelay, Control: "DTLS", Allocations: r.cfg.Idle, Empty: before.RSS, Idle: after.RSS}
+	if r.cfg.Settle > 0 {
+		select {
+		case <-time.After(r.cfg.Settle):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		if after, err = srv.proc.Usage(); err != nil {
+			return err
+		}
+		m.Settled = after.RSS
+	}
+	r.res.RelayMemory = append(r.res.RelayMemory, m)
 	return nil
 }
 
