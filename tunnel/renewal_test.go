@@ -141,7 +141,7 @@ func TestNoRenewal(t *testing.T) {
 		{"a queue of others", func(m *reno) { m.stats.MinRTT, m.others, m.slow = m.rtt, 30*time.Millisecond, false }},
 		{"a large window that is no smaller than it was", func(m *reno) { m.window, m.slow = 300e3, false }},
 		{"a path that shows no queue", func(m *reno) { m.buffer = 10e3 }},
-		{"a short path", func(m *reno) { m.rtt, m.slow = time.Millisecond, false }},
+		{"a short path", func(m *reno) { m.rtt, m.slow, m.demand = 3*time.Millisecond, false, 0.9*m.window/0.003 }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			m, r, at := long(), renewal{}, time.Duration(0)
@@ -150,6 +150,17 @@ func TestNoRenewal(t *testing.T) {
 				t.Errorf("renewed at %v", got)
 			}
 		})
+	}
+}
+
+// TestNoRenewalInSlowStart holds that a sender that was faster before, and moved, is left to its slow start.
+func TestNoRenewalInSlowStart(t *testing.T) {
+	m, r, at := long(), renewal{}, time.Duration(0)
+	m.rate, m.buffer = 1250e6, 120e6
+	m.run(&r, &at, 10*time.Second)
+	m.fresh()
+	if got := m.run(&r, &at, 10*time.Second); len(got) > 0 {
+		t.Errorf("renewed at %v", got)
 	}
 }
 
