@@ -84,11 +84,18 @@ func StatusCommand(spec Spec) *cobra.Command {
 // DoctorCommand checks the host and, where it runs, the daemon; the exit code is 1 if any check fails.
 func DoctorCommand(spec Spec) *cobra.Command {
 	l := &local{spec: spec}
-	return l.bind(&cobra.Command{
+	var bundle string
+	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Check this host and say what to do about what is wrong",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			checks := examine(cmd.Context(), spec, l.state)
+			if bundle != "" {
+				if err := writeBundle(cmd.Context(), bundle, spec, l.state, checks, time.Now()); err != nil {
+					return Failf("write the bundle: %w", err)
+				}
+				fmt.Fprintf(cmd.ErrOrStderr(), "%s holds the checks, the status and facts of this host; addresses and names are in it, secrets are masked: look before you send it\n", bundle)
+			}
 			print := renderChecks
 			if l.json {
 				print = func(w io.Writer, checks []Check) error { return printJSON(w, checks) }
@@ -101,7 +108,9 @@ func DoctorCommand(spec Spec) *cobra.Command {
 			}
 			return nil
 		},
-	}, true)
+	}
+	cmd.Flags().StringVar(&bundle, "bundle", "", "also write the findings to this file, a .tar.gz for whoever helps")
+	return l.bind(cmd, true)
 }
 
 // HealthcheckCommand exits with 0 if the daemon runs and is ready, and else with 1: a container's health check.
