@@ -36,7 +36,7 @@ type Config struct {
 	Logger *slog.Logger
 	// Standby is how many relays are held besides the active one; negative is none, 0 is one.
 	Standby int
-	// Transports are the ways to relays to try, in order; nil is UDP, then TLS.
+	// Transports are the ways to relays to try, in order; nil is UDP, then TLS, then the last rung: TLS on 8443.
 	Transports []leg.Transport
 }
 
@@ -78,10 +78,14 @@ func open(ctx context.Context, cfg Config) (*Client, error) {
 			c.sessions.Wake()
 		}
 	}
-	c.legs = legs.New(legs.Config{
-		Logger: cfg.Logger, Transports: cfg.Transports,
+	lc := legs.Config{
+		Logger: cfg.Logger, Transports: cfg.Transports, OnMissing: func(identity.Node) { wake() },
 		OnUp: func(identity.Node, *leg.Leg) { wake() }, OnDown: func(identity.Node, error) { wake() },
-	})
+	}
+	if cfg.Transports == nil { // else others were chosen
+		lc.Certificate = a.Certificate
+	}
+	c.legs = legs.New(lc)
 	c.sessions = NewSessions(SessionsConfig{
 		Certificate: a.Certificate, Legs: c.legs, Eager: true, Logger: cfg.Logger,
 		Trust: GatewayTrust(a, cfg.Logger),

@@ -15,10 +15,12 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyway/internal/control"
+	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
 	"sallyway/internal/legs"
 	"sallyway/internal/policy"
 	"sallyway/relay/leg"
+	"sallyway/relay/reverse"
 	"sallyway/tunnel"
 )
 
@@ -282,6 +284,7 @@ type gatewayLink struct {
 	wanted      atomic.Bool
 	told        atomic.Int64    // when a configuration last spoke of the gateway, in Unix nanoseconds
 	failed      int             // attempts in a row; of run
+	last        lastRung        // of run
 	single      bool            // the session was opened for one link; of run
 	suspected   tunnel.LinkInfo // whose leg was last asked to check its relay; of run
 	suspectedAt time.Time       // when; of run
@@ -383,6 +386,7 @@ func (g *gatewayLink) run(ctx context.Context) {
 		err = t.Err()
 		g.set(nil, err)
 		_ = t.Close("no longer needed")
+		g.sweepLast(tunnel.PathInfo{}, true)
 		if ctx.Err() == nil {
 			g.log.Info("session over", "err", err)
 		}
@@ -404,10 +408,22 @@ func (g *gatewayLink) connect(ctx context.Context) (*tunnel.Session, error) {
 		if err == nil {
 			return t, nil
 		}
+		g.noteAbsent(ref.Node, err)
 		errs = append(errs, fmt.Errorf("over relay %s: %w", ref.Name, err))
 		if errors.Is(err, tunnel.ErrDenied) {
-			break
+			return nil, errors.Join(errs...)
 		}
+	}
+	var t *tunnel.Session
+	err := g.overLast(ctx, func(ctx context.Context, l *reverse.Link, info tunnel.LinkInfo) (err error) {
+		t, err = g.open(ctx, l, info)
+		return err
+	})
+	if err == nil {
+		return t, nil
+	}
+	if !errors.Is(err, legs.ErrNoLastRung) {
+		errs = append(errs, err)
 	}
 	switch {
 	case len(errs) > 0:
@@ -425,12 +441,17 @@ func (g *gatewayLink) dial(ctx context.Context, l *leg.Leg, name string) (*tunne
 	if err != nil {
 		return nil, err
 	}
+	return g.open(ctx, ch, linkInfo(l, name, g.node))
+}
+
+// open opens a session over a link.
+func (g *gatewayLink) open(ctx context.Context, l datagram.Link, info tunnel.LinkInfo) (*tunnel.Session, error) {
 	// A session that begins with one relay keeps to one link, and is repointed when that is lost: it gets no standby even if a second relay
 	// joins the configuration later.
 	g.single = len(g.ref.Load().Relays) == 1
 	return tunnel.Dial(ctx, tunnel.DialConfig{
 		SingleLink: g.single,
-		Link:       ch, Info: linkInfo(l, name, g.node), Gateway: g.node, Certificate: g.s.cfg.Certificate, Trust: g.s.cfg.Trust, Logger: g.log,
+		Link:       l, Info: info, Gateway: g.node, Certificate: g.s.cfg.Certificate, Trust: g.s.cfg.Trust, Logger: g.log,
 		OnPath: func(tunnel.PathEvent) { poke(g.events) }, OnNotice: g.notice,
 	})
 }
@@ -473,6 +494,15 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 		case <-tick.C:
 		}
 		g.rescue(ctx, t)
+		g.sweepLast(t.Path(), false)
+		if ref, l := g.better(t.Path()); l != nil && busy.CompareAndSwap(false, true) {
+			g.last.next = time.Now().Add(g.last.wait)
+			g.last.wait = min(2*g.last.wait, climbMost)
+			standby.Go(func() {
+				defer busy.Store(false)
+				g.climb(sctx, t, ref, l)
+			})
+		}
 		if !g.single && g.standbyMissing(t) && time.Now().After(nextStandby) && busy.CompareAndSwap(false, true) {
 			nextStandby = time.Now().Add(2 * time.Second)
 			standby.Go(func() {
@@ -486,6 +516,7 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 // rescue moves a session off an active path that is gone, dead or draining: to the standby, else to whatever relay is up.
 func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 	p := t.Path()
+	g.noteDead(p)
 	var reason string
 	gone := false
 	switch {
@@ -494,12 +525,12 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 	case p.Active.State == tunnel.Dead:
 		reason, gone = "probes are not answered", true
 		g.suspect(p.Active.Info)
-	case g.draining(p.Active.Info):
+	case g.draining(p.Active):
 		reason = "the relay is draining"
 	default:
 		return
 	}
-	if p.Standby.Link != nil && !closed(p.Standby.Link.Done()) && p.Standby.State != tunnel.Dead && !g.draining(p.Standby.Info) {
+	if p.Standby.Link != nil && !closed(p.Standby.Link.Done()) && p.Standby.State != tunnel.Dead && !g.draining(p.Standby) {
 		if err := t.Failover(reason); err == nil {
 			g.log.Info("path moved", "from", p.Active.Info.Name, "to", p.Standby.Info.Name, "reason", reason)
 			return
@@ -516,6 +547,7 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 		cctx, cancel := context.WithTimeout(ctx, connectTimeout/2)
 		ch, err := l.Connect(cctx, g.node)
 		cancel()
+		g.noteAbsent(ref.Node, err)
 		if err != nil || ch == p.Active.Link {
 			continue
 		}
@@ -526,6 +558,7 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 		g.log.Info("path moved", "from", p.Active.Info.Name, "to", info.Name, "reason", reason)
 		return
 	}
+	g.rescueLast(ctx, t, p.Active.Info.Name, reason)
 }
 
 // suspectInterval is how often a leg under a dead path is asked to check its relay.
@@ -545,8 +578,12 @@ func (g *gatewayLink) suspect(info tunnel.LinkInfo) {
 	}
 }
 
-// draining reports whether the leg of a path's relay is being drained.
-func (g *gatewayLink) draining(info tunnel.LinkInfo) bool {
+// draining reports whether a path's relay is being drained.
+func (g *gatewayLink) draining(p tunnel.PathStatus) bool {
+	if last, ok := p.Link.(*reverse.Link); ok {
+		return closed(last.Draining())
+	}
+	info := p.Info
 	for _, ref := range g.ref.Load().Relays {
 		l, _ := g.s.cfg.Legs.Current(ref.Node)
 		if l != nil && linkInfo(l, ref.Name, g.node) == info {

@@ -13,6 +13,7 @@ package legs
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -52,6 +53,10 @@ type Config struct {
 	// OnUp and OnDown are told of every leg, from the goroutine of its relay; they must not block. Either may be nil.
 	OnUp   func(relay identity.Node, l *leg.Leg)
 	OnDown func(relay identity.Node, err error)
+	// Certificate is what this node shows on the last rung; nil is that it dials none.
+	Certificate func() (*tls.Certificate, error)
+	// OnMissing is told when the last rung is worth a try, as OnUp; nil is nothing.
+	OnMissing func(relay identity.Node)
 	// Control is called on every socket (see net.Dialer.Control).
 	Control func(network, address string, c syscall.RawConn) error
 	// Transports are those to try, in order of preference; nil is UDP, then TLS.
@@ -73,6 +78,8 @@ type Keeper struct {
 	mu     sync.Mutex
 	wanted map[string][]control.RelayRef // by who wants them
 	relays map[identity.Node]*relay
+	// refused is until when the last rung is not tried again.
+	refused map[lastKey]time.Time
 }
 
 // relay is the state of one wanted relay; the fields below mu belong to it.
@@ -89,6 +96,8 @@ type relay struct {
 	lastErr error
 	since   time.Time
 	tries   int
+	missing time.Time // since when there is no leg; zero while there is one
+	failed  bool      // an attempt failed since
 }
 
 // Status is what is known of one relay's leg.
@@ -132,7 +141,7 @@ func New(cfg Config) *Keeper {
 	}
 	return &Keeper{
 		cfg: cfg, retry: RetryInterval, upgrade: UpgradeInterval,
-		wake: make(chan struct{}, 1), wanted: map[string][]control.RelayRef{}, relays: map[identity.Node]*relay{},
+		wake: make(chan struct{}, 1), wanted: map[string][]control.RelayRef{}, relays: map[identity.Node]*relay{}, refused: map[lastKey]time.Time{},
 	}
 }
 
@@ -298,6 +307,9 @@ func (r *relay) keep(ctx context.Context) {
 	r.mu.Lock()
 	log := r.k.cfg.Logger.With("relay", r.ref.Name)
 	r.mu.Unlock()
+	r.mu.Lock()
+	r.missing = time.Now()
+	r.mu.Unlock()
 	defer r.set(nil, ErrUnwanted) // who waits for the leg looks again
 	for ctx.Err() == nil {
 		started := time.Now()
@@ -316,6 +328,10 @@ func (r *relay) keep(ctx context.Context) {
 				return
 			}
 			r.set(nil, err)
+			r.mu.Lock()
+			r.failed = true
+			r.mu.Unlock()
+			r.missed()
 			log.Warn("relay not reached", "err", err, "retry_every", r.k.retry)
 			if !r.pause(ctx, time.Until(started.Add(jitter(r.k.retry)))) {
 				return
@@ -410,8 +426,11 @@ func (r *relay) set(l *leg.Leg, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.current, r.lastErr, r.since = l, err, time.Now()
-	if l != nil {
-		r.tries = 0
+	switch {
+	case l != nil:
+		r.tries, r.missing, r.failed = 0, time.Time{}, false
+	case r.missing.IsZero():
+		r.missing = time.Now()
 	}
 	close(r.changed)
 	r.changed = make(chan struct{})
@@ -424,15 +443,15 @@ func (r *relay) dial(ctx context.Context, transports []leg.Transport) (*leg.Leg,
 	r.mu.Lock()
 	ref := r.ref
 	r.mu.Unlock()
-	addrs, err := r.resolve(ctx, ref)
+	addrs, err := r.k.Addrs(ctx, ref, ref.Port)
 	if err != nil {
 		return nil, err
 	}
-	roots, err := identity.DecodeCertificates([]byte(ref.Roots))
+	trust, err := relayTrust(ref)
 	if err != nil {
-		return nil, fmt.Errorf("roots of relay %s: %w", ref.Name, err)
+		return nil, err
 	}
-	trust := &identity.Trust{Roots: roots, Pins: ref.Pins}
+	defer time.AfterFunc(LastStagger, r.missed).Stop()
 	type result struct {
 		l   *leg.Leg
 		err error
@@ -491,19 +510,19 @@ func (r *relay) onRendezvous() func(identity.Node, netip.AddrPort, *leg.Channel)
 	return func(peer identity.Node, _ netip.AddrPort, ch *leg.Channel) { r.k.cfg.OnRendezvous(n, peer, ch) }
 }
 
-// resolve finds the relay's addresses, IPv4 first.
-func (r *relay) resolve(ctx context.Context, ref control.RelayRef) ([]netip.AddrPort, error) {
+// Addrs finds the addresses of a port of a relay, IPv4 first.
+func (k *Keeper) Addrs(ctx context.Context, ref control.RelayRef, port uint16) ([]netip.AddrPort, error) {
 	if a, err := netip.ParseAddr(ref.Host); err == nil {
-		return []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), ref.Port)}, nil
+		return []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), port)}, nil
 	}
-	addrs, err := r.k.cfg.Resolver.LookupNetIP(ctx, "ip", ref.Host)
+	addrs, err := k.cfg.Resolver.LookupNetIP(ctx, "ip", ref.Host)
 	if err != nil {
 		return nil, fmt.Errorf("address of relay %s: %w", ref.Name, err)
 	}
 	slices.SortStableFunc(addrs, func(a, b netip.Addr) int { return a.Unmap().BitLen() - b.Unmap().BitLen() })
 	out := make([]netip.AddrPort, len(addrs))
 	for i, a := range addrs {
-		out[i] = netip.AddrPortFrom(a.Unmap(), ref.Port)
+		out[i] = netip.AddrPortFrom(a.Unmap(), port)
 	}
 	return out, nil
 }

@@ -462,12 +462,12 @@ func TestDraining(t *testing.T) {
 }
 
 func TestResolveSortsIPv4First(t *testing.T) {
-	r := &relay{k: New(Config{})}
-	addrs, err := r.resolve(t.Context(), control.RelayRef{Host: "::ffff:127.0.0.1", Port: 5349})
+	k := New(Config{})
+	addrs, err := k.Addrs(t.Context(), control.RelayRef{Host: "::ffff:127.0.0.1"}, 5349)
 	if want := []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:5349")}; err != nil || !slices.Equal(addrs, want) {
 		t.Errorf("%v, %v, want %v", addrs, err, want)
 	}
-	if addrs, err := r.resolve(t.Context(), control.RelayRef{Host: "::1", Port: 1}); err != nil || !slices.Equal(addrs, []netip.AddrPort{netip.MustParseAddrPort("[::1]:1")}) {
+	if addrs, err := k.Addrs(t.Context(), control.RelayRef{Host: "::1"}, 1); err != nil || !slices.Equal(addrs, []netip.AddrPort{netip.MustParseAddrPort("[::1]:1")}) {
 		t.Errorf("%v, %v", addrs, err)
 	}
 }

@@ -1,0 +1,123 @@
+package legs
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"sallyway/internal/control"
+	"sallyway/internal/identity"
+	"sallyway/relay/leg"
+	"sallyway/relay/reverse"
+)
+
+// LastStagger is how long a relay's leg is waited for before the last rung is tried beside it; where UDP and TLS were both refused, it is
+// tried at once.
+const LastStagger = 3 * time.Second
+
+// Names of the last rung beside leg.UDP and leg.TLS: a client's end and a gateway's.
+const (
+	LastTLS leg.Transport = "tls-8443"
+	LastSSH leg.Transport = "ssh-2222"
+)
+
+// ErrNoLastRung says that there is no last rung: the relay or this node has none, or it was asked for a peer a moment ago and refused.
+var ErrNoLastRung = errors.New("no last rung")
+
+// lastKey is a peer at a relay.
+type lastKey struct{ relay, peer identity.Node }
+
+// Missing reports whether a wanted relay's leg has been missing for LastStagger, or can not be had.
+func (k *Keeper) Missing(n identity.Node) bool {
+	r := k.relay(n)
+	if r == nil {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.current == nil && !r.missing.IsZero() && (r.failed || time.Since(r.missing) >= LastStagger)
+}
+
+// UpFor is how long a relay's leg has been up as it is; 0 where it is not.
+func (k *Keeper) UpFor(n identity.Node) time.Duration {
+	r := k.relay(n)
+	if r == nil {
+		return 0
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.current == nil {
+		return 0
+	}
+	return time.Since(r.since)
+}
+
+func (k *Keeper) relay(n identity.Node) *relay {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.relays[n]
+}
+
+// Last connects to a peer over the relay's TLS port. ErrNoLastRung is at once.
+func (k *Keeper) Last(ctx context.Context, relay, peer identity.Node) (*reverse.Link, error) {
+	r := k.relay(relay)
+	if r == nil {
+		return nil, ErrUnwanted
+	}
+	r.mu.Lock()
+	ref := r.ref
+	r.mu.Unlock()
+	key := lastKey{relay, peer}
+	k.mu.Lock()
+	rest := time.Until(k.refused[key])
+	k.mu.Unlock()
+	if ref.TLSPort == 0 || k.cfg.Certificate == nil || rest > 0 {
+		return nil, ErrNoLastRung
+	}
+	addrs, err := k.Addrs(ctx, ref, ref.TLSPort)
+	if err != nil {
+		return nil, err
+	}
+	trust, err := relayTrust(ref)
+	if err != nil {
+		return nil, err
+	}
+	l, err := reverse.DialTLS(ctx, reverse.TLSConfig{
+		Relay: ref.Node, Addrs: addrs, Gateway: peer, Certificate: k.cfg.Certificate, Control: k.cfg.Control,
+		Verify: func(chain []*x509.Certificate) error {
+			_, err := trust.Verify(chain, x509.ExtKeyUsageServerAuth)
+			return err
+		},
+	})
+	if err != nil {
+		k.mu.Lock()
+		if len(k.refused) > maxRefused {
+			clear(k.refused)
+		}
+		k.refused[key] = time.Now().Add(jitter(k.retry))
+		k.mu.Unlock()
+		return nil, fmt.Errorf("%s over %s: %w", ref.Name, LastTLS, err)
+	}
+	return l, nil
+}
+
+// maxRefused bounds the pairs of relay and peer whose last refusal is remembered.
+const maxRefused = 4096
+
+// relayTrust is the trust in a relay's certificate.
+func relayTrust(ref control.RelayRef) (*identity.Trust, error) {
+	roots, err := identity.DecodeCertificates([]byte(ref.Roots))
+	if err != nil {
+		return nil, fmt.Errorf("roots of relay %s: %w", ref.Name, err)
+	}
+	return &identity.Trust{Roots: roots, Pins: ref.Pins}, nil
+}
+
+// missed tells that the last rung is worth a try.
+func (r *relay) missed() {
+	if r.k.cfg.OnMissing != nil && r.k.Missing(r.node) {
+		r.k.cfg.OnMissing(r.node)
+	}
+}
