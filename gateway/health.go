@@ -290,8 +290,8 @@ func probeAddr(ctx context.Context, at netip.AddrPort, host string, h policy.Hea
 		}
 	}
 	if h.Kind == policy.HealthTLS || h.Kind == policy.HealthHTTPS {
-		// Whether it answers is asked, not who it is: nothing is sent to it that is not sent to anybody.
-		t := tls.Client(c, &tls.Config{ServerName: host, InsecureSkipVerify: true}) //nolint:gosec // see above
+		// Whether it answers is asked, not who it is: its clients know its CA, a gateway does not. Nothing is sent to it that is not sent to anybody.
+		t := tls.Client(c, &tls.Config{ServerName: host, InsecureSkipVerify: true, VerifyConnection: inTime}) //nolint:gosec // see above
 		if err := t.HandshakeContext(ctx); err != nil {
 			return fmt.Errorf("TLS handshake with %v: %w", at, err)
 		}
@@ -301,6 +301,18 @@ func probeAddr(ctx context.Context, at netip.AddrPort, host string, h policy.Hea
 		return nil
 	}
 	return probeHTTP(ctx, c, at, host, h)
+}
+
+// inTime refuses a certificate whose time is over or has not come: its clients would.
+func inTime(cs tls.ConnectionState) error {
+	if len(cs.PeerCertificates) == 0 {
+		return errors.New("no certificate is shown")
+	}
+	leaf, now := cs.PeerCertificates[0], time.Now()
+	if now.After(leaf.NotAfter) || now.Before(leaf.NotBefore) {
+		return fmt.Errorf("the certificate is valid from %s to %s", leaf.NotBefore.UTC().Format(time.RFC3339), leaf.NotAfter.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // probeHTTP asks on an open connection.

@@ -186,28 +186,37 @@ func shown(ctx context.Context, base string) string {
 	if err != nil {
 		return ""
 	}
-	chain, err := handshake(ctx, net.JoinHostPort(u.Hostname(), portOf(base)), u.Hostname())
-	if err != nil {
-		return ""
-	}
-	return fmt.Sprintf(" (issued by %.80q)", chain[0].Issuer.String())
+	issuer := ""
+	_, _ = handshake(ctx, net.JoinHostPort(u.Hostname(), portOf(base)), u.Hostname(), func(chain []*x509.Certificate) error {
+		issuer = fmt.Sprintf(" (issued by %.80q)", chain[0].Issuer.String())
+		return errSeen
+	})
+	return issuer
 }
 
-// handshake does a TLS handshake and returns the chain, whatever it is: nothing is sent.
-func handshake(ctx context.Context, addr, name string) ([]*x509.Certificate, error) {
+// errSeen ends a handshake that was only begun to see the certificate.
+var errSeen = errors.New("seen")
+
+// handshake does a TLS handshake in which judge alone decides about the chain, and returns that.
+func handshake(ctx context.Context, addr, name string, judge func(chain []*x509.Certificate) error) (*x509.Certificate, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	d := tls.Dialer{Config: &tls.Config{ServerName: name, InsecureSkipVerify: true, MinVersion: tls.VersionTLS12}} //nolint:gosec // the caller judges
+	var leaf *x509.Certificate
+	d := tls.Dialer{Config: &tls.Config{
+		ServerName: name, MinVersion: tls.VersionTLS12, InsecureSkipVerify: true, //nolint:gosec // VerifyConnection judges
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			if len(cs.PeerCertificates) == 0 {
+				return errors.New("no certificate was shown")
+			}
+			leaf = cs.PeerCertificates[0]
+			return judge(cs.PeerCertificates)
+		},
+	}}
 	c, err := d.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return nil, err
 	}
-	defer c.Close()
-	chain := c.(*tls.Conn).ConnectionState().PeerCertificates
-	if len(chain) == 0 {
-		return nil, errors.New("no certificate was shown")
-	}
-	return chain, nil
+	return leaf, c.Close()
 }
 
 // rung is a way to a relay and how it is looked at.
@@ -305,27 +314,29 @@ func (e *identityError) Error() string { return e.why }
 // relayTLS does a TLS handshake with a relay and checks who it is.
 func relayTLS(ctx context.Context, at netip.AddrPort, ref *control.RelayRef) (string, error) {
 	started := time.Now()
-	chain, err := handshake(ctx, at.String(), ref.Node.ServerName())
+	leaf, err := handshake(ctx, at.String(), ref.Node.ServerName(), func(chain []*x509.Certificate) error {
+		roots, err := identity.DecodeCertificates([]byte(ref.Roots))
+		if err != nil {
+			return err
+		}
+		trust := identity.Trust{Roots: roots, Pins: ref.Pins}
+		n, err := trust.Verify(chain, x509.ExtKeyUsageServerAuth)
+		if err == nil && n != ref.Node {
+			err = fmt.Errorf("it is %v", n)
+		}
+		if err == nil {
+			return nil
+		}
+		return &identityError{
+			fmt.Sprintf("who answers is not relay %s: %v (its certificate is issued by %.80q)", ref.Name, err, chain[0].Issuer.String()),
+			"exempt the relay from TLS inspection; if relayd was moved to another host, see that its name leads there",
+		}
+	})
 	if err != nil {
 		return "", err
 	}
 	took := time.Since(started)
-	roots, err := identity.DecodeCertificates([]byte(ref.Roots))
-	if err != nil {
-		return "", err
-	}
-	trust := identity.Trust{Roots: roots, Pins: ref.Pins}
-	n, err := trust.Verify(chain, x509.ExtKeyUsageServerAuth)
-	if err == nil && n != ref.Node {
-		err = fmt.Errorf("it is %v", n)
-	}
-	if err != nil {
-		return "", &identityError{
-			fmt.Sprintf("who answers is not relay %s: %v (its certificate is issued by %.80q)", ref.Name, err, chain[0].Issuer.String()),
-			"exempt the relay from TLS inspection; if relayd was moved to another host, see that its name leads there",
-		}
-	}
-	return fmt.Sprintf("handshake in %.1f ms, certificate until %s", float64(took.Microseconds())/1000, chain[0].NotAfter.UTC().Format(time.RFC3339)), nil
+	return fmt.Sprintf("handshake in %.1f ms, certificate until %s", float64(took.Microseconds())/1000, leaf.NotAfter.UTC().Format(time.RFC3339)), nil
 }
 
 // banner reads the first line of an SSH server (RFC 4253 §4.2).
