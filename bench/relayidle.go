@@ -31,6 +31,7 @@ type RelayMemory struct {
 	// Settled is what is resident when they have been idle for a while: what was garbage of their beginning is gone. 0 is not
 	// measured.
 	Settled int64 `json:"settled_bytes,omitempty"`
+	Lost    int   `json:"lost,omitempty"` // allocations that were not there any more by then
 }
 
 // resident is what counts.
@@ -91,6 +92,10 @@ func (r *relayRun) idleLegs(ctx context.Context, bed *relayBed) error {
 			return err
 		}
 		m.Settled = after.RSS
+		lost := p.Log.Since(0, "^lost ")
+		if m.Lost = len(lost); m.Lost > 0 {
+			fmt.Fprintf(r.out, "%d legs are lost; the first: %s\n", m.Lost, lost[0].Text)
+		}
 	}
 	r.res.RelayMemory = append(r.res.RelayMemory, m)
 	return nil
@@ -156,7 +161,17 @@ func idleLegsPart(ctx context.Context, config []byte) error {
 		return err
 	}
 	fmt.Println("ready", len(held))
-	<-ctx.Done() // the process ends with its legs: nobody waits for ten thousand good-byes
+	for i, l := range held {
+		wg.Go(func() {
+			select {
+			case <-l.Done():
+				fmt.Printf("lost leg %d: %v\n", i, l.Err())
+			case <-ctx.Done(): // the process ends with its legs: nobody waits for ten thousand good-byes
+			}
+		})
+	}
+	wg.Wait()
+	<-ctx.Done()
 	return nil
 }
 
