@@ -120,6 +120,7 @@ func (o *options) host() (client.HostConfig, error) {
 type Status struct {
 	Platform  agent.Status             `json:"platform"`
 	Relays    []legs.Status            `json:"relays"`
+	LastRung  []LastRungStatus         `json:"last_rung"`
 	NAT       natResult                `json:"nat"`
 	Resources []string                 `json:"resources"`
 	Health    []control.ResourceHealth `json:"health"`
@@ -144,7 +145,7 @@ type SessionStatus struct {
 
 func (d *gatewayDaemon) status() Status {
 	st := Status{
-		Platform: d.agent.Status(), Relays: d.legs.Status(), Gateways: d.sites.Status(), Host: d.host.Status(), QUIC: d.merged.Stats(),
+		Platform: d.agent.Status(), Relays: d.legs.Status(), LastRung: d.last.status(), Gateways: d.sites.Status(), Host: d.host.Status(), QUIC: d.merged.Stats(),
 		Resources: []string{}, Sessions: []SessionStatus{}, Health: d.health.report(), Draining: d.drainReason(),
 	}
 	d.mu.Lock()
@@ -187,6 +188,7 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 	}
 	agent.Render(w, st.Platform)
 	client.RenderLegs(w, st.Relays)
+	renderLastRung(w, st.LastRung)
 	if !st.NAT.At.IsZero() {
 		fmt.Fprintf(w, "nat        %s%s\n", st.NAT.Text, st.NAT.Error)
 	}

@@ -62,6 +62,7 @@ type gatewayDaemon struct {
 	handler  *handler
 	sites    *client.Sessions
 	host     *client.Host
+	last     *lastRung
 	health   *health
 	drainCh  chan drainOrder // 1 place
 
@@ -109,12 +110,17 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: transports, Keepalive: servingKeepalive,
 		OnUp: func(identity.Node, *leg.Leg) { d.agent.HeartbeatNow() }, OnDown: func(identity.Node, error) { d.agent.HeartbeatNow() },
 	})
+	d.last = &lastRung{d: d, off: transports != nil, tunnels: map[identity.Node]*lastTunnel{}}
 	siteLog := sh.Log.With("as", "site")
 	wake := func() { d.sites.Wake() }
-	d.siteLegs = legs.New(legs.Config{
-		Logger: siteLog, Transports: transports,
+	lc := legs.Config{
+		Logger: siteLog, Transports: transports, OnMissing: func(identity.Node) { wake() },
 		OnUp: func(identity.Node, *leg.Leg) { wake() }, OnDown: func(identity.Node, error) { wake() },
-	})
+	}
+	if !d.last.off {
+		lc.Certificate = d.agent.SiteCertificate
+	}
+	d.siteLegs = legs.New(lc)
 	d.sites = client.NewSessions(client.SessionsConfig{
 		Certificate: d.agent.SiteCertificate, Trust: client.GatewayTrust(d.agent, siteLog), Legs: d.siteLegs, Logger: siteLog,
 	})
@@ -199,6 +205,7 @@ func (d *gatewayDaemon) run(ctx context.Context) error {
 	g.Go(func() error { return d.srv.Run(ctx) })
 	g.Go(func() error { return d.legs.Run(ctx) })
 	g.Go(func() error { return d.siteLegs.Run(ctx) })
+	g.Go(func() error { return d.last.run(ctx) })
 	g.Go(func() error { return d.sites.Run(ctx) })
 	g.Go(func() error { return d.host.Run(ctx) })
 	g.Go(func() error { return d.watchNAT(ctx) })
@@ -228,6 +235,7 @@ func (d *gatewayDaemon) follow(c *control.Config) {
 		}
 		d.mu.Unlock()
 		d.legs.Want("serving", refs)
+		d.last.follow(refs)
 	}
 	if c.Dialling != nil {
 		virtual := slices.Clone(c.Dialling.Virtual)
@@ -339,6 +347,7 @@ func (d *gatewayDaemon) heartbeat() control.Heartbeat {
 			hb.Problems = append(hb.Problems, "relay "+st.Name+": "+st.Error)
 		}
 	}
+	d.last.heartbeat(&hb)
 	if len(hb.Relays) == 0 || len(hb.Problems) > 0 {
 		hb.State = "degraded"
 	}
