@@ -143,8 +143,9 @@ const (
 	// queueGrown and queueLeast are how much the round trip has to grow under load, as a factor and at least, for a queue to be the cause.
 	queueGrown = 1.25
 	queueLeast = 5 * time.Millisecond
-	// hostBusy is the share from which a queue may as well be one for the processors.
-	hostBusy = 0.8
+	// ownShare is the share of the processors that this process must have had of a full host: else somebody else filled it, which need not be
+	// what limits; hostBusy is from where that is worth a word.
+	ownShare, hostBusy = 0.15, 0.8
 	// lossLeast and lostLeast are the share and the number of packets below which loss explains nothing.
 	lossLeast = 0.0002
 	lostLeast = 3
@@ -154,34 +155,44 @@ const (
 
 // limitOf says what held a load back; idle is the round trip without load. It claims nothing that the figures do not show.
 func limitOf(l *BenchLoad, idle time.Duration) BenchLimit {
+	var busy string // with whatever
+	most := 0.0
 	for _, end := range []struct {
 		who  string
 		load trial.Load
 	}{{"this host", l.Client}, {"the gateway's host", l.Gateway}} {
+		cores := float64(end.load.Cores)
 		switch {
-		case end.load.Host >= hostFull:
+		case end.load.Host >= hostFull && end.load.Process >= ownShare*cores:
 			return BenchLimit{"cpu", fmt.Sprintf("CPU: %s was %.0f %% busy, %.1f of its cores with this process", end.who, end.load.Host*100, end.load.Process)}
-		case end.load.Cores > 0 && end.load.Process >= processFull*float64(end.load.Cores):
+		case cores > 0 && end.load.Process >= processFull*cores:
 			return BenchLimit{"cpu", fmt.Sprintf("CPU: the process on %s used %.1f of the %d cores that it may", end.who, end.load.Process, end.load.Cores)}
+		case end.load.Host > most:
+			most, busy = end.load.Host, fmt.Sprintf("%s was %.0f %% busy, mostly with other programs", end.who, end.load.Host*100)
 		}
 	}
+	limit := senderLimit(l, idle)
+	switch {
+	case limit.By == "" && most >= hostFull:
+		return BenchLimit{"cpu", "CPU: " + busy}
+	case limit.By != "" && most >= hostBusy:
+		limit.Why += "; " + busy + ", which may have a part in it"
+	}
+	return limit
+}
+
+// senderLimit says what held the sender back, by its window.
+func senderLimit(l *BenchLoad, idle time.Duration) BenchLimit {
+	if l.RTT <= 0 || l.Window == 0 || l.BitsPerSecond < windowFull*float64(l.Window)*8/l.RTT.Seconds() {
+		return BenchLimit{}
+	}
 	lossy := l.Lost >= lostLeast && l.LossShare >= lossLeast
-	if l.RTT <= 0 || l.Window == 0 {
-		return BenchLimit{}
-	}
-	perRTT := float64(l.Window) * 8 / l.RTT.Seconds()
-	if l.BitsPerSecond < windowFull*perRTT {
-		return BenchLimit{}
-	}
 	window := fmt.Sprintf("%s per %s", byteCount(l.Window), millis(l.RTT))
 	switch queue := l.RTT - idle; {
 	case idle > 0 && queue >= queueLeast && float64(l.RTT) >= queueGrown*float64(idle):
 		why := fmt.Sprintf("the slowest link, about %s: its queue added %s to every round trip", bitRate(l.BitsPerSecond), millis(queue))
 		if lossy {
 			why += fmt.Sprintf(" and dropped %s of the packets", percent(l.LossShare))
-		}
-		if l.Client.Host >= hostBusy || l.Gateway.Host >= hostBusy {
-			why += fmt.Sprintf("; or the processors of one end, %.0f %% busy", max(l.Client.Host, l.Gateway.Host)*100)
 		}
 		return BenchLimit{"link", why}
 	case lossy:
