@@ -72,12 +72,3 @@ type tcpFlow struct {
 
 // Close ends the connection.
 func (c *tcpFlow) Close() error { return c.flow.close() }
-
-// udpFlow is an open UDP socket; everything but Close is the socket's own.
-type udpFlow struct {
-	net.Conn
-	flow *openFlow
-}
-
-// Close ends the association.
-func (c *udpFlow) Close() error { return c.flow.close() }

@@ -92,7 +92,7 @@ func (h *handler) dial(ctx context.Context, p tunnel.Peer, t policy.Target, netw
 			if tcp, ok := c.(*net.TCPConn); ok {
 				return &tcpFlow{tcp, flow}, nil
 			}
-			return &udpFlow{c, flow}, nil
+			return newUDPFlow(c.(*net.UDPConn), flow), nil
 		}
 	}
 	return nil, h.refuse(p, t, err)

@@ -310,8 +310,15 @@ func (p *peerSession) serveUDP(w http.ResponseWriter, r *http.Request) {
 		end()
 	}
 	defer context.AfterFunc(p.ctx, abort)()
-	write := func(payload []byte) { _, _ = conn.Write(payload) } // what can not be sent is lost, as UDP is; refusal shows when reading
-	tasks.Go(func() { _ = d.receiveFrames(ctx, write) })         // ends with the flow
+	// What can not be sent is lost, as UDP is; refusal shows when reading.
+	write := func(payload []byte) { _, _ = conn.Write(payload) }
+	tasks.Go(func() {
+		if rc, ok := conn.(RunConn); ok {
+			d.receiveRuns(ctx, func(run []byte, size int) { _ = rc.WriteRun(run, size) })
+			return
+		}
+		_ = d.receiveFrames(ctx, write) // ends with the flow
+	})
 	tasks.Go(func() {
 		buf := udpBuffers.Get().(*[MaxUDPPayload + 8]byte)
 		defer udpBuffers.Put(buf)
@@ -334,13 +341,26 @@ func (p *peerSession) serveUDP(w http.ResponseWriter, r *http.Request) {
 func (d *datagrams) sendAll(conn net.Conn) (refused bool) {
 	buf := udpBuffers.Get().(*[MaxUDPPayload + 8]byte)
 	defer udpBuffers.Put(buf)
+	read := func() (n, size int, err error) {
+		n, err = conn.Read(buf[:])
+		return n, n, err
+	}
+	if rc, ok := conn.(RunConn); ok {
+		read = func() (n, size int, err error) { return rc.ReadRun(buf[:]) }
+	}
 	for {
-		n, err := conn.Read(buf[:])
+		n, size, err := read()
 		if err != nil {
 			return errors.Is(AsProxyError(err), ErrRefused)
 		}
-		if d.send(buf[:min(n, MaxUDPPayload)]) != nil {
-			return false
+		for run := buf[:min(n, MaxUDPPayload)]; ; {
+			k := min(size, len(run))
+			if d.send(run[:k]) != nil {
+				return false
+			}
+			if run = run[k:]; len(run) == 0 {
+				break
+			}
 		}
 	}
 }
