@@ -16,7 +16,7 @@ import (
 
 // Defaults of limits and timers.
 const (
-	// DefaultQueue is how many runs of datagrams wait to be read by QUIC: 16 MiB at most.
+	// DefaultQueue is how many buffers of 64 KiB may wait to be read by QUIC: 16 MiB.
 	DefaultQueue = 256
 	// DefaultHandshakeTimeout bounds silence during the handshake.
 	DefaultHandshakeTimeout = 5 * time.Second

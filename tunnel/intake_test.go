@@ -257,9 +257,9 @@ func TestNothingIsLostInside(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Reset()
-			receiver, sender, in := &atServer, s.conn, &w.merged.vconn
+			receiver, sender, in := &atServer, s.conn, w.merged.Stats
 			if download {
-				receiver, sender, in = new(progress), w.server.list()[0].conn, &s.slots[0].vconn
+				receiver, sender, in = new(progress), w.server.list()[0].conn, s.ConnStats
 				go receiver.drain(c)
 			} else {
 				go stream(c)
@@ -267,7 +267,7 @@ func TestNothingIsLostInside(t *testing.T) {
 			// What the queue drops itself, or what a link of the test drops, is counted. A machine so busy that a connection does not run for
 			// a long time may lose something for that.
 			counted := func() uint64 {
-				st := in.stats.snapshot()
+				st := in()
 				return (st.DroppedFull + st.DroppedLate + st.Stalled*takeMost + uint64(l.dropped.Load()+l.peer.dropped.Load())) * 1452
 			}
 			for range 4 {
@@ -275,7 +275,7 @@ func TestNothingIsLostInside(t *testing.T) {
 				eventually(t, "traffic", func() bool { return receiver.n.Load() > before+16<<20 })
 			}
 			q := sender.ConnectionStats() // its PacketsLost counts congestion marks, too
-			t.Logf("congestion window %d KiB, %d bytes lost, %d dropped, %+v", q.CongestionWindow>>10, q.BytesLost, counted(), in.stats.snapshot())
+			t.Logf("congestion window %d KiB, %d bytes lost, %d dropped, %+v", q.CongestionWindow>>10, q.BytesLost, counted(), in())
 			if q.BytesLost > counted() {
 				t.Errorf("%d bytes lost on a link that loses nothing; %d dropped and counted", q.BytesLost, counted())
 			}

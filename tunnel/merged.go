@@ -25,12 +25,12 @@ type LinkInfo struct {
 
 // MergedConfig configures a Merged. The zero value is fine.
 type MergedConfig struct {
-	// Queue bounds the runs of datagrams that wait to be read, each of 64 KiB at most; 0 is DefaultQueue. What comes when it is full is
-	// dropped and counted.
+	// Queue bounds what waits to be read, in buffers of 64 KiB; 0 is DefaultQueue. Where it is full, the address that has most waiting loses
+	// its newest, which is counted.
 	Queue int
 }
 
-// ConnStats counts what a Merged did.
+// ConnStats counts what passed between links and QUIC.
 type ConnStats struct {
 	// Received and Sent are datagrams of QUIC.
 	Received, Sent uint64

@@ -141,6 +141,25 @@ func (s *slot) WriteTo(b []byte, _ net.Addr) (int, error) {
 	return n, err
 }
 
+// ConnStats counts what passed between the session's links and QUIC. Links stays 0: see Path.
+func (s *Session) ConnStats() ConnStats {
+	var sum ConnStats
+	for _, sl := range s.slots {
+		st := sl.stats.snapshot()
+		sum.Received += st.Received
+		sum.Sent += st.Sent
+		sum.DroppedFull += st.DroppedFull
+		sum.DroppedUnknown += st.DroppedUnknown
+		sum.DroppedSize += st.DroppedSize
+		sum.DroppedLate += st.DroppedLate
+		sum.Marked += st.Marked
+		sum.Paused += st.Paused
+		sum.Stalled += st.Stalled
+		sum.Probes += st.Probes
+	}
+	return sum
+}
+
 // Close ends the slot and lets go of its link. It may be called more than once.
 func (s *slot) Close() error {
 	s.pointing.Lock()
