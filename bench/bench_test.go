@@ -37,6 +37,7 @@ func sample() *Result {
 		Loaded:    []Loaded{{Way: Sallyway, RTT50: 3, RTT99: 25, Beats: 100}},
 		Setup:     []Setup{{Way: Sallyway, Warm50: 0.5, Cold: []float64{20, 22, 30}, Many: 1000, ManyTook: 200}},
 		Memory:    []Memory{{Way: Sallyway, Process: "office", Idle: 30 << 20, Loaded: 60 << 20}},
+		Again:     []string{OpenVPN + ": a hiccup\nmore"},
 		Missing:   []Missing{{Nebula, "nebula is not installed: apt-get install nebula\nmore"}},
 	}
 	relay.Standings = standings(relay.Throughput)
@@ -100,6 +101,7 @@ func TestMarkdown(t *testing.T) {
 		"| exchange beside one flow up, p99 | ≤ 20.0 ms | 25.0 ms | missed |",
 		"| one flow up next to " + WireGuardGo + " | ≥ 0.80 × | 2.00 × | holds |",
 		"- " + Nebula + " (one-relay): nebula is not installed: apt-get install nebula\n",
+		"- " + OpenVPN + ": a hiccup (one-relay)\n",
 		"![TCP throughput through a relay](x-throughput.svg)",
 		"- gatewayd: v1\n",
 	} {

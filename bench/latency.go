@@ -55,9 +55,12 @@ const (
 func (r *runner) latency(ctx context.Context, l *lab.Lab) error {
 	err := r.each(ctx, func(w way) error {
 		fmt.Fprintf(r.out, "latency: %s\n", w.name)
-		if err := r.idle(ctx, l, w); err != nil {
-			return err
-		}
+		return r.idle(ctx, l, w)
+	})
+	if err != nil {
+		return err
+	}
+	err = r.each(ctx, func(w way) error {
 		if !w.packets {
 			return nil
 		}
@@ -159,17 +162,21 @@ func percentile(sorted []time.Duration, q float64) time.Duration {
 
 // underLoad measures small exchanges beside one flow, each way.
 func (r *runner) underLoad(ctx context.Context, l *lab.Lab) error {
-	return r.each(ctx, func(w way) error {
-		for _, down := range []bool{false, true} {
+	for _, down := range []bool{false, true} {
+		err := r.each(ctx, func(w way) error {
 			fmt.Fprintf(r.out, "latency under load: %s %s\n", w.name, direction(down))
 			m, err := r.loadedOnce(ctx, l, w, down)
 			if err != nil {
 				return fmt.Errorf("beside load: %w", err)
 			}
 			r.o.Loaded = append(r.o.Loaded, m)
+			return nil
+		})
+		if err != nil {
+			return err
 		}
-		return nil
-	})
+	}
+	return nil
 }
 
 func (r *runner) loadedOnce(ctx context.Context, l *lab.Lab, w way, down bool) (Loaded, error) {

@@ -260,6 +260,14 @@ func (r *Result) missing(b *strings.Builder) {
 			head = ""
 		}
 	}
+	head = "\nMeasured again after a failure:\n\n"
+	for _, o := range r.Scenarios {
+		for _, what := range o.Again {
+			line, _, _ := strings.Cut(what, "\n")
+			fmt.Fprintf(b, "%s- %s (%s)\n", head, line, o.Scenario)
+			head = ""
+		}
+	}
 }
 
 // footer says where, of what and how it was measured.

@@ -144,10 +144,17 @@ func (r *runner) excuse(ctx context.Context, w way, err error) error {
 	return nil
 }
 
-// each calls f for every way that the run still has.
+// each calls f for every way that the run still has, and once more where it fails: on a loaded machine iperf3 loses its
+// control connection now and then. What was measured again is told in the result.
 func (r *runner) each(ctx context.Context, f func(way) error) error {
 	for _, w := range slices.Clone(r.ways) {
-		if err := r.excuse(ctx, w, f(w)); err != nil {
+		err := f(w)
+		if err != nil && ctx.Err() == nil {
+			fmt.Fprintf(r.out, "%s once more: %v\n", w.name, err)
+			r.o.Again = append(r.o.Again, w.name+": "+err.Error())
+			err = f(w)
+		}
+		if err := r.excuse(ctx, w, err); err != nil {
 			return fmt.Errorf("%s: %w", w.name, err)
 		}
 	}

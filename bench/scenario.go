@@ -67,7 +67,8 @@ type Outcome struct {
 	Spread     []Spread     `json:"spread,omitempty"`
 	Moves      []Move       `json:"moves,omitempty"`
 	Missing    []Missing    `json:"missing_peers,omitempty"`
-	Standings  []Standing   `json:"standings,omitempty"` // medians and ratios, of Throughput
+	Again      []string     `json:"measured_again,omitempty"` // failures that a second attempt did not repeat, or that ended a peer's part
+	Standings  []Standing   `json:"standings,omitempty"`      // medians and ratios, of Throughput
 }
 
 // Link is the emulated link between the client's site and the rest, the same both ways.

@@ -127,7 +127,7 @@ func Quick() []Scenario {
 			s.Load = Load{Runs: 1, Time: 2 * time.Second, Flows: []int{1}, Beats: 200, Dials: 10}
 		case TwoRelays:
 			s.Load = Load{Spread: 1, Time: 2 * time.Second, Moves: 1, MoveLoads: []string{direction(false)}}
-		case SmallMTU, GROHeld:
+		case SmallMTU, GROAlone:
 			s.Load = Load{Runs: 1, Time: 2 * time.Second, Flows: []int{1}, Beats: 200, Dials: 10}
 		case longLink(80, 0.5, 100).Name:
 			s.Load = Load{Runs: 1, Time: 5 * time.Second, Flows: []int{1}, CC: wanCC, Beats: 20, Dials: 3, Ceiling: true}
