@@ -18,6 +18,9 @@ const (
 	// not count what it drops. A connection that only gets no processor time has everything in its queue yet.
 	takePatience = 25 * time.Millisecond
 	takeTrial    = 8
+	// takeIdle is how long nothing must have been handed over for a connection to have looked at all of it. What is still missing then is
+	// what it never counts, such as packets of a handshake that failed.
+	takeIdle = time.Second
 )
 
 // taker is a connection that counts what it looks at: *quic.Conn.
@@ -40,6 +43,7 @@ type intake struct {
 	ends        *[takeMost]uint64
 	first, next uint64
 
+	begun  time.Duration // when something was last handed over
 	since  time.Duration // when the connection was last seen to look at something, while it is full
 	stale  uint64        // first as it was then
 	trials int           // datagrams beyond takeLimit that were tried
@@ -85,6 +89,14 @@ func (in *intake) room() int {
 		in.first++
 	}
 	return max(takeLimit+in.trials-int(in.next-in.first), 0)
+}
+
+// begin is told that datagrams are about to be handed over.
+func (in *intake) begin(now time.Duration) {
+	if now-in.begun >= takeIdle {
+		in.forget()
+	}
+	in.begun = now
 }
 
 // hand counts a datagram of n bytes as handed over. There must be room.

@@ -122,6 +122,14 @@ func TestIntake(t *testing.T) {
 	waited(now, true, true)
 	room(takeLimit)
 
+	// What it never counts is forgotten when nothing was handed over for long.
+	in.begin(now)
+	hand(takeLimit / 2)
+	in.begin(now + takeIdle - 1)
+	room(takeLimit / 2)
+	in.begin(now + 2*takeIdle)
+	room(takeLimit)
+
 	// Without a connection there is no bound, and the next one starts anew.
 	in.set(nil)
 	for range 3 * takeLimit {

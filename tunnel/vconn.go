@@ -332,6 +332,7 @@ func (c *vconn) relistLocked(s *source) {
 
 // takeLocked makes reading the next arrival of s that has not waited too long, if its connection has room.
 func (c *vconn) takeLocked(s *source, now time.Duration) bool {
+	s.in.begin(now)
 	if c.room = s.in.room(); c.room == 0 {
 		s.in.wait(now)
 		c.full = append(c.full, s)
