@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -36,6 +37,8 @@ const (
 	benchIdle = 15 * time.Second
 	// benchBytes is the largest datagram that is echoed, in bytes.
 	benchBytes = 2048
+	// maxBenchHost is the longest DNS name, in bytes (RFC 1035 §3.1).
+	maxBenchHost = 253
 )
 
 // protoBench is what flows of the service count and log as.
@@ -334,6 +337,10 @@ func (r *benchRun) stats() *trial.Stats {
 // connect times a TCP handshake with a destination that policies allow the peer. Nothing is sent on the connection.
 func (r *benchRun) connect(req trial.Request) (*trial.Connect, error) {
 	h := r.h
+	// As strict as for a flow's target: what no name has does not get into look-ups and logs.
+	if len(req.Host) > maxBenchHost || strings.ContainsFunc(req.Host, func(c rune) bool { return c <= ' ' || c >= 0x7f || strings.ContainsRune(`/\@[]%?#"`, c) }) {
+		return nil, &tunnel.ProxyError{Type: tunnel.RequestError, Detail: "this is no name of a host"}
+	}
 	t := policy.Target{Proto: policy.TCP, Host: req.Host, Port: req.Port}
 	if a, err := netip.ParseAddr(req.Host); err == nil {
 		t.Addr = a.Unmap().WithZone("")

@@ -440,6 +440,14 @@ func TestBenchConnects(t *testing.T) {
 	if a := ask("127.0.0.1", port); a.Connect != nil || !strings.Contains(a.Error, "times") {
 		t.Errorf("one more than allowed: %+v", a)
 	}
+	_ = run.Close()
+	run = mustBench(t, h, peer1, trial.PortRun)
+	defer run.Close()
+	for _, host := range []string{"a b.corp.example", "x\n.corp.example", "fe80::1%eth0", "[::1]", "a/b", "\u00e9.corp.example", strings.Repeat("a", 254)} {
+		if a := ask(host, 80); a.Connect != nil || !strings.Contains(a.Error, "no name of a host") {
+			t.Errorf("%.40q: %+v", host, a)
+		}
+	}
 	if counted(t, h.metrics.flows.WithLabelValues("tcp", "ok")) != 3 || counted(t, h.metrics.flows.WithLabelValues("tcp", string(tunnel.ConnectionRefused))) != 1 {
 		t.Error("the connections are not counted as flows")
 	}
