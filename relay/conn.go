@@ -292,19 +292,31 @@ func (t *connections) snapshot() []*conn {
 	return list
 }
 
+// closers is how many DTLS connections are closed at once when the relay stops. Each takes memory meanwhile, but not long: nothing blocks.
+const closers = 64
+
 // closeAll closes every connection, lets no more in, and gives the clients a moment to be told.
 func (t *connections) closeAll() {
 	t.mu.Lock()
 	t.stopped = true
 	t.mu.Unlock()
 	var told sync.WaitGroup
+	turn := make(chan struct{}, closers)
 	for _, c := range t.snapshot() {
 		c.mu.Lock()
 		was, nc := c.closed, c.nc
 		c.closed = true
 		c.mu.Unlock()
 		if !was {
-			told.Go(func() { nc.Close() })
+			if c.kind != overDTLS {
+				told.Go(func() { nc.Close() })
+				continue
+			}
+			turn <- struct{}{}
+			told.Go(func() {
+				nc.Close()
+				<-turn
+			})
 		}
 	}
 	told.Wait()

@@ -7,9 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/pion/dtls/v3"
@@ -109,10 +107,12 @@ func (s *Server) newDTLS(end udpEnd) *virtualConn {
 	if s.cfg.Certificate == nil {
 		return nil
 	}
-	v := &virtualConn{end: end, ready: make(chan struct{}, 1), closed: make(chan struct{}), deadline: makeDeadline(), drops: &s.count.queueDrops}
+	v := &virtualConn{s: s, end: end, ready: make(chan struct{}, 1)}
+	v.wire = newDTLSWire(v)
 	if s.handshake.allow(src, 1, s.now().UnixNano()) {
+		wire := v.wire
 		v.half = s.conns.reserve(src, func() {
-			v.Close()
+			_ = wire.Close()
 			if c := v.conn.Load(); c != nil {
 				c.close()
 			}
@@ -128,7 +128,6 @@ func (s *Server) newDTLS(end udpEnd) *virtualConn {
 	})
 	s.wg.Go(func() {
 		if !s.shakeHands(from, v) {
-			v.Close()
 			s.forgetDTLS(from, v)
 		}
 	})
@@ -159,20 +158,24 @@ var dtlsBuffers = sync.Pool{New: func() any { return new([dtlsRead]byte) }}
 // quiet keeps the library from writing to standard error on its own.
 var quiet = &logging.DefaultLoggerFactory{Writer: io.Discard, DefaultLogLevel: logging.LogLevelDisabled}
 
+// dtlsMTU is the largest datagram of a handshake.
+const dtlsMTU = 1200
+
 // shakeHands does the handshake over v, and reports whether v is a connection from now on, which cleans up after itself.
 func (s *Server) shakeHands(from netip.AddrPort, v *virtualConn) bool {
-	const mtu, flight = 1200, 250 * time.Millisecond
-	dc, err := dtls.ServerWithOptions(v, v.RemoteAddr(),
+	const flight = 250 * time.Millisecond
+	dc, err := dtls.ServerWithOptions(v.wire, v.RemoteAddr(),
 		dtls.WithGetCertificate(func(*dtls.ClientHelloInfo) (*tls.Certificate, error) { return s.cfg.Certificate() }),
 		dtls.WithCipherSuites(dtlsSuites...), dtls.WithExtendedMasterSecret(dtls.RequireExtendedMasterSecret),
-		dtls.WithLoggerFactory(quiet), dtls.WithMTU(mtu), dtls.WithFlightInterval(flight))
+		dtls.WithLoggerFactory(quiet), dtls.WithMTU(dtlsMTU), dtls.WithFlightInterval(flight))
 	if err != nil {
+		_ = v.wire.Close()
 		s.conns.release(v.half)
 		s.count.handshakesFailed.Add(1)
 		return false
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.handshakeTimeout)
-	stop := context.AfterFunc(ctx, func() { v.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = v.wire.Close() })
 	go func() { // a stopping relay does not wait for the deadline
 		select {
 		case <-s.closed:
@@ -184,19 +187,20 @@ func (s *Server) shakeHands(from netip.AddrPort, v *virtualConn) bool {
 	stop()
 	cancel()
 	if err != nil {
-		v.Close()
+		_ = v.wire.Close()
 		_ = dc.Close()
 		s.conns.release(v.half)
 		s.count.handshakesFailed.Add(1)
 		return false
 	}
-	c := &conn{s: s, kind: overDTLS, addr: from, nc: dc, udp: v.end, half: v.half}
+	v.dc = dc
+	c := &conn{s: s, kind: overDTLS, addr: from, nc: v, udp: v.end, half: v.half}
 	c.ended = func() {
 		s.forgetDTLS(from, v)
 		c.finish()
 	}
 	if !s.conns.add(c) {
-		_ = dc.Close()
+		_ = v.Close()
 		return false
 	}
 	v.since = time.Now()
@@ -224,22 +228,21 @@ func (s *Server) shakeHands(from netip.AddrPort, v *virtualConn) bool {
 // wake sees to it that what has been queued is read. An idle connection has no reader of its own: a goroutine and a buffer for each of many
 // thousand would be most of the relay's memory.
 func (v *virtualConn) wake() {
-	v.pushes.Add(1)
 	if v.reading.CompareAndSwap(false, true) {
-		v.conn.Load().s.wg.Go(v.read)
+		v.s.wg.Go(v.read)
 	}
 }
 
-// read handles what comes in records until nothing has come for readerLinger, or the connection ends.
+// read handles what comes in records until nothing has come for readerLinger, or the connection ends. Before it goes it parks v.
 func (v *virtualConn) read() {
 	c := v.conn.Load()
 	buf := dtlsBuffers.Get().(*[dtlsRead]byte)
 	defer dtlsBuffers.Put(buf)
 	const patience = 64 // errors in a row; a forged or oversized record is one
 	for errs := 0; errs < patience; {
-		seen := v.pushes.Load()
-		_ = c.nc.SetReadDeadline(time.Now().Add(readerLinger))
-		n, err := c.nc.Read(buf[:])
+		seen, quiet := v.quiet()
+		_ = v.SetReadDeadline(time.Now().Add(c.s.cfg.linger))
+		n, err := v.Read(buf[:])
 		var timeout net.Error
 		switch {
 		case err == nil && n > 0:
@@ -249,6 +252,10 @@ func (v *virtualConn) read() {
 				return
 			}
 		case errors.As(err, &timeout) && timeout.Timeout():
+			if !quiet { // of what came before there may be something to read yet
+				continue
+			}
+			v.park(seen)
 			v.reading.Store(false)
 			// Whoever queued something meanwhile saw a reader at work.
 			if v.pushes.Load() == seen || !v.reading.CompareAndSwap(false, true) {
@@ -284,104 +291,6 @@ func (c *conn) record(d []byte) bool {
 	}
 	return true
 }
-
-// virtualConn is the part of a UDP socket that one source talks to.
-type virtualConn struct {
-	end      udpEnd
-	deadline *deadline
-	half     *halfOpen
-	drops    *counter
-	reading  atomic.Bool          // a reader is at work
-	pushes   atomic.Uint64        // since the handshake
-	ready    chan struct{}        // something has been queued
-	since    time.Time            // of the completed handshake; set before it is in the table as live
-	conn     atomic.Pointer[conn] // likewise
-
-	once   sync.Once
-	closed chan struct{}
-
-	mu sync.Mutex // guards the rest
-	in [][]byte
-}
-
-var _ net.PacketConn = (*virtualConn)(nil)
-
-// push hands a copy of d over, or drops it where too many wait.
-func (v *virtualConn) push(d []byte) {
-	v.mu.Lock()
-	if len(v.in) >= dtlsQueue {
-		v.mu.Unlock()
-		v.drops.Add(1)
-		return
-	}
-	v.in = append(v.in, append([]byte(nil), d...))
-	v.mu.Unlock()
-	select {
-	case v.ready <- struct{}{}:
-	default:
-	}
-}
-
-// pop takes the datagram that has waited longest.
-func (v *virtualConn) pop() ([]byte, bool) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if len(v.in) == 0 {
-		v.in = nil // an idle connection holds no queue
-		return nil, false
-	}
-	d := v.in[0]
-	v.in = v.in[1:]
-	return d, true
-}
-
-// ReadFrom waits for a datagram of the source. It is for one reader.
-func (v *virtualConn) ReadFrom(b []byte) (int, net.Addr, error) {
-	for {
-		if d, ok := v.pop(); ok {
-			return copy(b, d), v.RemoteAddr(), nil
-		}
-		select {
-		case <-v.ready:
-		case <-v.closed:
-			return 0, nil, net.ErrClosed
-		case <-v.deadline.passed():
-			return 0, nil, os.ErrDeadlineExceeded
-		}
-	}
-}
-
-// WriteTo sends a datagram to the source, whatever addr says.
-func (v *virtualConn) WriteTo(b []byte, _ net.Addr) (int, error) {
-	if err := v.end.sock.Write(b, 0, 0, v.end.peer); err != nil && errors.Is(err, net.ErrClosed) {
-		return 0, err
-	}
-	return len(b), nil // what the network refuses is lost, as on the way
-}
-
-// Close ends reads. The socket stays.
-func (v *virtualConn) Close() error {
-	v.once.Do(func() { close(v.closed) })
-	return nil
-}
-
-// LocalAddr is the relay's address.
-func (v *virtualConn) LocalAddr() net.Addr { return net.UDPAddrFromAddrPort(v.end.sock.LocalAddr()) }
-
-// RemoteAddr is the source.
-func (v *virtualConn) RemoteAddr() net.Addr { return net.UDPAddrFromAddrPort(v.end.peer.Addr) }
-
-// SetDeadline sets the read deadline; writes do not block.
-func (v *virtualConn) SetDeadline(t time.Time) error { return v.SetReadDeadline(t) }
-
-// SetReadDeadline bounds reads, those under way included.
-func (v *virtualConn) SetReadDeadline(t time.Time) error {
-	v.deadline.set(t)
-	return nil
-}
-
-// SetWriteDeadline does nothing, since writes do not block.
-func (v *virtualConn) SetWriteDeadline(time.Time) error { return nil }
 
 // deadline is a channel that is closed when a time has passed, and can be set anew.
 type deadline struct {

@@ -77,6 +77,7 @@ type Config struct {
 	Now func() time.Time
 
 	unfair           bool          // for comparison: the kernel drops what comes last
+	linger           time.Duration // 0 is readerLinger
 	handshakeTimeout time.Duration // 0 is handshakeTimeout; tests have less patience
 }
 
@@ -260,6 +261,9 @@ func (c *Config) fill() error {
 	}
 	if c.Now == nil {
 		c.Now = time.Now
+	}
+	if c.linger == 0 {
+		c.linger = readerLinger
 	}
 	if c.handshakeTimeout == 0 {
 		c.handshakeTimeout = handshakeTimeout
