@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -92,9 +93,11 @@ func (r *relayRun) idleLegs(ctx context.Context, bed *relayBed) error {
 			return err
 		}
 		m.Settled = after.RSS
-		lost := p.Log.Since(0, "^lost ")
-		if m.Lost = len(lost); m.Lost > 0 {
-			fmt.Fprintf(r.out, "%d legs are lost; the first: %s\n", m.Lost, lost[0].Text)
+		for _, line := range p.Log.Since(0, "^lost ") {
+			var n int
+			if _, err := fmt.Sscanf(line.Text, "lost %d:", &n); err == nil {
+				m.Lost = max(m.Lost, n)
+			}
 		}
 	}
 	r.res.RelayMemory = append(r.res.RelayMemory, m)
@@ -161,11 +164,12 @@ func idleLegsPart(ctx context.Context, config []byte) error {
 		return err
 	}
 	fmt.Println("ready", len(held))
+	var lost atomic.Int64 // a log keeps its newest lines only: each tells the number
 	for i, l := range held {
 		wg.Go(func() {
 			select {
 			case <-l.Done():
-				fmt.Printf("lost leg %d: %v\n", i, l.Err())
+				fmt.Printf("lost %d: leg %d: %v\n", lost.Add(1), i, l.Err())
 			case <-ctx.Done(): // the process ends with its legs: nobody waits for ten thousand good-byes
 			}
 		})

@@ -71,9 +71,9 @@ func (r *Result) memoryTable(b *strings.Builder) (bars []bar) {
 		return nil
 	}
 	const mib = 1 << 20
-	b.WriteString("\n| server | control | idle allocations | RSS before MiB | RSS MiB | settled MiB | KiB each |\n|---|---|---|---|---|---|---|\n")
+	b.WriteString("\n| server | control | idle allocations | RSS before MiB | RSS MiB | settled MiB | lost by then | KiB each |\n|---|---|---|---|---|---|---|---|\n")
 	for _, m := range r.RelayMemory {
-		fmt.Fprintf(b, "| %s | %s | %d | %.0f | %.0f | %s | %.1f |\n", m.Server, m.Control, m.Allocations, float64(m.Empty)/mib, float64(m.Idle)/mib, known("%.0f", float64(m.Settled)/mib),
+		fmt.Fprintf(b, "| %s | %s | %d | %.0f | %.0f | %s | %s | %.1f |\n", m.Server, m.Control, m.Allocations, float64(m.Empty)/mib, float64(m.Idle)/mib, known("%.0f", float64(m.Settled)/mib), known("%.0f", float64(m.Lost)),
 			float64(m.resident()-m.Empty)/1024/float64(max(1, m.Allocations)))
 		if m.Server == OwnRelay && m.Allocations == idleAllocations {
 			bars = append(bars, bar{what: fmt.Sprintf("%d idle allocations, %s", m.Allocations, m.Control), got: float64(m.resident()) / mib, wanted: idleBar / mib, format: "%.0f MiB"})
