@@ -179,7 +179,7 @@ func wellFormed(t *testing.T, name, svg string) []string {
 func TestChart(t *testing.T) {
 	evil := `<script>"a" & 'b'</script>`
 	c := chart{
-		title: evil, about: evil, unit: evil, format: "%.0f", legend: []legendEntry{{ownStrong, evil}},
+		title: evil, about: evil, where: evil, unit: evil, format: "%.0f", legend: []legendEntry{{ownStrong, evil}},
 		rows: []chartRow{{label: evil, marks: []mark{{parts: []part{{value: 5, colour: ownStrong, label: "x<y"}}, text: evil, low: 4, high: 6}, {dots: []float64{3}, colour: ownPale}, {low: 1, high: 2, colour: ownPale}}}},
 	}
 	for _, logarithmic := range []bool{false, true} {
@@ -191,7 +191,7 @@ func TestChart(t *testing.T) {
 				n++
 			}
 		}
-		if n != 6 || !slices.Contains(texts, "x<y") {
+		if n != 7 || !slices.Contains(texts, "x<y") {
 			t.Errorf("log %v: the texts come out as %q", logarithmic, texts)
 		}
 	}

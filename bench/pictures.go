@@ -18,30 +18,30 @@ type picture struct {
 func (r *Result) pictures() []picture {
 	var out []picture
 	add := func(name string, c chart) {
-		if len(c.rows) > 0 {
+		if c.where = r.where(); len(c.rows) > 0 {
 			out = append(out, picture{name, c.title, c.svg()})
 		}
 	}
 	for _, o := range r.Scenarios {
 		if o.Scenario == OneRelay {
-			add("throughput", o.throughputChart(r))
-			add("processor", o.processorChart(r))
-			add("latency", o.latencyChart(r))
+			add("throughput", o.throughputChart())
+			add("processor", o.processorChart())
+			add("latency", o.latencyChart())
 		}
 	}
 	add("scenarios", r.scenarioChart())
 	add("links", r.linkChart())
 	for _, o := range r.Scenarios {
 		if o.Scenario == TwoRelays {
-			add("moves", o.moveChart(r))
+			add("moves", o.moveChart())
 		}
 	}
 	return out
 }
 
-// where says in a few words what a picture is of.
-func (r *Result) where(what string) string {
-	return fmt.Sprintf("%s; %d shared cores, commit %s, %s", what, r.Machine.Cores, orUnknown(r.Machine.Commit), r.Started.Format("2006-01-02"))
+// where says in a few words of what run a picture is.
+func (r *Result) where() string {
+	return fmt.Sprintf("%s, %s, commit %s", plural(r.Machine.Cores, "shared core"), r.Started.Format("2006-01-02"), orUnknown(r.Machine.Commit))
 }
 
 // colours are those of a way: for up and for down.
@@ -55,7 +55,7 @@ func colours(way string) [2]string {
 var upAndDown = []legendEntry{{ownStrong, "Sallyway up"}, {ownPale, "down"}, {peerStrong, "others up"}, {peerPale, "down"}}
 
 // throughputChart is the ways next to each other, the fastest first. Raw TCP would dwarf them: it is told, not drawn.
-func (o *Outcome) throughputChart(r *Result) chart {
+func (o *Outcome) throughputChart() chart {
 	c := chart{title: "TCP throughput through a relay", unit: "Mbit/s", format: "%.0f", legend: append(slices.Clone(upAndDown), legendEntry{inkWhisker, "least to most of the runs"})}
 	var raw []string
 	for _, flows := range o.flows() {
@@ -70,7 +70,7 @@ func (o *Outcome) throughputChart(r *Result) chart {
 			c.rows = append(c.rows, row)
 		}
 	}
-	c.about = r.where("medians; raw TCP up/down on the same links: " + strings.Join(raw, ", "))
+	c.about = "medians; raw TCP up/down on the same links: " + strings.Join(raw, ", ")
 	return c
 }
 
@@ -89,9 +89,9 @@ func (o *Outcome) waysByUp(flows int) []string {
 }
 
 // processorChart is what one flow costs, by process.
-func (o *Outcome) processorChart(r *Result) chart {
+func (o *Outcome) processorChart() chart {
 	c := chart{
-		title: "Processor time of one flow", about: r.where("CPU seconds per GB of all processes on the way, up above down; medians"), unit: "CPU s/GB", format: "%.1f",
+		title: "Processor time of one flow", about: "CPU seconds per GB of all processes on the way, up above down; medians", unit: "CPU s/GB", format: "%.1f",
 		legend: []legendEntry{{ownStrong, "Sallyway, each process"}, {peerStrong, "others, each process"}},
 	}
 	for _, way := range o.waysByUp(1) {
@@ -126,10 +126,10 @@ func shaded(way string) string {
 }
 
 // latencyChart is the round trip of small exchanges, from the median to the 99th percentile.
-func (o *Outcome) latencyChart(r *Result) chart {
+func (o *Outcome) latencyChart() chart {
 	const idle, up, down = "#2da44e", ownStrong, "#bf8700"
 	c := chart{
-		title: "Round trip of a small exchange", about: r.where("from the median (full) to the 99th percentile (hollow), TCP"), unit: "ms", log: true,
+		title: "Round trip of a small exchange", about: "from the median (full) to the 99th percentile (hollow), TCP", unit: "ms", log: true,
 		legend: []legendEntry{{idle, "idle"}, {up, "beside one saturating upload"}, {down, "beside one saturating download"}},
 	}
 	for _, l := range o.Latency {
@@ -149,7 +149,7 @@ func (o *Outcome) latencyChart(r *Result) chart {
 
 // scenarioChart is one flow in every scenario without an emulated rate.
 func (r *Result) scenarioChart() chart {
-	c := chart{title: "One flow in each topology", about: r.where("medians, with the least and the most of the runs"), unit: "Mbit/s", format: "%.0f", legend: upAndDown}
+	c := chart{title: "One flow in each topology", about: "medians, with the least and the most of the runs", unit: "Mbit/s", format: "%.0f", legend: upAndDown}
 	for _, o := range r.Scenarios {
 		if o.Link != nil && o.Link.Rate > 0 || len(o.Standings) == 0 {
 			continue
@@ -173,7 +173,7 @@ func (r *Result) scenarioChart() chart {
 // linkChart is one flow over the emulated links, as a share of each link's rate.
 func (r *Result) linkChart() chart {
 	c := chart{
-		title: "One flow over a long link, of the link's rate", about: r.where("medians; red: what the link carries of plain UDP"), unit: "% of the rate", format: "%.1f %%",
+		title: "One flow over a long link, of the link's rate", about: "medians; red: what the link carries of plain UDP", unit: "% of the rate", format: "%.1f %%",
 		legend: []legendEntry{{ownStrong, "Sallyway up"}, {ownPale, "down"}, {peerStrong, "raw TCP up"}, {peerPale, "down"}, {inkTarget, "plain UDP"}},
 	}
 	for _, o := range r.Scenarios {
@@ -203,9 +203,9 @@ func (r *Result) linkChart() chart {
 }
 
 // moveChart is how long an open connection was silent when a relay went away, one dot for each time.
-func (o *Outcome) moveChart(r *Result) chart {
+func (o *Outcome) moveChart() chart {
 	c := chart{
-		title: "Longest silence on an open connection when the relay in use goes away", about: r.where("one dot for each time; red: what is wanted at most"), unit: "ms",
+		title: "Longest silence on an open connection when the relay in use goes away", about: "one dot for each time; red: what is wanted at most", unit: "ms",
 		legend: []legendEntry{{ownStrong, "afterwards"}, {peerPale, "longest before, on the same connection"}},
 	}
 	wanted := map[string]float64{Killed: killedBar, CutOff: cutBar}

@@ -35,6 +35,7 @@ const (
 // chart is a picture of horizontal marks on one axis that begins at zero, or with log at the power of ten below the least.
 type chart struct {
 	title, about string
+	where        string // of what run
 	unit         string // of the axis
 	log          bool
 	rows         []chartRow
@@ -113,6 +114,7 @@ func (c chart) svg() string {
 		plotWidth, height, plotWidth, height, inkText)
 	b.WriteString(`<rect width="100%" height="100%" fill="white"/>` + "\n")
 	text(&b, 16, 26, "start", `font-size="17" font-weight="bold"`, c.title)
+	text(&b, plotWidth-16, 26, "end", fmt.Sprintf(`fill=%q font-size="11"`, inkFaint), c.where)
 	text(&b, 16, 46, "start", fmt.Sprintf(`fill=%q`, inkFaint), c.about)
 	base := height - plotFoot
 	for _, v := range a.ticks() {

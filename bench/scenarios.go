@@ -119,18 +119,18 @@ func Quick() []Scenario {
 		switch s.Name {
 		case OneRelay:
 			s.Load = Load{
-				Runs: 3, Time: 3 * time.Second, Flows: []int{1, 8}, Rates: []int{50, 200}, RateRuns: 1,
-				Beats: 1000, Dials: 50, Loaded: true, Many: 1000, Cold: 3,
+				Runs: 3, Time: 2 * time.Second, Flows: []int{1, 8}, Rates: []int{200}, RateRuns: 1,
+				Beats: 500, Dials: 50, Loaded: true, Many: 1000, Cold: 2,
 			}
 		case Direct:
 			s.Beside = []string{QUICDirect}
 			s.Load = Load{Runs: 1, Time: 2 * time.Second, Flows: []int{1}, Beats: 200, Dials: 10}
 		case TwoRelays:
-			s.Load = Load{Spread: 1, Time: 2 * time.Second, Moves: 1, MoveLoads: []string{direction(false)}}
+			s.Load = Load{Spread: 1, Time: time.Second, Moves: 1, MoveLoads: []string{direction(false)}}
 		case SmallMTU, GROAlone:
 			s.Load = Load{Runs: 1, Time: 2 * time.Second, Flows: []int{1}, Beats: 200, Dials: 10}
 		case longLink(80, 0.5, 100).Name:
-			s.Load = Load{Runs: 1, Time: 5 * time.Second, Flows: []int{1}, CC: wanCC, Beats: 20, Dials: 3, Ceiling: true}
+			s.Load = Load{Runs: 1, Time: 4 * time.Second, Flows: []int{1}, CC: wanCC, Beats: 10, Dials: 3, Ceiling: true}
 		default:
 			continue
 		}

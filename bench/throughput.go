@@ -31,7 +31,7 @@ type Ceiling struct {
 }
 
 const (
-	ceilingTime = 6 * time.Second
+	ceilingTime = 4 * time.Second
 	// ceilingOver is how much more than its rate a link is given.
 	ceilingOver = 1.1
 	// iperfGrace is how much longer than its length an iperf3 run may take.
