@@ -33,7 +33,7 @@ const (
 // are one after the other.
 type lastRung struct {
 	absent map[identity.Node]time.Time // relays that said that the gateway is not there
-	dead   time.Time                   // since when the active path is dead; zero when it is not
+	dead   time.Time                   // since when no active path was alive; zero when the present one is not dead
 	links  []*lastLink
 	next   time.Time     // of the next climb
 	wait   time.Duration // before the one after it
@@ -95,8 +95,8 @@ func (g *gatewayLink) overLast(ctx context.Context, use func(ctx context.Context
 	return errors.Join(errs...)
 }
 
-// rescueLast moves a session to the last rung.
-func (g *gatewayLink) rescueLast(ctx context.Context, t *tunnel.Session, from, reason string) {
+// rescueLast moves a session to the last rung and reports whether it did.
+func (g *gatewayLink) rescueLast(ctx context.Context, t *tunnel.Session, from, reason string) bool {
 	err := g.overLast(ctx, func(_ context.Context, l *reverse.Link, info tunnel.LinkInfo) error {
 		if err := t.Repoint(l, info, reason); err != nil {
 			return err
@@ -107,16 +107,23 @@ func (g *gatewayLink) rescueLast(ctx context.Context, t *tunnel.Session, from, r
 	if err != nil && !errors.Is(err, legs.ErrNoLastRung) {
 		g.log.Debug("no last rung", "err", err)
 	}
+	return err == nil
 }
 
-// noteDead keeps since when the active path is dead.
+// noteDead keeps since when the active path is dead. Another one that was moved to since counts only when it answers.
 func (g *gatewayLink) noteDead(p tunnel.PathInfo) {
 	switch {
-	case p.Active.State != tunnel.Dead:
+	case p.Active.State == tunnel.Alive:
 		g.last.dead = time.Time{}
-	case g.last.dead.IsZero():
+	case p.Active.State == tunnel.Dead && g.last.dead.IsZero():
 		g.last.dead = time.Now()
 	}
+}
+
+// lastFirst reports whether the last rung is to be tried before the legs: these have been there all the while, and nothing came over them.
+func (g *gatewayLink) lastFirst(p tunnel.PathInfo) bool {
+	_, last := p.Active.Link.(*reverse.Link)
+	return !last && !g.last.dead.IsZero() && time.Since(g.last.dead) > deadPatience
 }
 
 // sweepLast closes the links of the last rung that the session has left; all says every one.

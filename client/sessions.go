@@ -536,7 +536,7 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 			return
 		}
 	}
-	if !gone {
+	if !gone || (g.lastFirst(p) && g.rescueLast(ctx, t, p.Active.Info.Name, reason)) {
 		return
 	}
 	for _, ref := range g.ref.Load().Relays {

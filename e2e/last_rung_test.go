@@ -1,0 +1,110 @@
+package e2e
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyway/client"
+	"sallyway/gateway"
+	"sallyway/internal/lab"
+	"sallyway/internal/legs"
+	"sallyway/relay/relayd"
+	"sallyway/relay/wire"
+)
+
+// overPath waits until the client's session with its gateway runs over a path whose name ends so.
+func overPath(t *testing.T, n *lab.Node, suffix string, most time.Duration) (took time.Duration) {
+	t.Helper()
+	ctx := within(t, most)
+	begin := time.Now()
+	err := lab.Until(ctx, 50*time.Millisecond, func() error {
+		var st client.Status
+		if err := n.Status(ctx, &st); err != nil {
+			return err
+		}
+		if len(st.Gateways) == 0 || !st.Gateways[0].Up || !strings.HasSuffix(st.Gateways[0].Path, " "+suffix) {
+			return fmt.Errorf("%+v, want %s", st.Gateways, suffix)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	return time.Since(begin)
+}
+
+// upload sends n bytes through the tunnel and holds the sum that the other side made against theirs.
+func upload(t *testing.T, s *lab.Site, p *private, n int64) (mbits float64) {
+	t.Helper()
+	begin := time.Now()
+	resp := must(s.Client.HTTPClient().Post(p.web.URL("/sum"), "application/octet-stream", lab.Pattern(n)))(t)
+	defer resp.Body.Close()
+	b := must(io.ReadAll(resp.Body))(t)
+	if !strings.HasPrefix(string(b), lab.PatternSum(n)) {
+		t.Errorf("%d bytes up: %q", n, b)
+	}
+	return float64(n) * 8 / 1e6 / time.Since(begin).Seconds()
+}
+
+// TestLastRung: where 5349 does not pass at all, everything works over 2222 and 8443 by itself, whichever end is behind such a firewall,
+// and goes back to UDP when that passes again, under an open connection.
+func TestLastRung(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	block := func(hosts ...*lab.Host) { check(t, l.BlockPort(wire.Port, hosts...)) }
+	block(l.Client, l.Gateway)
+	begin := time.Now()
+	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true}, nil)
+	check(t, err)
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.echo.Addr, 30*time.Second)
+	t.Logf("blocked from the start: reached %v after the first program was started", time.Since(begin).Round(time.Millisecond))
+	overPath(t, s.Laptop, string(legs.LastTLS), resume)
+	for _, n := range []int64{1 << 20, 40 << 20} {
+		t.Logf("%d MiB up over the last rung: %.0f Mbit/s", n>>20, upload(t, s, p, n))
+	}
+	var gs gateway.Status
+	check(t, s.GatewayA.Status(within(t, 5*time.Second), &gs))
+	if len(gs.LastRung) == 0 || !gs.LastRung[0].Up || len(gs.Sessions) == 0 || !strings.HasSuffix(gs.Sessions[0].Path, string(legs.LastSSH)) {
+		t.Errorf("the gateway shows %+v %+v", gs.LastRung, gs.Sessions)
+	}
+	connections := 0
+	for _, n := range []*lab.Node{s.RelayA, s.RelayB} {
+		var rs relayd.Status
+		check(t, n.Status(within(t, 5*time.Second), &rs))
+		if rs.LastRung == nil {
+			t.Fatal("the relay's status has no last rung")
+		}
+		connections += rs.LastRung.Connections
+	}
+	if connections == 0 {
+		t.Error("no relay shows SSH connections")
+	}
+
+	pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
+	defer pulse.Stop()
+	goesOn := func(t *testing.T, most time.Duration) {
+		t.Helper()
+		check(t, pulse.WaitBeats(within(t, most), 50))
+	}
+	goesOn(t, 10*time.Second)
+	step := func(name, want string, most time.Duration, hosts ...*lab.Host) {
+		t.Run(name, func(t *testing.T) {
+			from := time.Now()
+			block(hosts...)
+			took := overPath(t, s.Laptop, want, most)
+			goesOn(t, 20*time.Second)
+			gap, _ := pulse.LongestGap(from)
+			t.Logf("over %s after %v, longest silence %v", want, took.Round(time.Millisecond), gap.Round(time.Millisecond))
+		})
+	}
+	step("unblocked", "udp", 2*time.Minute)
+	step("the client's network", string(legs.LastTLS), 30*time.Second, l.Client)
+	step("unblocked again", "udp", 2*time.Minute)
+	step("the gateway's network", string(legs.LastTLS), 30*time.Second, l.Gateway)
+	t.Logf("10 MiB up: %.0f Mbit/s", upload(t, s, p, 10<<20))
+	step("unblocked a third time", "udp", 2*time.Minute)
+	step("both networks", string(legs.LastTLS), 30*time.Second, l.Client, l.Gateway)
+}
