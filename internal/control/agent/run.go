@@ -24,7 +24,7 @@ import (
 // Pacing of what is tried again.
 const (
 	backoffFirst = time.Second
-	backoffMost  = 30 * time.Second
+	backoffMost  = 20 * time.Second
 	blockedRetry = 30 * time.Second // a node that is disabled or revoked asks this often
 	steady       = 10 * time.Second // a stream that lived this long resets the backoff
 	streamDead   = 3 * control.PingInterval
@@ -32,7 +32,7 @@ const (
 	maxEvent     = link.MaxBody
 )
 
-// backoff is exponential with full jitter: each wait is drawn from zero to a bound that doubles from 1 s to 30 s. The zero value
+// backoff is exponential with full jitter: each wait is drawn from zero to a bound that doubles from 1 s to 20 s. The zero value
 // starts at the first.
 type backoff struct {
 	n      int

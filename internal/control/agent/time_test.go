@@ -237,7 +237,7 @@ func TestBlockedNodeAsksSlowly(t *testing.T) {
 
 func TestBackoff(t *testing.T) {
 	full := backoff{random: func() float64 { return 1 }}
-	for i, want := range []time.Duration{1, 2, 4, 8, 16, 30, 30, 30} {
+	for i, want := range []time.Duration{1, 2, 4, 8, 16, 20, 20, 20} {
 		if got := full.next(); got != want*time.Second {
 			t.Errorf("bound of try %d is %v, want %v", i, got, want*time.Second)
 		}
