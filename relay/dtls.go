@@ -228,6 +228,7 @@ func (s *Server) shakeHands(from netip.AddrPort, v *virtualConn) bool {
 // wake sees to it that what has been queued is read. An idle connection has no reader of its own: a goroutine and a buffer for each of many
 // thousand would be most of the relay's memory.
 func (v *virtualConn) wake() {
+	v.wakes.Add(1)
 	if v.reading.CompareAndSwap(false, true) {
 		v.s.wg.Go(v.read)
 	}
@@ -240,6 +241,7 @@ func (v *virtualConn) read() {
 	defer dtlsBuffers.Put(buf)
 	const patience = 64 // errors in a row; a forged or oversized record is one
 	for errs := 0; errs < patience; {
+		wakes := v.wakes.Load()
 		seen, quiet := v.quiet()
 		_ = v.SetReadDeadline(time.Now().Add(c.s.cfg.linger))
 		n, err := v.Read(buf[:])
@@ -257,8 +259,8 @@ func (v *virtualConn) read() {
 			}
 			v.park(seen)
 			v.reading.Store(false)
-			// Whoever queued something meanwhile saw a reader at work.
-			if v.pushes.Load() == seen || !v.reading.CompareAndSwap(false, true) {
+			// Whoever woke it meanwhile saw a reader at work.
+			if v.wakes.Load() == wakes || !v.reading.CompareAndSwap(false, true) {
 				return
 			}
 		case errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, dtls.ErrConnClosed):

@@ -24,6 +24,7 @@ type virtualConn struct {
 	half    *halfOpen
 	reading atomic.Bool          // a reader is at work
 	pushes  atomic.Uint64        // datagrams queued
+	wakes   atomic.Uint64        // calls of wake
 	ready   chan struct{}        // something has been queued
 	since   time.Time            // of the completed handshake; set before it is in the table as live
 	conn    atomic.Pointer[conn] // likewise
@@ -61,10 +62,13 @@ func (v *virtualConn) push(d []byte) {
 	}
 }
 
-// pop takes the datagram that has waited longest.
-func (v *virtualConn) pop() ([]byte, bool) {
+// pop takes the datagram that has waited longest, unless w has been given up.
+func (v *virtualConn) pop(w *dtlsWire) ([]byte, bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if w.mute.Load() {
+		return nil, false
+	}
 	v.waiting = len(v.in) == 0
 	if v.waiting {
 		v.in = nil // an idle connection holds no queue
@@ -84,15 +88,25 @@ func (v *virtualConn) quiet() (pushes uint64, quiet bool) {
 
 // park gives up the library's part of an established connection to which nothing has come since seen, and all of that was read.
 func (v *virtualConn) park(seen uint64) {
-	if c := v.conn.Load(); c.alloc.Load() == nil { // until it has one the library may have to repeat the end of its handshake
+	// Until there is an allocation the library may have to repeat the end of its handshake. Standard clients send data over DTLS.
+	a := v.conn.Load().alloc.Load()
+	if a == nil || !a.plain {
 		return
 	}
 	v.life.Lock()
 	defer v.life.Unlock()
-	if v.dc == nil || v.closed || v.pushes.Load() != seen {
+	if v.dc == nil || v.closed {
 		return
 	}
-	v.wire.mute.Store(true) // from here on nothing leaves; a record that is on its way was counted before
+	v.mu.Lock()
+	idle := v.pushes.Load() == seen && v.waiting
+	if idle {
+		v.wire.mute.Store(true) // from here on nothing leaves; a record that is on its way was counted before
+	}
+	v.mu.Unlock()
+	if !idle {
+		return
+	}
 	state, ok := v.dc.ConnectionState()
 	if !ok {
 		v.wire.mute.Store(false)
@@ -102,19 +116,24 @@ func (v *virtualConn) park(seen uint64) {
 	v.dc, v.wire, v.parked = nil, nil, &state
 }
 
-// live returns the connection, which it makes again where it is parked. The caller has v.life read-locked, and again when live returns.
-func (v *virtualConn) live() (*dtls.Conn, error) {
-	if v.dc != nil {
-		return v.dc, nil
+// lockLive read-locks v.life and returns the connection, which it makes again where it is parked. On an error nothing is locked.
+func (v *virtualConn) lockLive() (*dtls.Conn, error) {
+	for {
+		v.life.RLock()
+		if v.dc != nil {
+			return v.dc, nil
+		}
+		v.life.RUnlock()
+		v.life.Lock()
+		_, err := v.resumeLocked()
+		v.life.Unlock()
+		if err != nil {
+			return nil, err
+		}
 	}
-	v.life.RUnlock()
-	defer v.life.RLock()
-	v.life.Lock()
-	defer v.life.Unlock()
-	return v.resumeLocked()
 }
 
-// resumeLocked is live with v.life locked for good.
+// resumeLocked returns the connection, which it makes again where it is parked. v.life is locked.
 func (v *virtualConn) resumeLocked() (*dtls.Conn, error) {
 	if v.dc != nil {
 		return v.dc, nil
@@ -144,23 +163,21 @@ func (v *virtualConn) resumeLocked() (*dtls.Conn, error) {
 
 // Read reads a record. It is for one reader.
 func (v *virtualConn) Read(b []byte) (int, error) {
-	v.life.RLock()
-	dc, err := v.live()
-	v.life.RUnlock()
+	dc, err := v.lockLive()
 	if err != nil {
 		return 0, err
 	}
+	v.life.RUnlock()
 	return dc.Read(b)
 }
 
 // Write sends b in a record. The connection is parked again by the reader that it wakes.
 func (v *virtualConn) Write(b []byte) (int, error) {
-	v.life.RLock()
-	defer v.life.RUnlock()
-	dc, err := v.live()
+	dc, err := v.lockLive()
 	if err != nil {
 		return 0, err
 	}
+	defer v.life.RUnlock()
 	v.wake()
 	return dc.Write(b)
 }
@@ -188,12 +205,11 @@ func (v *virtualConn) SetDeadline(t time.Time) error { return v.SetReadDeadline(
 
 // SetReadDeadline bounds reads, those under way included.
 func (v *virtualConn) SetReadDeadline(t time.Time) error {
-	v.life.RLock()
-	defer v.life.RUnlock()
-	dc, err := v.live()
+	dc, err := v.lockLive()
 	if err != nil {
 		return err
 	}
+	defer v.life.RUnlock()
 	return dc.SetReadDeadline(t)
 }
 
@@ -218,15 +234,15 @@ func newDTLSWire(v *virtualConn) *dtlsWire {
 // ReadFrom waits for a datagram of the source. It is for one reader.
 func (w *dtlsWire) ReadFrom(b []byte) (int, net.Addr, error) {
 	for {
+		if d, ok := w.v.pop(w); ok {
+			return copy(b, d), w.v.RemoteAddr(), nil
+		}
 		if w.mute.Load() { // what comes is for the next
 			select {
 			case w.v.ready <- struct{}{}:
 			default:
 			}
 			return 0, nil, net.ErrClosed
-		}
-		if d, ok := w.v.pop(); ok {
-			return copy(b, d), w.v.RemoteAddr(), nil
 		}
 		select {
 		case <-w.v.ready:
