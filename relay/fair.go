@@ -122,8 +122,8 @@ func (f *fairness) over() []usage {
 
 // aside is the sources that are set aside.
 type aside struct {
-	steer func([]udpio.Pin) error
-	first int // index of the first socket for them in the port's group
+	steer func([]udpio.Pin) error // set before the sockets are read
+	first int                     // index of the first socket for them in the port's group
 
 	view atomic.Pointer[map[netip.AddrPort]*outcast] // immutable, for lookups
 

@@ -12,19 +12,21 @@ type counter = atomic.Uint64
 
 // counters are the relay's, since its start. Datagrams where nothing else is said.
 type counters struct {
-	relayed      counter
-	relayedBytes counter // payload
-	unbound      counter // dropped: no channel, or the peer has none, or it ran out
-	unpermitted  counter // dropped: a peer that the allocation has not permitted
-	overQuota    counter // dropped: bandwidth
-	queueDrops   counter // dropped: a slow TCP, TLS or DTLS client
-	writeErrors  counter
-	readErrors   counter
-	malformed    counter // messages dropped
-	strays       counter // ChannelData and DTLS records of nobody known
-	unknown      counter // Unknown indications sent
-	limited      counter // unauthenticated answers withheld
-	bindings     counter // requests
+	relayed          counter
+	relayedBytes     counter // payload
+	unbound          counter // dropped: no channel, or the peer has none, or it ran out
+	unpermitted      counter // dropped: a peer that the allocation has not permitted
+	overQuota        counter // dropped: bandwidth
+	queueDrops       counter // dropped: a slow TCP, TLS or DTLS client
+	writeErrors      counter
+	readErrors       counter
+	malformed        counter // messages dropped
+	relayedSockDrops counter // by the kernel, at relayed sockets that are closed
+	repeatDrops      counter // indications not sent again: too many wait
+	strays           counter // ChannelData and DTLS records of nobody known
+	unknown          counter // Unknown indications sent
+	limited          counter // unauthenticated answers withheld
+	bindings         counter // requests
 
 	allocated         counter // allocations
 	ended             counter // allocations
@@ -78,6 +80,9 @@ func (s *Server) register(r prometheus.Registerer) error {
 		{"dropped_total", "Datagrams not relayed.", prometheus.Labels{"reason": "write_error"}, &c.writeErrors},
 		{"dropped_total", "Datagrams not relayed.", prometheus.Labels{"reason": "malformed"}, &c.malformed},
 		{"dropped_total", "Datagrams not relayed.", prometheus.Labels{"reason": "unknown_source"}, &c.strays},
+		{"dropped_total", "Datagrams not relayed.", prometheus.Labels{"reason": "left_behind"}, &s.aside.dropped},
+		{"set_aside_total", "Times that a source was set aside for sending more than its share of a full queue.", nil, &s.aside.total},
+		{"repeats_dropped_total", "Indications not sent again: too many waited.", nil, &c.repeatDrops},
 		{"read_errors_total", "Errors of UDP reads.", nil, &c.readErrors},
 		{"unknown_indications_total", "Sources told that the relay does not know them.", nil, &c.unknown},
 		{"replies_withheld_total", "Unauthenticated answers withheld by rate limits.", nil, &c.limited},
@@ -120,9 +125,10 @@ func (s *Server) register(r prometheus.Registerer) error {
 	}); err != nil {
 		return err
 	}
-	return r.Register(prometheus.NewCounterFunc(prometheus.CounterOpts{
-		Namespace: "sallyway", Subsystem: "relay", Name: "receive_buffer_errors_total", Help: "Datagrams dropped by the kernel: receive buffer full.",
-	}, func() float64 { return float64(s.bufferErrors()) }))
+	if err := gauge("set_aside", "Sources that are set aside now.", func() float64 { return float64(len(*s.aside.view.Load())) }); err != nil {
+		return err
+	}
+	return r.Register(sockets{s})
 }
 
 func stunCode(c stun.ErrorCode) string {
@@ -163,7 +169,7 @@ func (s *Server) Snapshot() Snapshot {
 		ByOrganization: map[string]int{}, Nodes: map[string]NodeSnapshot{},
 		Datagrams: c.relayed.Load(), Bytes: c.relayedBytes.Load(),
 		Dropped: c.unbound.Load() + c.unpermitted.Load() + c.overQuota.Load() + c.queueDrops.Load() + c.writeErrors.Load() +
-			c.malformed.Load() + c.strays.Load(),
+			c.malformed.Load() + c.strays.Load() + s.aside.dropped.Load(),
 		AuthFailures: c.authFailed.Load() + c.authExpired.Load(),
 		BufferErrors: s.bufferErrors(),
 		Connections:  len(s.conns.snapshot()),
@@ -181,11 +187,26 @@ func (s *Server) Snapshot() Snapshot {
 	return v
 }
 
+// bufferErrors are the datagrams that the kernel did not put into a queue of the port, or of a relayed socket, for want of room. What was
+// refused at the sockets of sources that are set aside is not among them: there it is meant.
 func (s *Server) bufferErrors() (n uint64) {
 	s.listening.Lock()
 	defer s.listening.Unlock()
 	for _, sh := range s.sockets {
-		n += sh.sock.Drops()
+		if !sh.outcasts {
+			n += sh.sock.Drops()
+		}
+	}
+	return n + s.relayedDrops()
+}
+
+// relayedDrops are those of relayed sockets, closed ones included.
+func (s *Server) relayedDrops() uint64 {
+	n := s.count.relayedSockDrops.Load()
+	for _, a := range s.table.snapshot() {
+		if r := a.sock.Load(); r != nil {
+			n += r.sock.Drops()
+		}
 	}
 	return n
 }

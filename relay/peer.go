@@ -44,7 +44,10 @@ func (s *Server) openRelayed(a *allocation, port uint16) (*relayedSocket, error)
 
 func (r *relayedSocket) start() { r.s.wg.Go(r.serve) }
 
-func (r *relayedSocket) close() { r.sock.Close() }
+func (r *relayedSocket) close() {
+	r.s.count.relayedSockDrops.Add(r.sock.Drops())
+	r.sock.Close()
+}
 
 // openFor opens a's relayed socket where peer is a configured one and the socket is not open yet.
 func (s *Server) openFor(a *allocation, peer netip.AddrPort) stun.ErrorCode {

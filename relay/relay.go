@@ -203,6 +203,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	_, _ = rand.Read(s.nonces.secret[:])
 	s.table.init(cfg.MinPort, cfg.MaxPort)
+	s.aside = newAside(1+cfg.Shards, cfg.Shards, nil)
 	s.dtls.init(cfg.Limits)
 	s.conns.init(cfg.Limits)
 	s.replies.init(50*time.Millisecond, 100)
@@ -434,7 +435,7 @@ func (s *Server) listen(ctx context.Context) error {
 		}
 	}
 	steering := udpio.NewSteering(controlBytes, s.cfg.Shards)
-	s.aside = newAside(1+s.cfg.Shards, s.cfg.Shards, func(pins []udpio.Pin) error { return s.sockets[0].sock.Steer(steering, pins) })
+	s.aside.steer = func(pins []udpio.Pin) error { return s.sockets[0].sock.Steer(steering, pins) }
 	if err := s.aside.steer(nil); err != nil {
 		// The kernel goes on to choose by a hash, among all of them, and each handles everything.
 		s.log.Warn("control and data share queues, so control may wait while much data comes in", "err", err)

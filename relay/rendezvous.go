@@ -112,6 +112,7 @@ func (s *Server) indicate(a *allocation, method stun.Method, attrs ...stun.Sette
 	select {
 	case s.repeats <- repeat{at: time.Now().Add(indicationInterval), left: indicationRepeats, to: a, raw: m.Raw}:
 	default: // the first one was sent, and a request that went unanswered is repeated by its sender
+		s.count.repeatDrops.Add(1)
 	}
 }
 
@@ -141,6 +142,7 @@ func (s *Server) repeatLoop() {
 				select {
 				case s.repeats <- r:
 				default:
+					s.count.repeatDrops.Add(1)
 				}
 			}
 		}

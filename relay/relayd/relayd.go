@@ -367,6 +367,9 @@ func (d *relayDaemon) checks() []daemon.Check {
 		if problem := d.portProblem(); problem != "" {
 			row.Result, row.Detail, row.Remedy = daemon.Warn, problem, "make both the same; where a firewall maps one port to the other, all is well"
 		}
+		for _, w := range d.srv.Load().Warnings() {
+			out = append(out, daemon.Check{Check: "UDP buffers", Result: daemon.Warn, Detail: w, Remedy: "the command above, and the same line in /etc/sysctl.d"})
+		}
 		if st.Relay.BufferErrors > 0 {
 			out = append(out, daemon.Check{
 				Check: "UDP buffers", Result: daemon.Warn, Detail: fmt.Sprintf("%d datagrams dropped for want of receive buffer", st.Relay.BufferErrors),
