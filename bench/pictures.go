@@ -205,7 +205,7 @@ func (r *Result) linkChart() chart {
 // moveChart is how long an open connection was silent when a relay went away, one dot for each time.
 func (o *Outcome) moveChart() chart {
 	c := chart{
-		title: "Longest silence on an open connection when the relay in use goes away", about: "one dot for each time; red: what is wanted at most", unit: "ms",
+		title: "Silence when the relay in use goes away", about: "the longest on an open connection, one dot for each time; red: what is wanted at most", unit: "ms",
 		legend: []legendEntry{{ownStrong, "afterwards"}, {peerPale, "longest before, on the same connection"}},
 	}
 	wanted := map[string]float64{Killed: killedBar, CutOff: cutBar}
