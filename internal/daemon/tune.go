@@ -9,24 +9,12 @@ import (
 )
 
 // Tuning is what a daemon asks of the Go runtime. A zero field leaves the runtime's default. The environment variables
-// GOGC, GOMEMLIMIT and GOMAXPROCS win over it.
+// GOGC, GOMEMLIMIT and GOMAXPROCS win over it. What was measured, and why most daemons leave it zero, is in docs/performance.md, "Runtime
+// settings".
 type Tuning struct {
 	GCPercent   int   // as GOGC
 	MemoryLimit int64 // bytes, as GOMEMLIMIT; zero means 90 % of the cgroup's limit where there is one
 	MaxProcs    int   // threads running Go code, as GOMAXPROCS
-}
-
-// TuningOf is what was measured to be good for a daemon (docs/performance.md, "Runtime settings"). Garbage collection stays the
-// runtime's own everywhere: less of it cost memory and brought nothing that could be seen.
-//
-// A client gets half of the cores, one at least. It is a guest on its host, where the programs whose traffic it carries and the kernel's
-// network want the other half; and its goroutines work on one session's packets in turns, so that fewer threads hand them over less
-// often. Gateways and relays serve many sessions at once and get every core.
-func TuningOf(role string) Tuning {
-	if role == "client" {
-		return Tuning{MaxProcs: max(1, runtime.GOMAXPROCS(0)/2)}
-	}
-	return Tuning{}
 }
 
 // cgroupMemory is where a cgroup v2 shows its memory limit inside its own namespace (containers).

@@ -52,19 +52,3 @@ func TestTune(t *testing.T) {
 		t.Fatalf("got %v, want %v", got, want)
 	}
 }
-
-func TestTuningOf(t *testing.T) {
-	procs := runtime.GOMAXPROCS(0)
-	defer runtime.GOMAXPROCS(procs)
-	for cores, want := range map[int]int{1: 1, 2: 1, 3: 1, 4: 2, 16: 8} {
-		runtime.GOMAXPROCS(cores)
-		if got := TuningOf("client"); got != (Tuning{MaxProcs: want}) {
-			t.Errorf("a client on %d cores: %+v, want %d", cores, got, want)
-		}
-		for _, role := range []string{"gateway", "relay"} {
-			if got := TuningOf(role); got != (Tuning{}) {
-				t.Errorf("%s: %+v", role, got)
-			}
-		}
-	}
-}

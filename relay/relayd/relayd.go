@@ -113,7 +113,7 @@ func (o *options) run(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	daemon.Tune(daemon.TuningOf(spec.Role))
+	daemon.Tune(daemon.Tuning{})
 	sh, err := daemon.Open(spec, &o.Options, cmd.ErrOrStderr())
 	if err != nil {
 		return err
