@@ -50,6 +50,14 @@ func (r *Result) figures() []figure {
 	for _, m := range r.RelayMemory {
 		add("relay alone", m.Server, fmt.Sprintf("memory of %d allocations over %s", m.Allocations, m.Control), "MiB", "%.1f", float64(m.Idle)/(1<<20))
 	}
+	for _, l := range r.Layers {
+		summed("layers", l.Way, direction(l.Down), "Mbit/s", "%.0f", l.Low/1e6, l.Median/1e6, l.High/1e6, l.Runs)
+		var cpu float64
+		for _, s := range l.CPUPerGB {
+			cpu += s
+		}
+		add("layers", l.Way, direction(l.Down)+", processor", "s/GB", "%.2f", cpu)
+	}
 	for _, s := range r.Netstack {
 		summed("netstack alone", s.Way, direction(s.Down), "Mbit/s", "%.0f", s.Low/1e6, s.Median/1e6, s.High/1e6, s.Runs)
 		add("netstack alone", s.Way, direction(s.Down)+", processor", "s/GB", "%.2f", s.CPUPerGB)
@@ -102,6 +110,9 @@ func (o *Outcome) figures(add func(way, what, unit, format string, value float64
 	}
 }
 
+// ours are the ways that are not of others.
+var ours = []string{Sallyway, OwnRelay, OwnNetstack, RelayLayer, LegLayer}
+
 // Compare writes figures of two results side by side: those that both have, of Sallyway alone or of every way. It names
 // what differs about the runs themselves, since such results compare badly.
 func Compare(out io.Writer, a, b *Result, every bool) error {
@@ -124,7 +135,7 @@ func Compare(out io.Writer, a, b *Result, every bool) error {
 	had := b.figures()
 	rows := 0
 	for _, fa := range a.figures() {
-		if !every && fa.way != Sallyway && fa.way != OwnRelay && fa.way != OwnNetstack {
+		if !every && !slices.Contains(ours, fa.way) {
 			continue
 		}
 		i := slices.IndexFunc(had, func(f figure) bool { return f.name == fa.name })

@@ -15,7 +15,7 @@ import (
 	"sallyway/internal/lab"
 )
 
-func main() { os.Exit(daemon.Main(command())) }
+func main() { os.Exit(daemon.Main(new(options).command())) }
 
 // options are the flags.
 type options struct {
@@ -28,8 +28,8 @@ type options struct {
 	only         alone
 }
 
-func command() *cobra.Command {
-	var o options
+// command is bench with its sub-commands.
+func (o *options) command() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "bench",
 		Short: "Measure the whole path in network namespaces, next to raw TCP over the same links",
