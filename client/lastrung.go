@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 	"time"
 
 	"sallyway/internal/control"
@@ -35,6 +36,7 @@ type lastRung struct {
 	absent map[identity.Node]time.Time // relays that said that the gateway is not there
 	dead   time.Time                   // since when no active path was alive; zero when the present one is not dead
 	links  []*lastLink
+	trying bool          // an attempt is under way
 	next   time.Time     // of the next climb
 	wait   time.Duration // before the one after it
 }
@@ -65,49 +67,147 @@ func lastInfo(ref control.RelayRef, peer identity.Node) tunnel.LinkInfo {
 	return tunnel.LinkInfo{Name: ref.Name + " " + string(legs.LastTLS), Peer: peer}
 }
 
-// overLast calls use with a link of the last rung of one relay after the other, until use takes one.
-func (g *gatewayLink) overLast(ctx context.Context, use func(ctx context.Context, l *reverse.Link, info tunnel.LinkInfo) error) error {
-	var errs []error
-	for _, ref := range g.ref.Load().Relays {
-		if !g.lastDue(ref) {
-			continue
+// lastDialled is what came of an attempt at the last rung.
+type lastDialled struct {
+	link *reverse.Link // nil if err is not
+	info tunnel.LinkInfo
+	err  error // legs.ErrNoLastRung where none was worth a try
+}
+
+// lastRelays are the relays whose last rung is worth a try.
+func (g *gatewayLink) lastRelays() []control.RelayRef {
+	return slices.DeleteFunc(slices.Clone(g.ref.Load().Relays), func(ref control.RelayRef) bool { return !g.lastDue(ref) })
+}
+
+// lastWanted are the relays whose last rung a session needs now; none while an attempt is under way.
+func (g *gatewayLink) lastWanted(p tunnel.PathInfo) []control.RelayRef {
+	if g.last.trying || !g.lost(p) {
+		return nil
+	}
+	return g.lastRelays()
+}
+
+// lost reports whether a session's active path is lost: it is gone, dead, or a leg that was moved to after that and has not answered either.
+func (g *gatewayLink) lost(p tunnel.PathInfo) bool {
+	_, last := p.Active.Link.(*reverse.Link)
+	return closed(p.Active.Link.Done()) || p.Active.State == tunnel.Dead || (!last && p.Active.State != tunnel.Alive && !g.last.dead.IsZero())
+}
+
+// dropLast closes the link of an attempt that nobody waits for any more. It has ended.
+func (g *gatewayLink) dropLast(last <-chan lastDialled) {
+	g.last.trying = false
+	select {
+	case d := <-last:
+		if d.link != nil {
+			d.link.Close()
 		}
+	default:
+	}
+}
+
+// dialLast tries the last rung of one relay after the other.
+func (g *gatewayLink) dialLast(ctx context.Context, refs []control.RelayRef) lastDialled {
+	var errs []error
+	for _, ref := range refs {
 		cctx, cancel := context.WithTimeout(ctx, connectTimeout)
 		l, err := g.s.cfg.Legs.Last(cctx, ref.Node, g.node)
-		if err == nil {
-			if err = use(cctx, l, lastInfo(ref, g.node)); err != nil {
-				l.Close()
-			}
-		}
 		cancel()
 		if err == nil {
-			g.last.links = append(g.last.links, &lastLink{Link: l})
-			g.last.next, g.last.wait = time.Now().Add(climbAfter), climbAfter
-			return nil
+			return lastDialled{link: l, info: lastInfo(ref, g.node)}
 		}
 		if !errors.Is(err, legs.ErrNoLastRung) {
 			errs = append(errs, err)
 		}
 	}
 	if len(errs) == 0 {
-		return legs.ErrNoLastRung
+		return lastDialled{err: legs.ErrNoLastRung}
 	}
-	return errors.Join(errs...)
+	return lastDialled{err: errors.Join(errs...)}
 }
 
-// rescueLast moves a session to the last rung and reports whether it did.
-func (g *gatewayLink) rescueLast(ctx context.Context, t *tunnel.Session, from, reason string) bool {
-	err := g.overLast(ctx, func(_ context.Context, l *reverse.Link, info tunnel.LinkInfo) error {
-		if err := t.Repoint(l, info, reason); err != nil {
-			return err
-		}
-		g.log.Info("path moved", "from", from, "to", info.Name, "reason", reason)
-		return nil
-	})
-	if err != nil && !errors.Is(err, legs.ErrNoLastRung) {
-		g.log.Debug("no last rung", "err", err)
+// keepLast notes a link that a session uses.
+func (g *gatewayLink) keepLast(l *reverse.Link) {
+	g.last.links = append(g.last.links, &lastLink{Link: l})
+	g.last.next, g.last.wait = time.Now().Add(climbAfter), climbAfter
+}
+
+// connectLast opens a session over the last rung. A leg that comes up meanwhile is better, and ends the attempt.
+func (g *gatewayLink) connectLast(ctx context.Context) (*tunnel.Session, error) {
+	refs := g.lastRelays()
+	if len(refs) == 0 {
+		return nil, legs.ErrNoLastRung
 	}
-	return err == nil
+	dctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	defer cancel()
+	before := g.legsUp()
+	watch.Go(func() {
+		tick := time.NewTicker(legTick)
+		defer tick.Stop()
+		for {
+			select {
+			case <-dctx.Done():
+				return
+			case <-tick.C:
+				if g.legsUp() > before {
+					cancel()
+				}
+			}
+		}
+	})
+	d := g.dialLast(dctx, refs)
+	if d.err != nil {
+		return nil, d.err
+	}
+	sctx, stop := context.WithTimeout(ctx, connectTimeout)
+	defer stop()
+	t, err := g.open(sctx, d.link, d.info)
+	if err != nil {
+		d.link.Close()
+		return nil, err
+	}
+	g.keepLast(d.link)
+	return t, nil
+}
+
+// legTick is how often an attempt at the last rung looks whether a leg is there by now.
+const legTick = 50 * time.Millisecond
+
+// legsUp counts the legs on the gateway's relays.
+func (g *gatewayLink) legsUp() (n int) {
+	for _, ref := range g.ref.Load().Relays {
+		if l, _ := g.s.cfg.Legs.Current(ref.Node); l != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// takeLast moves a session that still needs it to a link of the last rung.
+func (g *gatewayLink) takeLast(t *tunnel.Session, d lastDialled) {
+	if d.err != nil {
+		if !errors.Is(d.err, legs.ErrNoLastRung) {
+			g.log.Debug("no last rung", "err", d.err)
+		}
+		return
+	}
+	p := t.Path()
+	if !g.lost(p) {
+		d.link.Close()
+		return
+	}
+	reason := "probes are not answered"
+	if closed(p.Active.Link.Done()) {
+		reason = "the leg on the relay is gone"
+	}
+	if err := t.Repoint(d.link, d.info, reason); err != nil {
+		d.link.Close()
+		return
+	}
+	g.keepLast(d.link)
+	g.log.Info("path moved", "from", p.Active.Info.Name, "to", d.info.Name, "reason", reason)
 }
 
 // noteDead keeps since when the active path is dead. Another one that was moved to since counts only when it answers.
@@ -118,12 +218,6 @@ func (g *gatewayLink) noteDead(p tunnel.PathInfo) {
 	case p.Active.State == tunnel.Dead && g.last.dead.IsZero():
 		g.last.dead = time.Now()
 	}
-}
-
-// lastFirst reports whether the last rung is to be tried before the legs: these have been there all the while, and nothing came over them.
-func (g *gatewayLink) lastFirst(p tunnel.PathInfo) bool {
-	_, last := p.Active.Link.(*reverse.Link)
-	return !last && !g.last.dead.IsZero() && time.Since(g.last.dead) > deadPatience
 }
 
 // sweepLast closes the links of the last rung that the session has left; all says every one.

@@ -414,11 +414,7 @@ func (g *gatewayLink) connect(ctx context.Context) (*tunnel.Session, error) {
 			return nil, errors.Join(errs...)
 		}
 	}
-	var t *tunnel.Session
-	err := g.overLast(ctx, func(ctx context.Context, l *reverse.Link, info tunnel.LinkInfo) (err error) {
-		t, err = g.open(ctx, l, info)
-		return err
-	})
+	t, err := g.connectLast(ctx)
 	if err == nil {
 		return t, nil
 	}
@@ -464,6 +460,8 @@ func linkInfo(l *leg.Leg, name string, peer identity.Node) tunnel.LinkInfo {
 func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who string) {
 	tick := time.NewTicker(adjustInterval)
 	defer tick.Stop()
+	last := make(chan lastDialled, 1)
+	defer g.dropLast(last)
 	var standby sync.WaitGroup
 	defer standby.Wait()
 	sctx, cancel := context.WithCancel(ctx)
@@ -492,8 +490,15 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 		case <-activeDone:
 		case <-standbyDone:
 		case <-tick.C:
+		case d := <-last:
+			g.last.trying = false
+			g.takeLast(t, d)
 		}
 		g.rescue(ctx, t)
+		if refs := g.lastWanted(t.Path()); len(refs) > 0 {
+			g.last.trying = true
+			standby.Go(func() { last <- g.dialLast(sctx, refs) })
+		}
 		g.sweepLast(t.Path(), false)
 		if ref, l := g.better(t.Path()); l != nil && busy.CompareAndSwap(false, true) {
 			g.last.next = time.Now().Add(g.last.wait)
@@ -536,7 +541,7 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 			return
 		}
 	}
-	if !gone || (g.lastFirst(p) && g.rescueLast(ctx, t, p.Active.Info.Name, reason)) {
+	if !gone {
 		return
 	}
 	for _, ref := range g.ref.Load().Relays {
@@ -558,7 +563,6 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 		g.log.Info("path moved", "from", p.Active.Info.Name, "to", info.Name, "reason", reason)
 		return
 	}
-	g.rescueLast(ctx, t, p.Active.Info.Name, reason)
 }
 
 // suspectInterval is how often a leg under a dead path is asked to check its relay.

@@ -92,6 +92,9 @@ func (k *Keeper) Last(ctx context.Context, relay, peer identity.Node) (*reverse.
 		},
 	})
 	if err != nil {
+		if errors.Is(ctx.Err(), context.Canceled) {
+			return nil, err
+		}
 		k.mu.Lock()
 		if len(k.refused) > maxRefused {
 			clear(k.refused)
