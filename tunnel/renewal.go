@@ -23,8 +23,9 @@ const (
 	// renewLossRounds and renewLossLeast are how long ago the last loss must be. Loss at random rates keeps a sender below that, and a path
 	// that is full in truth shows it by then.
 	renewLossRounds, renewLossLeast = 16, 3 * time.Second
-	// renewWindow is what has to be small about a window that is renewed, in bytes: a new one has 38 400. A larger one is renewed where the sender
-	// was twice as fast before. There is something to lose, since slow start may end too early again.
+	// renewWindow is what has to be small about a window that is renewed, in bytes: a new one has 38 400. With a larger one there is something to
+	// lose, since slow start may end too early again. It is renewed where the sender was twice as fast before, or where nothing was lost and the
+	// delay is steady.
 	renewWindow = 128 << 10
 	// renewPause and renewMostPause bound the time from one renewal to the next. It doubles when one has not raised the rate by half.
 	renewPause, renewMostPause = 10 * time.Second, 5 * time.Minute
@@ -96,7 +97,8 @@ func (r *renewal) sample(now time.Time, s quic.ConnectionStats) bool {
 	switch {
 	case s.MinRTT < renewLeastRTT:
 		return false
-	case s.CongestionWindow > renewWindow && r.most < 2*r.rate():
+	case s.CongestionWindow > renewWindow && r.most < 2*r.rate() &&
+		(!r.lossAt.IsZero() || rounds < renewLossRounds || r.high > r.low+queueless(s.MinRTT)):
 		return false
 	case queue && (rounds < float64(s.CongestionWindow)/renewPacket || r.high > r.low+queueless(s.MinRTT)):
 		return false

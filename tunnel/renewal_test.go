@@ -114,6 +114,15 @@ func TestRenewalOfALargeWindow(t *testing.T) {
 	}
 }
 
+// TestRenewalOfHalfAWindow holds that slow start that ended halfway is begun again if nothing speaks against it.
+func TestRenewalOfHalfAWindow(t *testing.T) {
+	m, r, at := long(), renewal{}, time.Duration(0)
+	m.window, m.slow = 500e3, false
+	if got := m.run(&r, &at, time.Minute); len(got) != 1 || got[0] < renewLossRounds*m.rtt || got[0] > 2*time.Second {
+		t.Fatalf("renewed at %v, want once within two seconds", got)
+	}
+}
+
 func TestRenewalAfterLoss(t *testing.T) {
 	m, r, at := long(), renewal{}, time.Duration(0)
 	m.run(&r, &at, 5*time.Second)
@@ -139,7 +148,9 @@ func TestNoRenewal(t *testing.T) {
 		{"much random loss", func(m *reno) { m.loss = 0.02 }},
 		{"a queue of its own", func(m *reno) { m.rate, m.slow = 0.2e6, false }},
 		{"a queue of others", func(m *reno) { m.stats.MinRTT, m.others, m.slow = m.rtt, 30*time.Millisecond, false }},
-		{"a large window that is no smaller than it was", func(m *reno) { m.window, m.slow = 300e3, false }},
+		{"a large window, and a delay that jumps", func(m *reno) {
+			m.window, m.slow, m.others, m.stats.MinRTT = 600e3, false, 20*time.Millisecond, m.rtt+20*time.Millisecond
+		}},
 		{"a path that shows no queue", func(m *reno) { m.buffer = 10e3 }},
 		{"a short path", func(m *reno) { m.rtt, m.slow, m.demand = 3*time.Millisecond, false, 0.9*m.window/0.003 }},
 	} {
