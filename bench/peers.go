@@ -27,9 +27,9 @@ const (
 	WireGuardDirect = "wireguard-go from end to end, no hub"
 )
 
-// Ports of the peers' hubs, all on the second relay's host: the router lets through TCP 2222, and UDP from 49152 on.
+// Ports of the peers' hubs, all on the second relay's host: the router lets through one TCP port for them, and UDP from 49152 on.
 const (
-	sshHubPort       = 2222
+	sshHubPort       = lab.HubPort
 	wireguardHubPort = 50820
 	nebulaHubPort    = 50242
 	openvpnHubPort   = 50194

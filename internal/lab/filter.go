@@ -19,6 +19,9 @@ const (
 	httpsPort   = 443
 )
 
+// HubPort is a TCP port of the relays' hosts that Config.Raw opens, for what other products have in the place of a relay.
+const HubPort = 2022
+
 // routerFilter lets the router of the calling thread's namespace forward what goes to relays and to the platform, and
 // answers to it. All else is dropped in silence: no site can be called, and no two sites see each other, except where Config
 // says otherwise.
@@ -57,6 +60,9 @@ func routerFilter(cfg Config) error {
 	add(out("to-platform"), tcp(), dport(httpsPort, httpsPort), accept())
 	if cfg.Raw {
 		add(out("to-gateway"), daddr(RawAddr.AsSlice()), accept())
+		for _, relay := range []string{"to-relay1", "to-relay2"} {
+			add(out(relay), tcp(), dport(HubPort, HubPort), accept())
+		}
 	}
 	if cfg.Direct {
 		add(in("to-client"), out("to-gateway"), udp(), accept())
