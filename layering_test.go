@@ -26,6 +26,8 @@ var layers = []struct {
 	{folder: "stun", never: roles},
 	{folder: "tun", never: roles},
 	{folder: "netstack", never: roles},
+	// The direct socket is a mechanism of either end. It reads and writes in runs, as a relay and a leg do.
+	{folder: "direct", never: roles, except: []string{"relay/udpio"}},
 	// The session joins legs and knows neither end's daemon nor any server.
 	{folder: "tunnel", never: []string{"gateway", "client", "platform", "relay", "bench", "cmd"}, except: relayContracts},
 	// Roles meet on the wire.
@@ -190,6 +192,9 @@ func TestLayeringTable(t *testing.T) {
 		{"stun/stun.go", "sallyway/relay/leg", true},
 		{"stun/stun.go", "sallyway/internal/identity", false},
 		{"netstack/a.go", "sallyway/gateway", true},
+		{"direct/a.go", "sallyway/tunnel", true},
+		{"direct/a.go", "sallyway/relay/leg", true},
+		{"direct/a.go", "sallyway/relay/udpio", false},
 		{"gateway/a.go", "sallyway/relay", true},
 		{"gateway/sub/a.go", "sallyway/relay/admission", true},
 		{"gateway/a.go", "sallyway/relay/leg", false},

@@ -1,15 +1,16 @@
 package udpio
 
 import (
+	"net/netip"
 	"sync"
 
 	"sallyway/internal/datagram"
 )
 
-// Sender writes to the peer of a connected socket and never waits for room in the socket's buffer, as Conn.Write does. Its method may
-// be called concurrently.
+// Sender writes to one peer and never waits for room in the socket's buffer, as Conn.Write does. Its method may be called concurrently.
 type Sender struct {
 	c  *Conn
+	to target     // none for the peer of a connected socket
 	mu sync.Mutex // guards what follows: the write under way
 
 	b, oob []byte
@@ -22,6 +23,13 @@ type Sender struct {
 func (c *Conn) NewSender() *Sender {
 	s := &Sender{c: c}
 	s.do = s.try
+	return s
+}
+
+// NewSenderTo makes a sender to one of the peers of a socket that is not connected.
+func (c *Conn) NewSenderTo(to netip.AddrPort) *Sender {
+	s := c.NewSender()
+	s.to = c.target(netip.AddrPortFrom(to.Addr().Unmap(), to.Port()))
 	return s
 }
 
