@@ -36,7 +36,9 @@ type lastRung struct {
 	absent map[identity.Node]time.Time // relays that said that the gateway is not there
 	dead   time.Time                   // since when no active path was alive; zero when the present one is not dead
 	links  []*lastLink
-	trying bool          // an attempt is under way
+	trying bool          // an attempt is under way, or its result waits
+	ready  chan struct{} // closed when it has a link
+	asked  time.Time     // when all legs were last asked to check their relays
 	next   time.Time     // of the next climb
 	wait   time.Duration // before the one after it
 }
@@ -187,6 +189,7 @@ func (g *gatewayLink) legsUp() (n int) {
 
 // takeLast moves a session that still needs it to a link of the last rung.
 func (g *gatewayLink) takeLast(t *tunnel.Session, d lastDialled) {
+	g.last.trying = false
 	if d.err != nil {
 		if !errors.Is(d.err, legs.ErrNoLastRung) {
 			g.log.Debug("no last rung", "err", d.err)
@@ -218,6 +221,31 @@ func (g *gatewayLink) noteDead(p tunnel.PathInfo) {
 	case p.Active.State == tunnel.Dead && g.last.dead.IsZero():
 		g.last.dead = time.Now()
 	}
+	// Whoever blocks one relay's leg blocks the other's: both must be found out, or they are asked for channels in vain.
+	if !g.last.dead.IsZero() && time.Since(g.last.dead) > deadPatience/2 && time.Since(g.last.asked) > suspectInterval {
+		g.last.asked = time.Now()
+		for _, ref := range g.ref.Load().Relays {
+			if l, _ := g.s.cfg.Legs.Current(ref.Node); l != nil {
+				l.Suspect()
+			}
+		}
+	}
+}
+
+// untilLast bounds a request for a channel, which an attempt at the last rung that has a link ends.
+func (g *gatewayLink) untilLast(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout/2)
+	if g.last.trying {
+		ready := g.last.ready
+		go func() {
+			select {
+			case <-ready:
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+	}
+	return ctx, cancel
 }
 
 // sweepLast closes the links of the last rung that the session has left; all says every one.

@@ -491,14 +491,21 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 		case <-standbyDone:
 		case <-tick.C:
 		case d := <-last:
-			g.last.trying = false
 			g.takeLast(t, d)
 		}
-		g.rescue(ctx, t)
+		g.noteDead(t.Path())
 		if refs := g.lastWanted(t.Path()); len(refs) > 0 {
-			g.last.trying = true
-			standby.Go(func() { last <- g.dialLast(sctx, refs) })
+			ready := make(chan struct{})
+			g.last.trying, g.last.ready = true, ready
+			standby.Go(func() {
+				d := g.dialLast(sctx, refs)
+				last <- d
+				if d.link != nil {
+					close(ready)
+				}
+			})
 		}
+		g.rescue(ctx, t)
 		g.sweepLast(t.Path(), false)
 		if ref, l := g.better(t.Path()); l != nil && busy.CompareAndSwap(false, true) {
 			g.last.next = time.Now().Add(g.last.wait)
@@ -521,7 +528,6 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 // rescue moves a session off an active path that is gone, dead or draining: to the standby, else to whatever relay is up.
 func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 	p := t.Path()
-	g.noteDead(p)
 	var reason string
 	gone := false
 	switch {
@@ -549,7 +555,7 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 		if l == nil {
 			continue
 		}
-		cctx, cancel := context.WithTimeout(ctx, connectTimeout/2)
+		cctx, cancel := g.untilLast(ctx)
 		ch, err := l.Connect(cctx, g.node)
 		cancel()
 		g.noteAbsent(ref.Node, err)
