@@ -85,26 +85,55 @@ func TestLastRung(t *testing.T) {
 
 	pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
 	defer pulse.Stop()
-	goesOn := func(t *testing.T, most time.Duration) {
-		t.Helper()
-		check(t, pulse.WaitBeats(within(t, most), 50))
-	}
-	goesOn(t, 10*time.Second)
-	step := func(name, want string, most time.Duration, hosts ...*lab.Host) {
-		t.Run(name, func(t *testing.T) {
-			from := time.Now()
-			block(hosts...)
-			took := overPath(t, s.Laptop, want, most)
-			goesOn(t, 20*time.Second)
-			gap, _ := pulse.LongestGap(from)
-			t.Logf("over %s after %v, longest silence %v", want, took.Round(time.Millisecond), gap.Round(time.Millisecond))
-		})
-	}
-	step("unblocked", "udp", 2*time.Minute)
-	step("the client's network", string(legs.LastTLS), 30*time.Second, l.Client)
-	step("unblocked again", "udp", 2*time.Minute)
-	step("the gateway's network", string(legs.LastTLS), 30*time.Second, l.Gateway)
+	check(t, pulse.WaitBeats(within(t, 10*time.Second), 50))
+	steps := rungs{t, s, pulse}
+	steps.step("unblocked", "udp", 2*time.Minute)
+	steps.step("the client's network", string(legs.LastTLS), 30*time.Second, l.Client)
+	steps.step("unblocked again", "udp", 2*time.Minute)
+	steps.step("the gateway's network", string(legs.LastTLS), 30*time.Second, l.Gateway)
 	t.Logf("10 MiB up: %.0f Mbit/s", upload(t, s, p, 10<<20))
-	step("unblocked a third time", "udp", 2*time.Minute)
-	step("both networks", string(legs.LastTLS), 30*time.Second, l.Client, l.Gateway)
+	steps.step("unblocked a third time", "udp", 2*time.Minute)
+	steps.step("both networks", string(legs.LastTLS), 30*time.Second, l.Client, l.Gateway)
+}
+
+// rungs is a site with an open connection that must go on.
+type rungs struct {
+	t     *testing.T
+	s     *lab.Site
+	pulse *lab.Pulse
+}
+
+// step blocks 5349 for the hosts, and for nobody else, and waits until the session runs over what it should.
+func (r *rungs) step(name, want string, most time.Duration, hosts ...*lab.Host) {
+	r.t.Run(name, func(t *testing.T) {
+		from := time.Now()
+		check(t, r.s.BlockPort(wire.Port, hosts...))
+		took := overPath(t, r.s.Laptop, want, most)
+		check(t, r.pulse.WaitBeats(within(t, 20*time.Second), 50))
+		gap, _ := r.pulse.LongestGap(from)
+		t.Logf("over %s after %v, longest silence %v", want, took.Round(time.Millisecond), gap.Round(time.Millisecond))
+	})
+}
+
+// TestLastRungWithoutStandby: with one relay each there is no SSH connection as long as it is not needed, and a session moves all the same.
+func TestLastRungWithoutStandby(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	one := []string{"--standby", "0"}
+	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true, GatewayArgs: one, ClientArgs: one}, nil)
+	check(t, err)
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.echo.Addr, 30*time.Second)
+	var gs gateway.Status
+	check(t, s.GatewayA.Status(within(t, 5*time.Second), &gs))
+	if len(gs.LastRung) != 0 {
+		t.Errorf("SSH connections without need: %+v", gs.LastRung)
+	}
+	pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
+	defer pulse.Stop()
+	check(t, pulse.WaitBeats(within(t, 10*time.Second), 50))
+	steps := rungs{t, s, pulse}
+	steps.step("both networks", string(legs.LastTLS), 60*time.Second, l.Client, l.Gateway)
+	steps.step("unblocked", "udp", 2*time.Minute)
+	steps.step("the gateway's network", string(legs.LastTLS), 60*time.Second, l.Gateway)
+	steps.step("unblocked again", "udp", 2*time.Minute)
 }
