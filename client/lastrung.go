@@ -81,12 +81,19 @@ func (g *gatewayLink) lastRelays() []control.RelayRef {
 	return slices.DeleteFunc(slices.Clone(g.ref.Load().Relays), func(ref control.RelayRef) bool { return !g.lastDue(ref) })
 }
 
-// lastWanted are the relays whose last rung a session needs now; none while an attempt is under way.
+// lastWanted are the relays whose last rung a session needs now; none while an attempt is under way. From a relay that drains a session
+// goes to another one's, where it has no better path.
 func (g *gatewayLink) lastWanted(p tunnel.PathInfo) []control.RelayRef {
-	if g.last.trying || !g.lost(p) {
+	if g.last.trying || !(g.lost(p) || g.leaves(p)) {
 		return nil
 	}
-	return g.lastRelays()
+	return slices.DeleteFunc(g.lastRelays(), func(ref control.RelayRef) bool { return g.leaves(p) && lastInfo(ref, g.node) == p.Active.Info })
+}
+
+// leaves reports whether a session should leave the last rung of a relay that drains.
+func (g *gatewayLink) leaves(p tunnel.PathInfo) bool {
+	l, last := p.Active.Link.(*reverse.Link)
+	return last && closed(l.Draining())
 }
 
 // lost reports whether a session's active path is lost: it is gone, dead, or a leg that was moved to after that and has not answered either.
@@ -188,7 +195,7 @@ func (g *gatewayLink) legsUp() (n int) {
 }
 
 // takeLast moves a session that still needs it to a link of the last rung.
-func (g *gatewayLink) takeLast(t *tunnel.Session, d lastDialled) {
+func (g *gatewayLink) takeLast(ctx context.Context, t *tunnel.Session, d lastDialled) {
 	g.last.trying = false
 	if d.err != nil {
 		if !errors.Is(d.err, legs.ErrNoLastRung) {
@@ -197,7 +204,12 @@ func (g *gatewayLink) takeLast(t *tunnel.Session, d lastDialled) {
 		return
 	}
 	p := t.Path()
-	if !g.lost(p) {
+	switch {
+	case g.lost(p):
+	case g.leaves(p):
+		g.leave(ctx, t, d)
+		return
+	default:
 		d.link.Close()
 		return
 	}
@@ -212,6 +224,28 @@ func (g *gatewayLink) takeLast(t *tunnel.Session, d lastDialled) {
 	g.keepLast(d.link)
 	g.log.Info("path moved", "from", p.Active.Info.Name, "to", d.info.Name, "reason", reason)
 }
+
+// leave moves a session that works to a link of the last rung, once that has carried packets to the gateway and back.
+func (g *gatewayLink) leave(ctx context.Context, t *tunnel.Session, d lastDialled) {
+	const reason = "the relay is draining"
+	ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
+	defer cancel()
+	from := t.Path().Active.Info.Name
+	err := t.Standby(ctx, d.link, d.info)
+	if err == nil {
+		err = t.Failover(reason)
+	}
+	if err != nil {
+		g.log.Debug("no other path", "path", d.info.Name, "err", err)
+		d.link.Close()
+		return
+	}
+	g.keepLast(d.link)
+	g.log.Info("path moved", "from", from, "to", d.info.Name, "reason", reason)
+}
+
+// leaveTimeout bounds the validation of a path; nothing else is done for the session meanwhile.
+const leaveTimeout = 2 * time.Second
 
 // noteDead keeps since when the active path is dead. Another one that was moved to since counts only when it answers.
 func (g *gatewayLink) noteDead(p tunnel.PathInfo) {

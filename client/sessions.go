@@ -491,7 +491,7 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 		case <-standbyDone:
 		case <-tick.C:
 		case d := <-last:
-			g.takeLast(t, d)
+			g.takeLast(ctx, t, d)
 		}
 		g.noteDead(t.Path())
 		if refs := g.lastWanted(t.Path()); len(refs) > 0 {

@@ -25,7 +25,7 @@ func overPath(t *testing.T, n *lab.Node, suffix string, most time.Duration) (too
 		if err := n.Status(ctx, &st); err != nil {
 			return err
 		}
-		if len(st.Gateways) == 0 || !st.Gateways[0].Up || !strings.HasSuffix(st.Gateways[0].Path, " "+suffix) {
+		if len(st.Gateways) == 0 || !st.Gateways[0].Up || !strings.HasSuffix(" "+st.Gateways[0].Path, " "+suffix) {
 			return fmt.Errorf("%+v, want %s", st.Gateways, suffix)
 		}
 		return nil
@@ -136,4 +136,38 @@ func TestLastRungWithoutStandby(t *testing.T) {
 	steps.step("unblocked", "udp", 2*time.Minute)
 	steps.step("the gateway's network", string(legs.LastTLS), 60*time.Second, l.Gateway)
 	steps.step("unblocked again", "udp", 2*time.Minute)
+}
+
+// TestLastRungDrain: a relay that drains sends the sessions of its last rung to another relay's, and none of them stops.
+func TestLastRungDrain(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	check(t, l.BlockPort(wire.Port, l.Client, l.Gateway))
+	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true}, nil)
+	check(t, err)
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.echo.Addr, 30*time.Second)
+	pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
+	defer pulse.Stop()
+	check(t, pulse.WaitBeats(within(t, 10*time.Second), 50))
+	path := func() string {
+		var st client.Status
+		check(t, s.Laptop.Status(within(t, 5*time.Second), &st))
+		return st.Gateways[0].Path
+	}
+	first := path()
+	relay, other := s.RelayA, s.RelayB
+	if strings.HasPrefix(first, s.RelayB.Record.Name+" ") {
+		relay, other = other, relay
+	}
+	from := time.Now()
+	ended := make(chan error, 1)
+	go func() { ended <- relay.Stop() }() // SIGTERM: it drains
+	overPath(t, s.Laptop, other.Record.Name+" "+string(legs.LastTLS), 40*time.Second)
+	took := time.Since(from)
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	check(t, pulse.WaitBeats(within(t, 20*time.Second), 50))
+	gap, _ := pulse.LongestGap(from)
+	t.Logf("from %s to %s after %v, longest silence %v", first, path(), took.Round(time.Millisecond), gap.Round(time.Millisecond))
 }

@@ -110,7 +110,7 @@ func (l *lastRung) wantsLocked(i int, ref control.RelayRef) bool {
 	if warm && !needed {
 		if first := l.tunnels[l.refs[0].Node]; first != nil {
 			st := first.Status()
-			needed = !st.Up && time.Since(st.Since) > legs.LastStagger
+			needed = st.Draining || (!st.Up && time.Since(st.Since) > legs.LastStagger)
 		}
 	}
 	if t == nil {
