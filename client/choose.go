@@ -104,6 +104,8 @@ func (g *gatewayLink) notice(n tunnel.Notice) {
 		g.mu.Lock()
 		g.leaving = true
 		g.mu.Unlock()
+	case NoticeDirect:
+		g.direct.answered(g.log, n)
 	case NoticeUnreached:
 		lost := Unreached{}
 		if err := json.Unmarshal(n.Data, &lost); err != nil {

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -38,6 +39,8 @@ type Config struct {
 	Standby int
 	// Transports are the ways to relays to try, in order; nil is UDP, then TLS, then the last rung: TLS on 8443.
 	Transports []leg.Transport
+	// NoDirect keeps sessions on relays even where the organization allows direct paths; without UDP among Transports they stay there, too.
+	NoDirect bool
 }
 
 // Client is a node that reaches resources. Its methods may be called concurrently.
@@ -88,7 +91,8 @@ func open(ctx context.Context, cfg Config) (*Client, error) {
 	c.legs = legs.New(lc)
 	c.sessions = NewSessions(SessionsConfig{
 		Certificate: a.Certificate, Legs: c.legs, Eager: true, Logger: cfg.Logger,
-		Trust: GatewayTrust(a, cfg.Logger),
+		Direct: !cfg.NoDirect && (cfg.Transports == nil || slices.Contains(cfg.Transports, leg.UDP)),
+		Trust:  GatewayTrust(a, cfg.Logger),
 	})
 	return c, nil
 }

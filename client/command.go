@@ -47,6 +47,7 @@ type options struct {
 	stdio             string
 	standby           int
 	transport         string
+	direct            string
 }
 
 // Command is `sallyway connect` with its sub-commands status, doctor and down.
@@ -82,6 +83,7 @@ Without root the proxies, forwards and --stdio work all the same. The first run 
 	f.StringVar(&o.stdio, "stdio", "", "HOST:PORT: connect standard input and output with a resource, for ssh's ProxyCommand")
 	f.IntVar(&o.standby, "standby", 1, "relays held besides the active one, for each gateway")
 	f.StringVar(&o.transport, "transport", "auto", "way to relays: auto (udp, then tls), udp or tls")
+	f.StringVar(&o.direct, "direct", "auto", "paths to gateways without a relay: auto (where the organization allows it) or off")
 	daemon.Bind(cmd)
 	cmd.AddCommand(daemon.StatusCommand(spec), daemon.DoctorCommand(spec), daemon.DownCommand(spec), daemon.InstallCommand(spec), daemon.UninstallCommand(spec))
 	return cmd
@@ -112,6 +114,10 @@ func (o *options) run(cmd *cobra.Command) error {
 	if err != nil {
 		return daemon.Usagef("--transport: %w", err)
 	}
+	direct, err := DirectEnabled(o.direct)
+	if err != nil {
+		return daemon.Usagef("%w", err)
+	}
 	token, err := program.Token(cmd, &o.Options)
 	if err != nil {
 		return err
@@ -123,12 +129,16 @@ func (o *options) run(cmd *cobra.Command) error {
 	}
 	defer sh.Close()
 	c, err := open(cmd.Context(), Config{
-		StateDir: sh.State.Dir(), Token: token, Logger: sh.Log, Standby: standby(o.standby), Transports: transports,
+		StateDir: sh.State.Dir(), Token: token, Logger: sh.Log, Standby: standby(o.standby), Transports: transports, NoDirect: !direct,
 	})
 	if err != nil {
 		return program.Error(err)
 	}
-	hc.OnNetwork = c.legs.Kick
+	sh.Metrics.MustRegister(DirectMetrics(c.sessions.DirectStats)...)
+	hc.OnNetwork = func() {
+		c.legs.Kick()
+		c.sessions.NetworkChanged()
+	}
 	hc.StateDir, hc.Platform, hc.Logger = sh.State.Dir(), c.agent.PlatformURL(), sh.Log
 	host, err := OpenHost(hc, c.sessions)
 	if err != nil {
@@ -381,6 +391,7 @@ func RenderGateways(w io.Writer, gs []GatewayStatus) {
 		default:
 			fmt.Fprintf(w, "gateway    %s no session yet\n", g.Name)
 		}
+		renderDirect(w, g.Name, g.Direct)
 		if g.Draining {
 			fmt.Fprintf(w, "           %s is draining: new connections go by way of others\n", g.Name)
 		}

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"sallyway/direct"
 	"sallyway/internal/control"
 	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
@@ -47,6 +48,8 @@ type SessionsConfig struct {
 	Certificate func() (*tls.Certificate, error)
 	Trust       func() *identity.Trust
 	Legs        *legs.Keeper
+	// Direct lets sessions leave the relay where the organization allows it.
+	Direct bool
 	// Eager opens a session to every gateway at once; else the first flow opens it. Once open it is kept.
 	Eager  bool
 	Logger *slog.Logger
@@ -55,9 +58,10 @@ type SessionsConfig struct {
 // Sessions reaches resources: it finds the gateway that serves a destination, keeps a session with it over whatever relays work,
 // and opens flows on it. Its methods may be called concurrently.
 type Sessions struct {
-	cfg   SessionsConfig
-	table atomic.Pointer[table]
-	wake  chan struct{} // 1 place: the set of gateways changed
+	cfg    SessionsConfig
+	table  atomic.Pointer[table]
+	direct *direct.Endpoint // nil where direct paths are not used
+	wake   chan struct{}    // 1 place: the set of gateways changed
 
 	mu       sync.Mutex
 	gateways map[identity.Node]*gatewayLink // guarded by mu, as reconciled
@@ -68,6 +72,9 @@ type Sessions struct {
 func NewSessions(cfg SessionsConfig) *Sessions {
 	s := &Sessions{cfg: cfg, wake: make(chan struct{}, 1), gateways: map[identity.Node]*gatewayLink{}, reached: make(chan struct{})}
 	s.table.Store(newTable(nil))
+	if cfg.Direct {
+		s.direct = s.newDirect()
+	}
 	return s
 }
 
@@ -89,6 +96,12 @@ func (s *Sessions) Wake() {
 // Run keeps the sessions until ctx ends, then closes them and returns.
 func (s *Sessions) Run(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
+	if s.direct != nil {
+		g.Go(func() error {
+			_ = s.direct.Run(gctx) // ends with gctx
+			return nil
+		})
+	}
 	for {
 		s.reconcile(gctx, g)
 		select {
@@ -123,6 +136,7 @@ func (s *Sessions) reconcile(ctx context.Context, group *errgroup.Group) {
 		gctx, cancel := context.WithCancel(ctx)
 		g := &gatewayLink{s: s, node: n, cancel: cancel, ended: gctx.Done(), wake: make(chan struct{}, 1), events: make(chan struct{}, 1), changed: make(chan struct{})}
 		g.log = s.cfg.Logger.With("gateway", ref.Name)
+		g.direct.answers = make(chan direct.Offer, 1)
 		g.ref.Store(ref)
 		g.told.Store(time.Now().UnixNano())
 		g.wanted.Store(s.cfg.Eager)
@@ -256,8 +270,9 @@ type GatewayStatus struct {
 	Received uint64 `json:"received_bytes"`
 	Error    string `json:"error,omitempty"`
 	// Draining says that the gateway takes no new flows; Unreached are resources that it does not reach, by id.
-	Draining  bool      `json:"draining,omitempty"`
-	Unreached Unreached `json:"unreached,omitempty"`
+	Draining  bool         `json:"draining,omitempty"`
+	Unreached Unreached    `json:"unreached,omitempty"`
+	Direct    DirectStatus `json:"direct"`
 }
 
 // Status lists the gateways.
@@ -282,9 +297,10 @@ type gatewayLink struct {
 	wake        chan struct{}   // 1 place: legs or the configuration changed, or a flow wants a session
 	events      chan struct{}   // 1 place: a path changed
 	wanted      atomic.Bool
-	told        atomic.Int64    // when a configuration last spoke of the gateway, in Unix nanoseconds
-	failed      int             // attempts in a row; of run
-	last        lastRung        // of run
+	told        atomic.Int64 // when a configuration last spoke of the gateway, in Unix nanoseconds
+	failed      int          // attempts in a row; of run
+	last        lastRung     // of run
+	direct      directRung
 	single      bool            // the session was opened for one link; of run
 	suspected   tunnel.LinkInfo // whose leg was last asked to check its relay; of run
 	suspectedAt time.Time       // when; of run
@@ -382,7 +398,9 @@ func (g *gatewayLink) run(ctx context.Context) {
 		g.set(t, nil)
 		_ = t.Notify(tunnel.Notice{Type: NoticeUnreached}) // an older gateway does not know it; a session that is over shows below
 		g.log.Info("session open", "path", t.Path().Active.Info.Name)
+		g.direct.begin()
 		g.maintain(ctx, t, who)
+		g.direct.drop()
 		err = t.Err()
 		g.set(nil, err)
 		_ = t.Close("no longer needed")
@@ -507,6 +525,7 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 		}
 		g.rescue(ctx, t)
 		g.sweepLast(t.Path(), false)
+		g.stepDirect(sctx, t, &standby, &busy)
 		if ref, l := g.better(t.Path()); l != nil && busy.CompareAndSwap(false, true) {
 			g.last.next = time.Now().Add(g.last.wait)
 			g.last.wait = min(2*g.last.wait, climbMost)
@@ -515,7 +534,7 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 				g.climb(sctx, t, ref, l)
 			})
 		}
-		if !g.single && g.standbyMissing(t) && time.Now().After(nextStandby) && busy.CompareAndSwap(false, true) {
+		if (!g.single || isDirect(t.Path().Active)) && g.standbyMissing(t) && time.Now().After(nextStandby) && busy.CompareAndSwap(false, true) {
 			nextStandby = time.Now().Add(2 * time.Second)
 			standby.Go(func() {
 				defer busy.Store(false)
@@ -531,6 +550,8 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
 	var reason string
 	gone := false
 	switch {
+	case closed(p.Active.Link.Done()) && isDirect(p.Active):
+		reason, gone = "the direct path ended", true
 	case closed(p.Active.Link.Done()):
 		reason, gone = "the leg on the relay is gone", true
 	case p.Active.State == tunnel.Dead:
@@ -605,7 +626,7 @@ func (g *gatewayLink) draining(p tunnel.PathStatus) bool {
 
 func (g *gatewayLink) standbyMissing(t *tunnel.Session) bool {
 	p := t.Path()
-	return len(g.ref.Load().Relays) > 1 && (p.Standby.Link == nil || closed(p.Standby.Link.Done()) || p.Standby.State == tunnel.Dead)
+	return (len(g.ref.Load().Relays) > 1 || isDirect(p.Active)) && (p.Standby.Link == nil || closed(p.Standby.Link.Done()) || p.Standby.State == tunnel.Dead)
 }
 
 // addStandby validates a path over another relay than the active one's.
@@ -645,6 +666,7 @@ func (g *gatewayLink) status() GatewayStatus {
 	if t == nil {
 		return st
 	}
+	st.Direct = g.directStatus()
 	p, stats := t.Path(), t.Stats()
 	st.Since, st.Path, st.Standby, st.RTT, st.State = stats.Since, p.Active.Info.Name, p.Standby.Info.Name, stats.RTT, p.Active.State
 	st.Moves, st.LastMove, st.Sent, st.Received = p.Moves, p.LastReason, stats.Sent, stats.Received

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyway/client"
+	"sallyway/direct"
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent"
 	"sallyway/internal/daemon"
@@ -39,6 +40,7 @@ type options struct {
 	transport        string
 	drain            time.Duration
 	bench            string
+	direct           string
 }
 
 // Command is gatewayd.
@@ -70,6 +72,7 @@ everything but this host itself, its links and metadata services.`,
 	f.StringArrayVar(&o.allow, "allow", nil, `"CIDR" or "CIDR PORTS" that may be reached through this gateway (repeatable)`)
 	f.BoolVar(&o.servePastExpiry, "serve-past-expiry", false, "go on taking new flows when the policies held here are past their time")
 	f.StringVar(&o.transport, "transport", "auto", "way to relays: auto (udp, then tls), udp or tls")
+	f.StringVar(&o.direct, "direct", "auto", "paths to peers without a relay: auto (where the organization allows it) or off")
 	f.StringVar(&o.bench, "bench", "on", "answer sallyway bench to clients that may reach something here: on or off")
 	f.DurationVar(&o.drain, "drain-timeout", DefaultDrain, "how long a stopping gateway lets open connections finish; new ones go by way of other gateways meanwhile")
 	daemon.Bind(up)
@@ -125,6 +128,7 @@ type Status struct {
 	Resources []string                 `json:"resources"`
 	Health    []control.ResourceHealth `json:"health"`
 	Draining  string                   `json:"draining,omitempty"` // the reason
+	Direct    direct.Stats             `json:"direct"`
 	Sessions  []SessionStatus          `json:"sessions"`
 	Gateways  []client.GatewayStatus   `json:"gateways"`
 	Host      client.HostStatus        `json:"host"`
@@ -147,6 +151,7 @@ func (d *gatewayDaemon) status() Status {
 	st := Status{
 		Platform: d.agent.Status(), Relays: d.legs.Status(), LastRung: d.last.status(), Gateways: d.sites.Status(), Host: d.host.Status(), QUIC: d.merged.Stats(),
 		Resources: []string{}, Sessions: []SessionStatus{}, Health: d.health.report(), Draining: d.drainReason(),
+		Direct: d.direct.stats(),
 	}
 	d.mu.Lock()
 	st.NAT = d.nat
@@ -191,6 +196,9 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 	renderLastRung(w, st.LastRung)
 	if !st.NAT.At.IsZero() {
 		fmt.Fprintf(w, "nat        %s%s\n", st.NAT.Text, st.NAT.Error)
+	}
+	if st.Direct.Open {
+		fmt.Fprintf(w, "direct     %d paths that work, with %d peers\n", st.Direct.Links, st.Direct.Peers)
 	}
 	for _, r := range st.Resources {
 		fmt.Fprintf(w, "resource   %s\n", r)

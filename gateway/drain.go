@@ -126,8 +126,11 @@ func (d *gatewayDaemon) tellHealth(p tunnel.Peer) {
 
 // onNotice takes a peer's notice: it asks for what is not reached when its session begins.
 func (d *gatewayDaemon) onNotice(p tunnel.Peer, n tunnel.Notice) {
-	if n.Type == client.NoticeUnreached {
+	switch n.Type {
+	case client.NoticeUnreached:
 		d.tellHealth(p)
+	case client.NoticeDirect:
+		d.direct.asked(p, n)
 	}
 }
 

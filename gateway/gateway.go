@@ -64,6 +64,7 @@ type gatewayDaemon struct {
 	host     *client.Host
 	last     *lastRung
 	health   *health
+	direct   *directPeers
 	drainCh  chan drainOrder // 1 place
 
 	mu    sync.Mutex
@@ -121,18 +122,27 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		lc.Certificate = d.agent.SiteCertificate
 	}
 	d.siteLegs = legs.New(lc)
+	useDirect, err := client.DirectEnabled(o.direct)
+	if err != nil {
+		return nil, daemon.Usagef("%w", err)
+	}
+	useDirect = useDirect && (transports == nil || slices.Contains(transports, leg.UDP))
+	d.direct = newDirectPeers(d, useDirect)
 	d.sites = client.NewSessions(client.SessionsConfig{
+		Direct:      useDirect,
 		Certificate: d.agent.SiteCertificate, Trust: client.GatewayTrust(d.agent, siteLog), Legs: d.siteLegs, Logger: siteLog,
 	})
 	hc.OnNetwork = func() {
 		d.legs.Kick()
 		d.siteLegs.Kick()
+		d.sites.NetworkChanged()
 	}
 	hc.StateDir, hc.Platform, hc.Logger = sh.State.Dir(), d.agent.PlatformURL(), sh.Log
 	if d.host, err = client.OpenHost(hc, d.sites); err != nil {
 		return nil, daemon.Failf("%w", err)
 	}
 	m := newMetrics()
+	sh.Metrics.MustRegister(client.DirectMetrics(d.direct.stats)...)
 	sh.Metrics.MustRegister(m.flows, m.packetsDropped, m.benchRuns, m.benchBytes)
 	enforce := &enforcer{
 		snapshot: d.agent.Snapshot, stale: d.agent.SnapshotProblem, allow: allow, resolver: net.DefaultResolver, keepGoing: o.servePastExpiry,
@@ -209,6 +219,7 @@ func (d *gatewayDaemon) run(ctx context.Context) error {
 	g.Go(func() error { return d.sites.Run(ctx) })
 	g.Go(func() error { return d.host.Run(ctx) })
 	g.Go(func() error { return d.watchNAT(ctx) })
+	g.Go(func() error { return d.direct.run(ctx) })
 	g.Go(func() error { return d.health.run(ctx) })
 	g.Go(func() error {
 		if _, err := d.agent.WaitConfig(ctx); err != nil {
@@ -244,6 +255,7 @@ func (d *gatewayDaemon) follow(c *control.Config) {
 		d.ranges.Store(&ranges)
 		d.sites.Update(client.TrimRelays(c.Dialling, 1+max(d.opts.standby, 0)))
 		d.host.Update(c.Dialling)
+		d.direct.follow(c.Dialling.Direct)
 	}
 	d.health.follow()
 	d.endSessions(c)
@@ -321,6 +333,7 @@ func (d *gatewayDaemon) onSession(s tunnel.SessionInfo, end error) {
 		d.sh.Log.Info("session open", "peer", s.Peer.Node, "key", s.Peer.Key, "path", s.Path.Name)
 		return
 	}
+	d.direct.sessionOver(s.Peer.Session)
 	d.sh.Log.Info("session over", "peer", s.Peer.Node, "key", s.Peer.Key, "reason", end, "flows", s.TotalFlows, "sent", s.Sent, "received", s.Received)
 }
 

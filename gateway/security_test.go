@@ -255,7 +255,7 @@ func startSite(t *testing.T, allow ...string) *site {
 	fatal(err)
 
 	x.stateOf["gateway"] = t.TempDir()
-	o := &options{tun: "off", routes: "off", dns: "off", transport: "auto", allow: allow}
+	o := &options{tun: "off", routes: "off", dns: "off", transport: "auto", direct: "auto", allow: allow}
 	o.State, o.MetricsListen, o.LogLevel = x.stateOf["gateway"], "127.0.0.1:0", "debug"
 	sh, err := daemon.Open(spec, &o.Options, x.log)
 	fatal(err)

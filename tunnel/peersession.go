@@ -22,6 +22,7 @@ type peerSession struct {
 	peer      Peer
 	since     time.Time
 	responder *stun.Responder
+	keys      stun.Keys       // this end's, for probes
 	ctx       context.Context // the connection's
 
 	flows      meter // read from the peer, written to it

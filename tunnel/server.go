@@ -197,7 +197,8 @@ func (s *Server) admit(ctx context.Context, conn *quic.Conn) (*peerSession, erro
 	if err != nil {
 		return p, err
 	}
-	p.responder = stun.NewResponder(keys.Swap(), 0, 0)
+	p.keys = keys.Swap()
+	p.responder = stun.NewResponder(p.keys, 0, 0)
 	p.ctx = conn.Context()
 	// The session is on the list before it is authorized, so that a revocation meanwhile ends it.
 	s.mu.Lock()
@@ -323,6 +324,19 @@ func (s *Server) closeWhere(code CloseCode, f func(p Peer) (reason string, end b
 	}
 	ending.Wait()
 	return n
+}
+
+// ProbeKeys returns this end's keys for path probes of a session, derived from its handshake (RFC 8446 §7.5). The server uses them by
+// itself on its links.
+func (s *Server) ProbeKeys(session uint64) (stun.Keys, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for p := range s.sessions {
+		if p.peer.Session == session {
+			return p.keys, true
+		}
+	}
+	return stun.Keys{}, false
 }
 
 // Notify sends a notice to the sessions for which f holds; a nil f is all of them. It returns to how many.

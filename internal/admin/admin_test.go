@@ -166,6 +166,17 @@ func TestVerbs(t *testing.T) {
 		{args: "organization list", script: []exchange{{"GET", "/api/v1/orgs?limit=200", "", 0, list1(orgJSON)}}, out: []string{"NAME", "acme", "100.112.0.0/12, fd00::/48"}},
 		{args: "organization show", script: []exchange{{"GET", base, "", 0, orgJSON}}, out: []string{"2026-01-02 03:04:05 UTC"}},
 		{
+			args:   "organization update --direct off",
+			script: []exchange{{"PATCH", base, `{"direct":false}`, 0, orgJSON}}, out: []string{"organization acme: direct paths off"},
+		},
+		{
+			args:   "organization update acme --direct on --direct-private on",
+			script: []exchange{{"PATCH", base, `{"direct":true,"direct_private":true}`, 0, strings.Replace(orgJSON, "{", `{"direct":{"on":true,"private":true},`, 1)}},
+			out:    []string{"direct paths on, private addresses too"},
+		},
+		{args: "organization update", code: 2, errs: []string{"nothing to change"}},
+		{args: "organization update --direct maybe", code: 2, errs: []string{"want on or off"}},
+		{
 			args: "organization delete acme", code: 1, errs: []string{"it has 2 gateways", "delete them first"},
 			script: []exchange{{"DELETE", base, "", 409, `{"detail":"it has 2 gateways","code":"conflict","remedy":"delete them first"}`}},
 		},

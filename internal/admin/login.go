@@ -279,11 +279,47 @@ func (a *app) organization() *cobra.Command {
 					return err
 				}
 				return a.show(cmd, o, func(w io.Writer) {
-					fields(w, "name", o.Name, "virtual addresses", join(o.Range), "created", moment(&o.Created))
+					fields(w, "name", o.Name, "virtual addresses", join(o.Range), "direct paths", directWord(o.Direct), "created", moment(&o.Created))
 				})
 			})
 		},
 	}
+	var direct, directPrivate string
+	update := &cobra.Command{
+		Use: "update [NAME]", Short: "Change what an organization allows", Args: cobra.MaximumNArgs(1),
+		Long: `Change what an organization allows. Nodes hear of it at once.
+
+--direct on lets sessions leave the relay for a direct UDP path between client and gateway where NATs and firewalls let them; off keeps
+every packet on relays, and takes open sessions back to them. The two ends then tell each other their public addresses, and with
+--direct-private on those of their interfaces, too.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			on, err := onOff("--direct", direct)
+			if err != nil {
+				return err
+			}
+			private, err := onOff("--direct-private", directPrivate)
+			if err != nil {
+				return err
+			}
+			if on == nil && private == nil {
+				return daemon.Usagef("nothing to change: give --direct or --direct-private")
+			}
+			return a.do(cmd, "update organization", func(ctx context.Context, c *Client) error {
+				if len(args) > 0 {
+					c.org = args[0]
+				}
+				o, err := patch[control.Organization](ctx, c, c.path(), control.UpdateOrganization{Direct: on, DirectPrivate: private})
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, o, func(w io.Writer) {
+					fmt.Fprintf(w, "organization %s: direct paths %s\n", o.Name, directWord(o.Direct))
+				})
+			})
+		},
+	}
+	update.Flags().StringVar(&direct, "direct", "", "paths between client and gateway without a relay: on or off")
+	update.Flags().StringVar(&directPrivate, "direct-private", "", "tell each other private addresses for that: on or off")
 	del := &cobra.Command{
 		Use: "delete NAME", Aliases: []string{"rm"}, Short: "Delete an empty organization and its keys", Args: one("the organization's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -297,7 +333,29 @@ func (a *app) organization() *cobra.Command {
 		},
 	}
 	c := group("organization", "Tenants: each with nodes, policies and a PKI of its own", `  sallyway organization create acme
-  sallyway --org acme gateway create office`, create, ls, show, del)
+  sallyway --org acme gateway create office`, create, ls, show, update, del)
 	c.Aliases = []string{"org"}
 	return c
+}
+
+// onOff reads a flag that is on or off; nil where it was not given.
+func onOff(flag, s string) (*bool, error) {
+	switch s {
+	case "":
+		return nil, nil
+	case "on", "off":
+		on := s == "on"
+		return &on, nil
+	}
+	return nil, daemon.Usagef("%s %.20q: want on or off", flag, s)
+}
+
+func directWord(d control.Direct) string {
+	switch {
+	case d.On && d.Private:
+		return "on, private addresses too"
+	case d.On:
+		return "on"
+	}
+	return "off"
 }

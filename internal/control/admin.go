@@ -11,7 +11,7 @@ import (
 // The admin API, under /api/v1/orgs/{org}: Bearer with an API token, JSON, problem+json errors.
 //
 //	GET|POST            /api/v1/orgs                                    Organization; POST CreateOrganization
-//	GET|PATCH|DELETE    /api/v1/orgs/{org}
+//	GET|PATCH|DELETE    /api/v1/orgs/{org}                              PATCH UpdateOrganization
 //	GET|POST            /api/v1/orgs/{org}/{nodes}                      nodes: relays, gateways, clients; List[NodeRecord]; POST CreateNode → CreatedNode
 //	GET|PATCH|DELETE    /api/v1/orgs/{org}/{nodes}/{name}               NodeRecord; PATCH UpdateNode. {name} is a name or an id, everywhere
 //	POST                /api/v1/orgs/{org}/{nodes}/{name}/token         re-issue → CreatedNode
@@ -40,6 +40,14 @@ type Organization struct {
 	Name    string         `json:"name"`
 	Range   []netip.Prefix `json:"range"` // virtual addresses: IPv4 and IPv6
 	Created time.Time      `json:"created"`
+	Direct  Direct         `json:"direct"`
+}
+
+// UpdateOrganization changes what is not nil.
+type UpdateOrganization struct {
+	Range         []netip.Prefix `json:"range,omitempty" doc:"virtual IPv4 and IPv6 prefix; only while the organization is empty"`
+	Direct        *bool          `json:"direct,omitempty" doc:"whether sessions may leave the relay for a direct path"`
+	DirectPrivate *bool          `json:"direct_private,omitempty" doc:"whether nodes tell each other private addresses for direct paths"`
 }
 
 // CreateOrganization makes a tenant with its own PKI.

@@ -246,6 +246,14 @@ type Dialling struct {
 	Range     []netip.Prefix      `json:"range"`
 	Gateways  []GatewayRef        `json:"gateways"`
 	Resources []ReachableResource `json:"resources"`
+	Direct    Direct              `json:"direct,omitzero"`
+}
+
+// Direct says which paths without a relay the organization allows. The zero Direct, of an older platform, allows none.
+type Direct struct {
+	On bool `json:"on"`
+	// Private allows nodes to tell each other their private addresses and those of their interfaces.
+	Private bool `json:"private,omitempty"`
 }
 
 // GatewayRef is a gateway as nodes reach it.

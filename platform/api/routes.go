@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/base64"
 	"net/http"
-	"net/netip"
 	"strconv"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -107,11 +106,6 @@ func one[T any](v *T, err error) (*body[T], error) {
 	return &body[T]{*v}, nil
 }
 
-// updateOrganization is what PATCH of an organization takes.
-type updateOrganization struct {
-	Range []netip.Prefix `json:"range" doc:"virtual IPv4 and IPv6 prefix; only while the organization is empty"`
-}
-
 func (s *server) orgRoutes() {
 	route(s, "GET", "/orgs", "list-organizations", "List organizations", func(ctx context.Context, in *struct{ PageQuery }) (*body[control.List[control.Organization]], error) {
 		if own := caller(ctx).Org; own != "" {
@@ -129,12 +123,12 @@ func (s *server) orgRoutes() {
 	route(s, "GET", "/orgs/{org}", "show-organization", "Show an organization", func(ctx context.Context, in *OrgPath) (*body[control.Organization], error) {
 		return one(s.reg.Org(ctx, in.Org))
 	})
-	route(s, "PATCH", "/orgs/{org}", "update-organization", "Change the virtual ranges of an empty organization", func(ctx context.Context, in *struct {
+	route(s, "PATCH", "/orgs/{org}", "update-organization", "Change what an organization allows, or the virtual ranges of an empty one", func(ctx context.Context, in *struct {
 		OrgPath
-		Body updateOrganization
+		Body control.UpdateOrganization
 	},
 	) (*body[control.Organization], error) {
-		return one(s.reg.UpdateOrg(ctx, in.Org, in.Body.Range))
+		return one(s.reg.UpdateOrg(ctx, in.Org, in.Body))
 	})
 	route(s, "DELETE", "/orgs/{org}", "delete-organization", "Delete an empty organization", func(ctx context.Context, in *OrgPath) (*struct{}, error) {
 		return nil, s.reg.DeleteOrg(ctx, in.Org)

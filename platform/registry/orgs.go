@@ -69,7 +69,7 @@ func (r *Registry) Bootstrap(ctx context.Context) (first bool, err error) {
 
 // createOrg makes an organization with its PKI.
 func (c *change) createOrg(ctx context.Context, name string, ranges []netip.Prefix) error {
-	o := &store.Org{Name: name, Range4: defaultRange, Range6: newULA(), Created: c.now, Version: uint64(c.now.Unix()), NextAddress: firstAddress}
+	o := &store.Org{Name: name, Range4: defaultRange, Range6: newULA(), Created: c.now, Version: uint64(c.now.Unix()), NextAddress: firstAddress, Direct: true}
 	if err := setRanges(o, ranges); err != nil {
 		return err
 	}
@@ -305,7 +305,7 @@ func (r *Registry) CreateOrg(ctx context.Context, req control.CreateOrganization
 }
 
 func orgRecord(o *store.Org) *control.Organization {
-	return &control.Organization{Name: o.Name, Range: []netip.Prefix{o.Range4, o.Range6}, Created: o.Created}
+	return &control.Organization{Name: o.Name, Range: []netip.Prefix{o.Range4, o.Range6}, Created: o.Created, Direct: control.Direct{On: o.Direct, Private: o.DirectPrivate}}
 }
 
 // Org returns an organization.
@@ -343,26 +343,36 @@ func (r *Registry) Orgs(ctx context.Context, p store.Page) (*control.List[contro
 	return out, err
 }
 
-// UpdateOrg changes an organization's virtual ranges, which is possible only while it has neither nodes nor resources.
-func (r *Registry) UpdateOrg(ctx context.Context, name string, ranges []netip.Prefix) (*control.Organization, error) {
+// UpdateOrg changes what an organization allows, and its virtual ranges, which is possible only while it has neither nodes nor resources.
+func (r *Registry) UpdateOrg(ctx context.Context, name string, req control.UpdateOrganization) (*control.Organization, error) {
 	var out *control.Organization
 	err := r.update(ctx, func(c *change) error {
 		o, err := c.org(ctx, name)
 		if err != nil {
 			return err
 		}
-		if err := c.mustBeEmpty(ctx, name, "its virtual range can not change while it has"); err != nil {
-			return err
+		if len(req.Range) > 0 {
+			if err := c.mustBeEmpty(ctx, name, "its virtual range can not change while it has"); err != nil {
+				return err
+			}
+			if err := setRanges(o, req.Range); err != nil {
+				return err
+			}
+			o.NextAddress = firstAddress
 		}
-		if err := setRanges(o, ranges); err != nil {
-			return err
+		if req.Direct != nil {
+			o.Direct = *req.Direct
 		}
-		o.NextAddress = firstAddress
+		if req.DirectPrivate != nil {
+			o.DirectPrivate = *req.DirectPrivate
+		}
 		if err := c.UpdateOrg(ctx, o); err != nil {
 			return err
 		}
 		out = orgRecord(o)
-		if err := c.audit(ctx, name, "organization.update", name, audit.OK, map[string]any{"range4": o.Range4.String(), "range6": o.Range6.String()}); err != nil {
+		if err := c.audit(ctx, name, "organization.update", name, audit.OK, map[string]any{
+			"range4": o.Range4.String(), "range6": o.Range6.String(), "direct": o.Direct, "direct_private": o.DirectPrivate,
+		}); err != nil {
 			return err
 		}
 		return c.bump(ctx, name)

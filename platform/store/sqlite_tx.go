@@ -77,12 +77,12 @@ func (t *sqliteTx) PutMeta(ctx context.Context, key string, value []byte) error 
 	return t.exec(ctx, true, `INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value`, key, value)
 }
 
-const orgColumns = `name, range4, range6, created, version, next_address`
+const orgColumns = `name, range4, range6, created, version, next_address, direct, direct_private`
 
 func scanOrg(r row) (*Org, error) {
 	var o Org
 	var r4, r6 string
-	if err := r.Scan(&o.Name, &r4, &r6, stamp{&o.Created}, &o.Version, &o.NextAddress); err != nil {
+	if err := r.Scan(&o.Name, &r4, &r6, stamp{&o.Created}, &o.Version, &o.NextAddress, &o.Direct, &o.DirectPrivate); err != nil {
 		return nil, err
 	}
 	var err error
@@ -96,8 +96,8 @@ func scanOrg(r row) (*Org, error) {
 }
 
 func (t *sqliteTx) InsertOrg(ctx context.Context, o *Org) error {
-	return t.exec(ctx, true, `INSERT INTO orgs (`+orgColumns+`) VALUES (?, ?, ?, ?, ?, ?)`,
-		o.Name, o.Range4.String(), o.Range6.String(), micros(o.Created), int64(o.Version), o.NextAddress)
+	return t.exec(ctx, true, `INSERT INTO orgs (`+orgColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
+		o.Name, o.Range4.String(), o.Range6.String(), micros(o.Created), int64(o.Version), o.NextAddress, o.Direct, o.DirectPrivate)
 }
 
 func (t *sqliteTx) Org(ctx context.Context, name string) (*Org, error) {
@@ -109,8 +109,8 @@ func (t *sqliteTx) Orgs(ctx context.Context, p Page) ([]*Org, error) {
 }
 
 func (t *sqliteTx) UpdateOrg(ctx context.Context, o *Org) error {
-	return t.exec(ctx, true, `UPDATE orgs SET range4 = ?, range6 = ?, next_address = ? WHERE name = ?`,
-		o.Range4.String(), o.Range6.String(), o.NextAddress, o.Name)
+	return t.exec(ctx, true, `UPDATE orgs SET range4 = ?, range6 = ?, next_address = ?, direct = ?, direct_private = ? WHERE name = ?`,
+		o.Range4.String(), o.Range6.String(), o.NextAddress, o.Direct, o.DirectPrivate, o.Name)
 }
 
 func (t *sqliteTx) DeleteOrg(ctx context.Context, name string) error {

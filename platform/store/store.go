@@ -52,6 +52,8 @@ type Org struct {
 	Created        time.Time
 	Version        uint64 // of the configuration
 	NextAddress    uint32 // index of the next virtual address to hand out
+	// Direct says whether sessions may leave the relay, DirectPrivate whether nodes tell each other private addresses for that.
+	Direct, DirectPrivate bool
 }
 
 // Authority is a CA: of an organization, or the platform's own.

@@ -108,11 +108,11 @@ func testOrgs(t *testing.T, s Store) {
 		_, err = tx.BumpVersion(ctx, "x", 0)
 		is(t, "unknown", err, ErrNotFound)
 		o := org("a")
-		o.NextAddress = 99
+		o.NextAddress, o.Direct, o.DirectPrivate = 99, true, true
 		if err := tx.UpdateOrg(ctx, o); err != nil {
 			return err
 		}
-		if got, err := tx.Org(ctx, "a"); err != nil || got.NextAddress != 99 || got.Version != 101 {
+		if got, err := tx.Org(ctx, "a"); err != nil || got.NextAddress != 99 || !got.Direct || !got.DirectPrivate || got.Version != 101 {
 			t.Errorf("%+v %v", got, err)
 		}
 		a := &Authority{Org: "a", Kind: "root", Generation: 1, Certificate: []byte{1}, Key: []byte{2}, Created: at}

@@ -145,6 +145,7 @@ func (v *View) dialling(p *Plan, n *store.Node) {
 	d := &control.Dialling{
 		Virtual: Addresses(v.Org, n.Address), Range: append(d4(v.Org), v.Org.Range6),
 		Gateways: []control.GatewayRef{}, Resources: []control.ReachableResource{},
+		Direct: control.Direct{On: v.Org.Direct, Private: v.Org.DirectPrivate},
 	}
 	p.Config.Dialling = d
 	rules := v.rules()
