@@ -32,6 +32,9 @@ const (
 	directWait = 30 * time.Second
 	directMost = 10 * time.Minute
 	directHeld = 5 * time.Minute
+	// directAllow is the pause after the first try that fails once the organization allows direct paths: it doubles like the other. The
+	// platform tells all nodes within a second, in no order, so the gateway may not know yet.
+	directAllow = 2 * time.Second
 	// directAnswer bounds the wait for the gateway's answer, and directProof that for the path to be proved by QUIC.
 	directAnswer = 5 * time.Second
 	directProof  = 3 * time.Second
@@ -185,7 +188,7 @@ func (g *gatewayLink) stepDirect(ctx context.Context, t *tunnel.Session, tasks *
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if allowed && d.barred && !d.used {
-		d.next, d.wait = now, directWait
+		d.next, d.wait = now.Add(directAfter), directAllow
 	}
 	d.barred = !allowed
 	if d.used {

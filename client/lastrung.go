@@ -316,13 +316,21 @@ func (g *gatewayLink) better(p tunnel.PathInfo) (ref control.RelayRef, l *leg.Le
 
 // climb moves a session from the last rung to a leg, once that has carried packets to the gateway and back. It reports whether it did.
 func (g *gatewayLink) climb(ctx context.Context, t *tunnel.Session, ref control.RelayRef, l *leg.Leg) bool {
-	from, info := t.Path().Active.Info.Name, linkInfo(l, ref.Name, g.node)
-	reason := "a better rung works again"
-	cctx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
-	ch, err := l.Connect(cctx, g.node)
-	if err == nil {
-		err = t.Standby(cctx, ch, info)
+	const reason = "a better rung works again"
+	p := t.Path()
+	from, info := p.Active.Info.Name, linkInfo(l, ref.Name, g.node)
+	// A standby is validated already, and a second path over its link would cost a connection ID, of which there are few.
+	ch, ready := p.Standby.Link.(*leg.Channel)
+	ready = ready && !closed(ch.Done()) && p.Standby.State == tunnel.Alive
+	var err error
+	if ready {
+		info = p.Standby.Info
+	} else {
+		cctx, cancel := context.WithTimeout(ctx, connectTimeout)
+		defer cancel()
+		if ch, err = l.Connect(cctx, g.node); err == nil {
+			err = t.Standby(cctx, ch, info)
+		}
 	}
 	if err == nil {
 		err = t.Failover(reason)

@@ -218,6 +218,7 @@ type site struct {
 	client  *agent.Agent
 	log     *textLog
 	stateOf map[string]string
+	notice  func(tunnel.Notice) // of sessions that are dialled; set before
 }
 
 func startSite(t *testing.T, allow ...string) *site {
@@ -304,7 +305,7 @@ func (x *site) dial() (*tunnel.Session, error) {
 		x.t.Fatal(err)
 	}
 	return tunnel.Dial(ctx, tunnel.DialConfig{
-		Link: a, Gateway: x.gateway.agent.Node(), Certificate: func() (*tls.Certificate, error) { return cert, nil },
+		Link: a, Gateway: x.gateway.agent.Node(), OnNotice: x.notice, Certificate: func() (*tls.Certificate, error) { return cert, nil },
 		Trust: func() *identity.Trust {
 			tr, err := x.client.Trust(identity.Gateway)
 			if err != nil {
