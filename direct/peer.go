@@ -24,8 +24,16 @@ type Peer struct {
 
 // Punch sends probes to the other end's addresses, the first 250 ms one every 50 ms to each, two seconds in all, and takes the other
 // end's. Addresses that are not usable here are left out. It counts once.
+//
+// The first probes have left when it returns, so that an end which punches before it answers is the first: where the other end's probe
+// comes first, a NAT that keeps track of it gives this end's another port.
 func (p *Peer) Punch(addrs []netip.AddrPort) {
-	private := p.e.private()
+	p.start(addrs, p.e.private())
+	p.e.step(time.Now())
+	p.e.stepSoon()
+}
+
+func (p *Peer) start(addrs []netip.AddrPort, private bool) {
 	e := p.e
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -56,7 +64,6 @@ func (p *Peer) Punch(addrs []netip.AddrPort) {
 	}
 	p.used = time.Now()
 	p.checks.start(p.used, use)
-	e.stepSoon()
 }
 
 // failLocked ends the attempt and returns what tells it.

@@ -129,6 +129,9 @@ func joined(t *testing.T) (a, b *end, la, lb *Link) {
 	keys := testKeys(7)
 	a, b = open(t, endpoint(t, Config{}), keys, true), open(t, endpoint(t, Config{}), keys.Swap(), false)
 	b.p.Punch(a.own)
+	if b.e.Stats().Probed == 0 {
+		t.Error("no probe has left when Punch returns")
+	}
 	a.p.Punch(b.own)
 	return a, b, a.linked(t), b.linked(t)
 }

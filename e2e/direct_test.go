@@ -211,3 +211,26 @@ func TestDirectOff(t *testing.T) {
 		})
 	}
 }
+
+// TestDirectWithoutStandby: a client that holds one relay only moves to a direct path, too, and back to the relay when that is blocked.
+func TestDirectWithoutStandby(t *testing.T) {
+	s := newSite(t, lab.Config{NAT: true, Direct: true}, lab.SiteConfig{NoBranch: true, ClientArgs: []string{"--standby", "0"}})
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.echo.Addr, 30*time.Second)
+	pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
+	defer pulse.Stop()
+	load := startTransfers(s, p, 16<<20)
+	took, st := onPath(t, s.Laptop, true, 20*time.Second)
+	check(t, pulse.WaitBeats(within(t, 20*time.Second), 100))
+	t.Logf("over %s after %v, standby %q", st.Path, took.Round(time.Millisecond), st.Standby)
+	began := time.Now()
+	check(t, s.BlockDirect(true))
+	took, st = onPath(t, s.Laptop, false, 10*time.Second)
+	check(t, pulse.WaitBeats(within(t, 20*time.Second), 100))
+	gap, _ := pulse.LongestGap(began)
+	t.Logf("blocked under load: over %s (%s) after %v, longest silence %v", st.Path, st.LastMove, took.Round(time.Millisecond), gap.Round(time.Millisecond))
+	if gap > 2*time.Second {
+		t.Errorf("silent for %v", gap)
+	}
+	load.end(t)
+}
