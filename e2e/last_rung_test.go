@@ -62,9 +62,12 @@ func TestLastRung(t *testing.T) {
 	reach(t, s.Client, p.echo.Addr, 30*time.Second)
 	t.Logf("blocked from the start: reached %v after the first program was started", time.Since(begin).Round(time.Millisecond))
 	overPath(t, s.Laptop, string(legs.LastTLS), resume)
-	for _, n := range []int64{1 << 20, 40 << 20} {
+	for _, n := range []int64{1 << 20, 100 << 20} {
 		t.Logf("%d MiB up over the last rung: %.0f Mbit/s", n>>20, upload(t, s, p, n))
 	}
+	var cs client.Status
+	check(t, s.Laptop.Status(within(t, 5*time.Second), &cs))
+	t.Logf("%d moves, the last one because %q", cs.Gateways[0].Moves, cs.Gateways[0].LastMove)
 	var gs gateway.Status
 	check(t, s.GatewayA.Status(within(t, 5*time.Second), &gs))
 	if len(gs.LastRung) == 0 || !gs.LastRung[0].Up || len(gs.Sessions) == 0 || !strings.HasSuffix(gs.Sessions[0].Path, string(legs.LastSSH)) {
