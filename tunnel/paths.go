@@ -35,7 +35,8 @@ type PathStatus struct {
 	Probes stun.PathStats
 }
 
-// PathInfo is a session's paths. Standby.Link is nil where there is none.
+// PathInfo is a session's paths. Standby.Link is nil where there is none. Active.Link never is: when the session is over it is one that
+// is done.
 type PathInfo struct {
 	Active, Standby PathStatus
 	// Moves counts how often the active path changed; LastMove is when and LastReason why.
@@ -291,11 +292,28 @@ func (s *Session) Path() PathInfo {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	info := PathInfo{Active: s.statusLocked(s.active), Moves: s.moves, LastMove: s.lastMove, LastReason: s.lastReason}
+	if info.Active.Link == nil { // the slots are closed before Done is
+		info.Active.Link = endedLink{}
+	}
 	if s.standby >= 0 {
 		info.Standby = s.statusLocked(s.standby)
 	}
 	return info
 }
+
+// endedLink is the link of a session that is over.
+type endedLink struct{}
+
+var endedDone = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
+func (endedLink) Send([]byte, int, datagram.ECN) {}
+func (endedLink) SetReceiver(datagram.Receiver)  {}
+func (endedLink) MaxPayload() int                { return 0 }
+func (endedLink) Done() <-chan struct{}          { return endedDone }
 
 func (s *Session) statusLocked(i int) PathStatus {
 	to := s.slots[i].to.Load()
