@@ -38,8 +38,10 @@ const (
 	// keepAlive is shorter than the 30 s after which NATs forget a UDP mapping.
 	keepAlive = 15 * time.Second
 	// Windows in bytes: 16 MiB a stream is 1 Gbit/s at 130 ms.
-	streamWindow, maxStreamWindow = 4 << 20, 16 << 20
-	connWindow, maxConnWindow     = 8 << 20, 64 << 20
+	streamWindow, maxStreamWindow = 1 << 20, 16 << 20
+	// connWindow is open from the start: what flows that nobody reads have received counts against it for as long as they live, and beside dozens
+	// of them a new one must still get its answer. It is a bound, no memory; a stream's window grows while somebody reads.
+	connWindow, maxConnWindow = 64 << 20, 64 << 20
 	// uniStreams is HTTP/3's three (control and QPACK's two) and some for extensions.
 	uniStreams = 8
 	// spareStreams are streams beside those of flows: control, DNS, and room to answer that there are too many flows.
