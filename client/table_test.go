@@ -60,7 +60,7 @@ func testDialling() *control.Dialling {
 			},
 			{
 				Resource: policy.Resource{Name: "weighed", Address: "192.168.1.1", TCP: ports("80")}, FQDN: fqdn("weighed"),
-				Gateways: []control.ServingGateway{{Node: gateway1, Weight: 1}, {Node: gateway2, Weight: 10}},
+				Gateways: []control.ServingGateway{{Node: gateway1, Weight: 0}, {Node: gateway2, Weight: 10}},
 			},
 		},
 	}
