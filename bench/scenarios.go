@@ -34,7 +34,7 @@ func Topologies() []Scenario {
 		},
 		{
 			Name: Direct, Lab: lab.Config{Direct: true}, Beside: []string{QUICDirect, WireGuardDirect},
-			About: "Client and gateway may call each other. Sallyway is measured beside it through its relay, since it has no direct path; what one could bring is shown by a stand-in, quic-go as released from end to end with the client's connections as streams and without a TUN, and by wireguard-go without a hub.",
+			About: "Client and gateway may call each other, so that Sallyway leaves its relay for a direct path a second after the session begins. Beside it quic-go as released, from end to end with the client's connections as streams and without a TUN, and wireguard-go without a hub.",
 		},
 		{
 			Name: TwoRelays, Branch: true,

@@ -408,3 +408,67 @@ func FuzzReceive(f *testing.F) {
 		}
 	})
 }
+
+// TestPeersOfOneHost: two nodes behind one address have a path each. Two sessions between the same two sockets have one between them: the
+// first keeps it, and the second is told.
+func TestPeersOfOneHost(t *testing.T) {
+	g := endpoint(t, Config{})
+	join := func(e *Endpoint, n byte) (a, b *end) {
+		keys := testKeys(n)
+		a, b = open(t, e, keys, true), open(t, g, keys.Swap(), false)
+		b.p.Punch(a.own)
+		a.p.Punch(b.own)
+		return a, b
+	}
+	first := endpoint(t, Config{})
+	a1, b1 := join(first, 1)
+	a2, b2 := join(endpoint(t, Config{}), 2)
+	var got1, got2 sink
+	l1 := a1.linked(t)
+	b1.linked(t).SetReceiver(&got1)
+	b2l := b2.linked(t)
+	b2l.SetReceiver(&got2)
+	l1.Send([]byte{0x40, 1}, 0, datagram.NotECT)
+	a2.linked(t).Send([]byte{0x40, 2}, 0, datagram.NotECT)
+	until(t, func() bool { return got1.count() == 1 && got2.count() == 1 })
+	if got1.all[0][1] != 1 || got2.all[0][1] != 2 {
+		t.Error("what one node sent arrived as another's")
+	}
+	a3, _ := join(first, 3)
+	select {
+	case err := <-a3.fail:
+		if !errors.Is(err, ErrTaken) {
+			t.Error(err)
+		}
+	case <-a3.link:
+		t.Error("two links to one address")
+	case <-time.After(10 * time.Second):
+		t.Error("it was not told")
+	}
+	l1.Send([]byte{0x40, 1}, 0, datagram.NotECT)
+	until(t, func() bool { return got1.count() == 2 })
+}
+
+// TestPrivateCandidates: the addresses of the host's interfaces are told with the organization's leave alone.
+func TestPrivateCandidates(t *testing.T) {
+	own := open(t, endpoint(t, Config{}), testKeys(1), true).own
+	if len(own) != 1 {
+		t.Errorf("%v, want what the relay saw", own)
+	}
+	e := endpoint(t, Config{Private: func() bool { return true }})
+	own = open(t, e, testKeys(1), true).own
+	want := 1
+	for _, a := range hostAddrs() {
+		if Usable(netip.AddrPortFrom(a, 40000), true) {
+			want++
+		}
+	}
+	if len(own) != min(want, MaxCandidates) {
+		t.Errorf("%v, want %d", own, want)
+	}
+	for _, a := range own {
+		if a.Port() != own[0].Port() {
+			t.Errorf("%v is of another socket than %v", a, own[0])
+		}
+	}
+}

@@ -234,3 +234,26 @@ func TestDirectWithoutStandby(t *testing.T) {
 	}
 	load.end(t)
 }
+
+// TestDirectIdle: a direct path that dies while nothing is said is left with the next byte.
+func TestDirectIdle(t *testing.T) {
+	s := newSite(t, lab.Config{NAT: true, Direct: true}, lab.SiteConfig{NoBranch: true})
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.echo.Addr, 30*time.Second)
+	c := must(s.Client.Dial(within(t, 10*time.Second), "tcp", p.echo.Addr.String()))(t)
+	defer c.Close()
+	echoes(t, c, []byte("hello"))
+	onPath(t, s.Laptop, true, 20*time.Second)
+	echoes(t, c, []byte("without a relay"))
+	<-time.After(3 * time.Second) // a session is idle, and probes seldom, 2 s after its last byte
+	onPath(t, s.Laptop, true, time.Second)
+	check(t, s.BlockDirect(true))
+	began := time.Now()
+	echoes(t, c, []byte("over a relay again"))
+	took := time.Since(began)
+	t.Logf("the next byte was answered after %v", took.Round(time.Millisecond))
+	if took > 2*time.Second {
+		t.Errorf("answered after %v", took)
+	}
+	onPath(t, s.Laptop, false, time.Second)
+}
