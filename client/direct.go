@@ -35,6 +35,8 @@ const (
 	// directAllow is the pause after the first try that fails once the organization allows direct paths: it doubles like the other. The
 	// platform tells all nodes within a second, in no order, so the gateway may not know yet.
 	directAllow = 2 * time.Second
+	// directRenew is how often a change of network may have it try at once: on some hosts interfaces come and go all the time.
+	directRenew = 15 * time.Second
 	// directAnswer bounds the wait for the gateway's answer, and directProof that for the path to be proved by QUIC.
 	directAnswer = 5 * time.Second
 	directProof  = 3 * time.Second
@@ -130,15 +132,18 @@ type directRung struct {
 	worse  time.Time    // since when the standby is better; zero while it is not
 	next   time.Time    // of the next try
 	wait   time.Duration
-	why    string // what became of the last try
-	barred bool   // direct paths were not allowed when last looked
+	why    string    // what became of the last try
+	fresh  time.Time // when a change of network was last heeded
+	barred bool      // direct paths were not allowed when last looked
 }
 
 // renew forgets how often it failed.
 func (d *directRung) renew() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.next, d.wait = time.Now(), directWait
+	if now := time.Now(); now.Sub(d.fresh) > directRenew {
+		d.fresh, d.next, d.wait = now, now, directWait
+	}
 }
 
 // begin is called when a session opens.

@@ -44,8 +44,15 @@ func TestDirectTriesBackOff(t *testing.T) {
 		t.Errorf("the pause grew to %v, want %v", want, directMost)
 	}
 	d.renew()
+	d.renew()
 	if time.Until(d.next) > 0 || d.wait != directWait {
 		t.Errorf("after a change of network: next in %v, then %v", time.Until(d.next), d.wait)
+	}
+	d.mu.Lock()
+	d.failLocked("test")
+	d.mu.Unlock()
+	if d.renew(); time.Until(d.next) < directWait/2 {
+		t.Errorf("a second change of network within %v has it try at once", directRenew)
 	}
 }
 
