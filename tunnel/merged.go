@@ -50,6 +50,9 @@ type ConnStats struct {
 	Probes uint64
 	// Links is how many links there are now.
 	Links int
+	// Rescued is how often what was sent to an address began to leave over another link of the same peer, because a session could not follow
+	// its peer there.
+	Rescued uint64
 }
 
 // Merged joins a gateway's links into the one packet conn that QUIC serves on. Every link gets a virtual address of its own, which is
@@ -59,9 +62,11 @@ type Merged struct {
 	ports atomic.Pointer[map[uint64]*port] // by number, two a link; copied on change
 	probe atomic.Pointer[func(p *port, payload []byte)]
 
-	adding sync.Mutex // guards changes of ports, lastID, done, conns, and the fields of watchers
+	adding sync.Mutex // guards changes of ports, what follows, and the fields of watchers
 	lastID uint64
 	done   bool
+	links  map[*port]struct{}
+	lent   map[uint64]lent     // addresses by number
 	conns  map[remote]struct{} // that take what arrives
 
 	stop     chan struct{}
@@ -80,8 +85,9 @@ type port struct {
 	main, alias source
 	former      uint64 // the number of the address that main had before, 0 for none; guarded by the Merged's adding
 
-	// responder is the session whose probes were last seen on the link: the first to try.
+	// responder is the session whose probes were last seen on the link: the first to try. proved is when that was, since epoch.
 	responder atomic.Pointer[peerSession]
+	proved    atomic.Int64
 }
 
 // Receive implements datagram.Receiver.
@@ -107,7 +113,9 @@ func NewMerged(cfg MergedConfig) (*Merged, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Merged{stop: make(chan struct{}), lastID: 1, conns: map[remote]struct{}{}}
+	m := &Merged{
+		stop: make(chan struct{}), lastID: 1, conns: map[remote]struct{}{}, links: map[*port]struct{}{}, lent: map[uint64]lent{},
+	}
 	m.orphaned = m.settle
 	m.init(virtualAddr(1), raw, cfg.Queue)
 	m.ports.Store(&map[uint64]*port{})
@@ -127,12 +135,14 @@ func (m *Merged) Add(l datagram.Link, info LinkInfo) (netip.AddrPort, error) {
 	p.main.addr.Store(addr)
 	p.alias.addr.Store(virtualAddr(m.lastID + 1))
 	m.changeLocked(func(ports map[uint64]*port) { ports[m.lastID], ports[m.lastID+1] = p, p })
+	m.links[p] = struct{}{}
 	l.SetReceiver(p)
 	m.watchers.Go(func() {
 		select {
 		case <-l.Done():
 			m.adding.Lock()
 			defer m.adding.Unlock()
+			delete(m.links, p)
 			m.changeLocked(func(ports map[uint64]*port) {
 				maps.DeleteFunc(ports, func(_ uint64, q *port) bool { return q == p })
 			})
@@ -251,6 +261,8 @@ func (m *Merged) Close() error {
 		m.done = true
 		close(m.stop)
 		m.ports.Store(&map[uint64]*port{})
+		clear(m.links)
+		clear(m.lent)
 	}
 	m.adding.Unlock()
 	m.shut()
@@ -261,10 +273,8 @@ func (m *Merged) Close() error {
 // Stats returns what was counted.
 func (m *Merged) Stats() ConnStats {
 	st := m.stats.snapshot()
-	for id, p := range *m.ports.Load() {
-		if id == virtualID(p.alias.addr.Load()) { // each link has one
-			st.Links++
-		}
-	}
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	st.Links = len(m.links)
 	return st
 }

@@ -28,6 +28,8 @@ type peerSession struct {
 	flows      meter // read from the peer, written to it
 	open, seen atomic.Int64
 	renewed    atomic.Uint64 // congestion windows
+	rescued    atomic.Uint64
+	stuck      stuck // the server's watchRescues alone uses it
 	ctrl       atomic.Pointer[control]
 }
 
@@ -141,7 +143,7 @@ func (p *peerSession) info() SessionInfo {
 	in := SessionInfo{
 		Peer: p.peer, Since: p.since, Flows: uint64(p.open.Load()), TotalFlows: uint64(p.seen.Load()),
 		Sent: p.flows.written.Load(), Received: p.flows.read.Load(), RTT: p.conn.ConnectionStats().SmoothedRTT,
-		Renewed: p.renewed.Load(),
+		Renewed: p.renewed.Load(), Rescued: p.rescued.Load(),
 	}
 	if a, ok := p.conn.RemoteAddr().(*net.UDPAddr); ok {
 		in.Virtual = addrPort(a)

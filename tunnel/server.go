@@ -138,6 +138,8 @@ func (s *Server) Run(ctx context.Context) error {
 	probe := s.answerProbe
 	s.merged.probe.Store(&probe)
 	var tasks sync.WaitGroup
+	watching, stopWatching := context.WithCancel(ctx)
+	tasks.Go(func() { s.watchRescues(watching) })
 	var accept error
 	for {
 		conn, err := ln.Accept(ctx)
@@ -150,6 +152,7 @@ func (s *Server) Run(ctx context.Context) error {
 		tasks.Go(func() { s.serve(ctx, conn) })
 	}
 	s.merged.probe.Store(nil)
+	stopWatching()
 	const reason = "the gateway stops"
 	s.mu.Lock()
 	s.draining = reason // what is not on the list yet does not get there any more
@@ -254,6 +257,7 @@ func (s *Server) answerProbe(p *port, b []byte) {
 		a, ok := sess.responder.Respond(now, b, netip.AddrPort{})
 		if ok {
 			p.link.Send(a, 0, datagram.NotECT)
+			p.prove(sess)
 		}
 		return ok
 	}
@@ -265,7 +269,6 @@ func (s *Server) answerProbe(p *port, b []byte) {
 	defer s.mu.Unlock()
 	for sess := range s.sessions {
 		if sess != last && (p.info.Peer.IsZero() || p.info.Peer == sess.peer.Node) && answer(sess) {
-			p.responder.Store(sess)
 			return
 		}
 	}
@@ -281,6 +284,8 @@ type SessionInfo struct {
 	Sent, Received uint64
 	// Renewed is how often the gateway's sender got a new congestion window.
 	Renewed uint64
+	// Rescued is how often it could not follow the peer to another path without help.
+	Rescued uint64
 	// Virtual is the address of the active path, Path its link.
 	Virtual netip.AddrPort
 	Path    LinkInfo

@@ -86,6 +86,7 @@ type arrival struct {
 type source struct {
 	addr atomic.Pointer[net.UDPAddr] // relabel changes a link's
 	in   intake
+	last atomic.Int64 // when QUIC packets last came, since epoch
 
 	// Guarded by the vconn's mu:
 	ring    []arrival // a power of two, grown as needed
@@ -113,7 +114,7 @@ const (
 
 type connCounters struct {
 	received, sent, droppedFull, droppedUnknown, droppedSize, probes atomic.Uint64
-	marked, droppedLate, paused, stalled                             atomic.Uint64
+	marked, droppedLate, paused, stalled, rescued                    atomic.Uint64
 }
 
 func (c *vconn) init(local *net.UDPAddr, raw *rawSocket, queue int) {
@@ -149,6 +150,7 @@ func (c *vconn) receive(b datagram.Batch, from *source, h probeHandler) {
 		}
 	}
 	now := sinceEpoch()
+	from.last.Store(int64(now))
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
@@ -525,6 +527,7 @@ func (s *connCounters) snapshot() ConnStats {
 		Received: s.received.Load(), Sent: s.sent.Load(), DroppedFull: s.droppedFull.Load(),
 		DroppedUnknown: s.droppedUnknown.Load(), DroppedSize: s.droppedSize.Load(), Probes: s.probes.Load(),
 		Marked: s.marked.Load(), DroppedLate: s.droppedLate.Load(), Paused: s.paused.Load(), Stalled: s.stalled.Load(),
+		Rescued: s.rescued.Load(),
 	}
 }
 

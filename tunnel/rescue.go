@@ -1,0 +1,177 @@
+package tunnel
+
+import (
+	"context"
+	"net"
+	"time"
+)
+
+// QUIC at the gateway follows a peer to another path only if it has an unused connection ID for it. The peer replaces those whose retirement
+// it hears of, and that is sent on the path that is active. So after a few moves in a row, each faster than that exchange, or when all the
+// paths that were validated die at once, there is none, and the path that could bring new ones is dead: the session would idle out while its
+// packets arrive.
+//
+// A rescue ends that from below. Where packets of a session come over one link and none over the link of its active address, what QUIC writes
+// to that address leaves over the link that works. Nothing else changes: packets are still shown as coming from the address of the link they
+// came on, whatever path they come on QUIC takes acknowledgements and connection IDs out of them, and then it validates the new path and moves as always.
+
+const (
+	// rescueEvery is how often links are looked at.
+	rescueEvery = 250 * time.Millisecond
+	// rescueAfter is how long the link of the active address must have been silent while packets came over another. A move that works takes a round
+	// trip, and a move to a validated path none; where it takes longer a rescue does no harm.
+	rescueAfter = 500 * time.Millisecond
+	// rescueRecent is how long ago a packet may have come over a link that is looked at: what a peer sends into silence comes ever more seldom.
+	rescueRecent = 2 * time.Second
+	// rescueProof is how old the last probe under the session's keys on the link that works may be: of an idle session one comes every 15 s.
+	rescueProof = idleInterval + 5*time.Second
+)
+
+// stuck is what is known of a session whose packets come over another link than that of its active address.
+type stuck struct {
+	over  *port         // the link they come over
+	since time.Duration // none came over the other one since then; 0: it is not so
+}
+
+// heard returns when the last QUIC packet came over the link.
+func (p *port) heard() time.Duration {
+	return time.Duration(max(p.main.last.Load(), p.alias.last.Load()))
+}
+
+// ended reports whether the link is done. With the Merged's adding held, one that is not has its addresses.
+func (p *port) ended() bool {
+	select {
+	case <-p.link.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// heardSince returns the links that QUIC packets came over since then.
+func (m *Merged) heardSince(then time.Duration) []*port {
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	var out []*port
+	for p := range m.links {
+		if p.heard() >= then {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// prove notes that a probe of the session came over the link.
+func (p *port) prove(sess *peerSession) {
+	if p.responder.Load() != sess {
+		p.responder.Store(sess)
+	}
+	p.proved.Store(int64(sinceEpoch()))
+}
+
+// lent is an address whose packets leave over another link than its own.
+type lent struct {
+	own *port // nil: it was gone before
+	at  time.Duration
+}
+
+// watchRescues looks for sessions to rescue until ctx ends.
+func (s *Server) watchRescues(ctx context.Context) {
+	ticker := time.NewTicker(rescueEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		s.rescue(sinceEpoch())
+	}
+}
+
+// rescue looks at the links that packets came over not long ago.
+func (s *Server) rescue(now time.Duration) {
+	for _, p := range s.merged.heardSince(now - rescueRecent) {
+		sess := p.responder.Load()
+		if sess == nil || sess.ctx.Err() != nil || p.info.Peer.IsZero() || p.info.Peer != sess.peer.Node ||
+			now-time.Duration(p.proved.Load()) > rescueProof {
+			continue
+		}
+		a, ok := sess.conn.RemoteAddr().(*net.UDPAddr)
+		if !ok {
+			continue
+		}
+		active := s.merged.port(a)
+		if active == p {
+			sess.stuck = stuck{}
+			continue
+		}
+		heard := time.Duration(0)
+		if active != nil {
+			heard = active.heard()
+		}
+		switch {
+		case heard >= p.heard():
+			sess.stuck = stuck{}
+		case sess.stuck.over != p || sess.stuck.since <= heard:
+			sess.stuck = stuck{over: p, since: now}
+		case now-sess.stuck.since >= rescueAfter && p.heard()-sess.stuck.since >= rescueEvery && s.merged.lend(a, p, now):
+			sess.stuck = stuck{}
+			sess.rescued.Add(1)
+			s.cfg.Logger.Info("session rescued: it could not follow its peer", "peer", sess.peer.Node, "session", sess.peer.Session, "path", p.info.Name)
+		}
+	}
+	s.merged.reclaim(func(id uint64) bool {
+		for _, sess := range s.list() {
+			if a, ok := sess.conn.RemoteAddr().(*net.UDPAddr); ok && virtualID(a) == id {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// lend has what is sent to address a leave over p. What arrives is shown as before. It reports whether it did.
+func (m *Merged) lend(a *net.UDPAddr, p *port, now time.Duration) bool {
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	id := virtualID(a)
+	if m.done || p.ended() {
+		return false
+	}
+	before, again := m.lent[id]
+	if !again {
+		before.own = (*m.ports.Load())[id]
+	}
+	before.at = now
+	m.lent[id] = before
+	m.changeLocked(func(ports map[uint64]*port) { ports[id] = p })
+	m.settleLocked()
+	m.stats.rescued.Add(1)
+	return true
+}
+
+// reclaim gives addresses back to their own links where these carry QUIC packets again, where the link that they were lent to has ended, and where
+// used says that no session is there any more.
+func (m *Merged) reclaim(used func(id uint64) bool) {
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	for id, l := range m.lent {
+		own := l.own
+		if own != nil && own.ended() {
+			own = nil
+		}
+		if (*m.ports.Load())[id] != nil && (own == nil || own.heard() <= l.at) && used(id) {
+			continue
+		}
+		delete(m.lent, id)
+		m.changeLocked(func(ports map[uint64]*port) {
+			if own != nil {
+				ports[id] = own
+			} else {
+				delete(ports, id)
+			}
+		})
+		m.settleLocked()
+	}
+}
