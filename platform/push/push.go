@@ -273,6 +273,7 @@ func (h *Hub) Run(ctx context.Context) error {
 	defer flush.Stop()
 	defer house.Stop()
 	h.rotate(ctx)
+	h.moveRelays(ctx)
 	looked := h.started
 	for {
 		select {
@@ -290,12 +291,15 @@ func (h *Hub) Run(ctx context.Context) error {
 				h.allocate(ctx)
 			}
 			looked = now
-			h.moveRelays(ctx)
+			if h.reg.MoveDue(now) {
+				h.moveRelays(ctx)
+			}
 		case <-flush.C:
 			h.note(ctx, "audit refusals", h.reg.FlushRefusals(ctx, false))
 		case <-house.C:
 			h.note(ctx, "housekeeping", h.reg.Housekeeping(ctx))
 			h.rotate(ctx)
+			h.moveRelays(ctx)
 			h.allocate(ctx)
 		}
 	}
@@ -316,6 +320,7 @@ func (h *Hub) allocate(ctx context.Context) {
 }
 
 func (h *Hub) moveRelays(ctx context.Context) {
+	h.reg.ForgetMoves()
 	orgs, err := h.reg.OrgNames(ctx)
 	h.note(ctx, "list organizations", err)
 	for _, o := range orgs {

@@ -284,7 +284,26 @@ func (r *Registry) ReissueToken(ctx context.Context, org string, kind identity.K
 // maxNotice is how far ahead the change of a relay's address can be announced.
 const maxNotice = 366 * 24 * time.Hour
 
-// MoveRelays puts announced addresses in force whose time has come.
+// MoveDue reports whether an announced address may have to come into force by now: so that nobody asks the database for nothing.
+func (r *Registry) MoveDue(now time.Time) bool {
+	next := r.nextMove.Load()
+	return next != 0 && now.UnixMicro() >= next
+}
+
+// ForgetMoves forgets what is announced; MoveRelays of every organization finds it again.
+func (r *Registry) ForgetMoves() { r.nextMove.Store(0) }
+
+// announce notes when an announced address comes into force.
+func (r *Registry) announce(at time.Time) {
+	for {
+		next := r.nextMove.Load()
+		if next != 0 && next <= at.UnixMicro() || r.nextMove.CompareAndSwap(next, at.UnixMicro()) {
+			return
+		}
+	}
+}
+
+// MoveRelays puts announced addresses in force whose time has come, and notes when the next one's comes.
 func (r *Registry) MoveRelays(ctx context.Context, org string) error {
 	due := func(n *store.Node) bool { return n.NextHost != "" && !n.NextFrom.After(r.Now()) }
 	var ns []*store.Node
@@ -292,8 +311,16 @@ func (r *Registry) MoveRelays(ctx context.Context, org string) error {
 		ns, err = tx.Nodes(ctx, org, identity.Relay, store.Page{})
 		return err
 	})
-	if err != nil || !slices.ContainsFunc(ns, due) {
+	if err != nil {
 		return err
+	}
+	for _, n := range ns {
+		if n.NextHost != "" && !due(n) {
+			r.announce(n.NextFrom)
+		}
+	}
+	if !slices.ContainsFunc(ns, due) {
+		return nil
 	}
 	return r.update(ctx, func(c *change) error {
 		ns, err := c.Nodes(ctx, org, identity.Relay, store.Page{}) // what was read before may be old
@@ -342,6 +369,7 @@ func (r *Registry) UpdateNode(ctx context.Context, org string, kind identity.Kin
 					return nil, invalid("body.from", "a year ahead at most", "%v is too far ahead", req.From)
 				}
 				n.NextHost, n.NextFrom = *req.Host, req.From.UTC().Truncate(time.Microsecond)
+				r.announce(n.NextFrom)
 				detail["next_host"], detail["next_from"] = n.NextHost, n.NextFrom.Format(time.RFC3339)
 			default:
 				n.Host, n.NextHost, n.NextFrom = *req.Host, "", time.Time{}

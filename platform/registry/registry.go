@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"regexp"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"sallyway/internal/control"
@@ -40,6 +41,8 @@ type Registry struct {
 
 	access accessKey
 	failed aggregate
+	// nextMove is when the next announced address of a relay comes into force, in Unix microseconds; 0 is not known or never.
+	nextMove atomic.Int64
 }
 
 // Error is a refusal that the caller is told.
