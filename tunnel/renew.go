@@ -62,15 +62,11 @@ func (s *Server) renew(p *peerSession) bool {
 	if port == nil {
 		return false
 	}
-	sessions := s.list()
-	return s.merged.relabel(port, func(addr *net.UDPAddr) bool {
-		for _, q := range sessions {
-			if b, ok := q.conn.RemoteAddr().(*net.UDPAddr); ok && virtualID(b) == virtualID(addr) {
-				return true
-			}
-		}
-		return false
-	})
+	return s.relabel(port)
+}
+
+func (s *Server) relabel(p *port) bool {
+	return s.merged.relabel(p, func(addr *net.UDPAddr) bool { return s.behind(virtualID(addr)) })
 }
 
 // renew gives what the client sends a new congestion window: the spare slot takes over the active one's link. It reports whether it did. It

@@ -23,6 +23,9 @@ const (
 	rescueAfter = 500 * time.Millisecond
 	// rescueRecent is how long ago a packet may have come over a link that is looked at: what a peer sends into silence comes ever more seldom.
 	rescueRecent = 2 * time.Second
+	// rescueAgain is after how long a session that still sends to an address that was lent is shown the link under a new one. QUIC forgets one of
+	// the paths that hold its connection IDs for the sake of a new path when nothing came on it for 5 s.
+	rescueAgain = 6 * time.Second
 	// rescueProof is how old the last probe under the session's keys on the link that works may be: of an idle session one comes every 15 s.
 	rescueProof = idleInterval + 5*time.Second
 )
@@ -89,46 +92,63 @@ func (s *Server) watchRescues(ctx context.Context) {
 	}
 }
 
-// rescue looks at the links that packets came over not long ago.
+// rescue looks at the sessions whose packets came over another link than that of their active address.
 func (s *Server) rescue(now time.Duration) {
+	latest := make(map[*peerSession]*port)
 	for _, p := range s.merged.heardSince(now - rescueRecent) {
 		sess := p.responder.Load()
 		if sess == nil || sess.ctx.Err() != nil || p.info.Peer.IsZero() || p.info.Peer != sess.peer.Node ||
 			now-time.Duration(p.proved.Load()) > rescueProof {
 			continue
 		}
-		a, ok := sess.conn.RemoteAddr().(*net.UDPAddr)
-		if !ok {
-			continue
-		}
-		active := s.merged.port(a)
-		if active == p {
-			sess.stuck = stuck{}
-			continue
-		}
-		heard := time.Duration(0)
-		if active != nil {
-			heard = active.heard()
-		}
-		switch {
-		case heard >= p.heard():
-			sess.stuck = stuck{}
-		case sess.stuck.over != p || sess.stuck.since <= heard:
-			sess.stuck = stuck{over: p, since: now}
-		case now-sess.stuck.since >= rescueAfter && p.heard()-sess.stuck.since >= rescueEvery && s.merged.lend(a, p, now):
-			sess.stuck = stuck{}
-			sess.rescued.Add(1)
-			s.cfg.Logger.Info("session rescued: it could not follow its peer", "peer", sess.peer.Node, "session", sess.peer.Session, "path", p.info.Name)
+		if other := latest[sess]; other == nil || other.heard() < p.heard() {
+			latest[sess] = p
 		}
 	}
-	s.merged.reclaim(func(id uint64) bool {
-		for _, sess := range s.list() {
-			if a, ok := sess.conn.RemoteAddr().(*net.UDPAddr); ok && virtualID(a) == id {
-				return true
-			}
+	for sess, p := range latest {
+		if s.judge(sess, p, now) {
+			sess.rescued.Add(1)
+			s.cfg.Logger.Info("session rescued: its QUIC could not follow the peer", "peer", sess.peer.Node, "session", sess.peer.Session,
+				"path", p.info.Name)
 		}
+	}
+	s.merged.reclaim(s.behind)
+}
+
+// judge rescues sess if it is to be, whose last packets came over p, and reports whether it did.
+func (s *Server) judge(sess *peerSession, p *port, now time.Duration) bool {
+	a, ok := sess.conn.RemoteAddr().(*net.UDPAddr)
+	if !ok {
 		return false
-	})
+	}
+	active, heard := s.merged.port(a), time.Duration(0)
+	if active != nil {
+		heard = active.heard()
+	}
+	k := &sess.stuck
+	switch {
+	case active == p:
+		*k = stuck{}
+		if s.merged.lentFor(a, rescueAgain, now) {
+			s.relabel(p)
+		}
+	case k.over != p || k.since <= heard:
+		*k = stuck{over: p, since: now}
+	case now-k.since >= rescueAfter && p.heard()-k.since >= rescueEvery:
+		*k = stuck{}
+		return s.merged.lend(a, p, now)
+	}
+	return false
+}
+
+// behind reports whether the active address of a session is number id.
+func (s *Server) behind(id uint64) bool {
+	for _, sess := range s.list() {
+		if a, ok := sess.conn.RemoteAddr().(*net.UDPAddr); ok && virtualID(a) == id {
+			return true
+		}
+	}
+	return false
 }
 
 // lend has what is sent to address a leave over p. What arrives is shown as before. It reports whether it did.
@@ -151,8 +171,21 @@ func (m *Merged) lend(a *net.UDPAddr, p *port, now time.Duration) bool {
 	return true
 }
 
+// lentFor reports whether address a has been lent for d, and begins to count anew if it has.
+func (m *Merged) lentFor(a *net.UDPAddr, d, now time.Duration) bool {
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	l, ok := m.lent[virtualID(a)]
+	if !ok || now-l.at < d {
+		return false
+	}
+	l.at = now
+	m.lent[virtualID(a)] = l
+	return true
+}
+
 // reclaim gives addresses back to their own links where these carry QUIC packets again, where the link that they were lent to has ended, and where
-// used says that no session is there any more.
+// used, which must not need adding, says that no session is there any more.
 func (m *Merged) reclaim(used func(id uint64) bool) {
 	m.adding.Lock()
 	defer m.adding.Unlock()
