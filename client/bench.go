@@ -238,7 +238,7 @@ func (b *benchRun) ask(req trial.Request) (a trial.Answer, err error) {
 	}
 	if err := errors.Join(b.lines.Write(req), b.lines.Read(&a)); err != nil {
 		switch {
-		case errors.Is(err, io.EOF):
+		case errors.Is(err, io.EOF), errors.Is(err, tunnel.ErrReset):
 			err = errors.New("it ended the run; its log says why")
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			err = fmt.Errorf("no answer within %v: the path is gone, or this node's rights are; see `sallyway connect status`", answerTimeout)
