@@ -125,20 +125,29 @@ func (s *Server) judge(sess *peerSession, p *port, now time.Duration) bool {
 	if active != nil {
 		heard = active.heard()
 	}
-	k := &sess.stuck
-	switch {
-	case active == p:
-		*k = stuck{}
+	if active == p {
+		sess.stuck = stuck{}
 		if s.merged.lentFor(a, rescueAgain, now) {
 			s.relabel(p)
 		}
-	case k.over != p || k.since <= heard:
-		*k = stuck{over: p, since: now}
-	case now-k.since >= rescueAfter && p.heard()-k.since >= rescueEvery:
-		*k = stuck{}
-		return s.merged.lend(a, p, now)
+		return false
 	}
-	return false
+	return sess.stuck.due(p, p.heard(), heard, now) && s.merged.lend(a, p, now)
+}
+
+// due reports whether it is time for a rescue, when the last packet of the session came over p at came and the last one over the link of the
+// active address at heard, 0 for never. One look is not enough: a standby that is being validated brings some packets as well, while an idle
+// session's active path is silent for 15 s at a time.
+func (k *stuck) due(p *port, came, heard, now time.Duration) bool {
+	if k.over != p || k.since <= heard {
+		*k = stuck{over: p, since: now}
+		return false
+	}
+	if now-k.since < rescueAfter || came-k.since < rescueEvery {
+		return false
+	}
+	*k = stuck{}
+	return true
 }
 
 // behind reports whether the active address of a session is number id.
