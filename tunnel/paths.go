@@ -236,6 +236,7 @@ func (s *Session) switchLocked(i int, reason string) error {
 // movedLocked tells everybody of a move. The gateway's QUIC follows only on a packet that is no probe, so there must be one now.
 func (s *Session) movedLocked(reason string) {
 	s.moves++
+	s.knocks = 0
 	s.lastMove, s.lastReason = time.Now(), reason
 	to := s.slots[s.active].to.Load()
 	if err := s.ctrl.send(Notice{Type: noticePath, Reason: reason}); err != nil {
@@ -371,7 +372,7 @@ func (s *Session) watchPaths() {
 		if standby != nil {
 			wait = min(wait, s.step(RoleStandby, standby, now, interval))
 		}
-		timer.Reset(wait)
+		timer.Reset(min(wait, s.knock(now)))
 	}
 }
 

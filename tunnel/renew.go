@@ -74,10 +74,22 @@ func (s *Server) relabel(p *port) bool {
 func (s *Session) renew(now time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.err != nil || now.Sub(s.lastMove) < renewPause || !s.takeOverLocked() {
+		return false
+	}
+	s.renewed++
+	s.cfg.Logger.Debug("congestion window renewed", "gateway", s.cfg.Gateway, "path", s.slots[s.active].to.Load().info.Name)
+	s.tasks.Go(s.prepareSpare)
+	return true
+}
+
+// takeOverLocked has the spare slot take over the active one's link, if there is a spare and the link is alive. QUIC begins to send there at
+// once, with a new congestion window and all that was under way.
+func (s *Session) takeOverLocked() bool {
 	i := slices.IndexFunc(s.slots[:], func(sl *slot) bool {
 		return sl.validated && sl != s.slots[s.active] && (s.standby < 0 || sl != s.slots[s.standby])
 	})
-	if s.err != nil || i < 0 || now.Sub(s.lastMove) < renewPause {
+	if i < 0 {
 		return false
 	}
 	old := s.slots[s.active].to.Load()
@@ -89,12 +101,9 @@ func (s *Session) renew(now time.Time) bool {
 	s.slots[i].point(next, true)
 	s.watchLink(next)
 	if err := s.slots[i].path.Switch(); err != nil {
-		s.cfg.Logger.Warn("congestion window not renewed", "gateway", s.cfg.Gateway, "err", err)
+		s.cfg.Logger.Warn("slots not switched", "gateway", s.cfg.Gateway, "err", err)
 		return false
 	}
 	s.active = i
-	s.renewed++
-	s.cfg.Logger.Debug("congestion window renewed", "gateway", s.cfg.Gateway, "path", old.info.Name)
-	s.tasks.Go(s.prepareSpare)
 	return true
 }

@@ -30,6 +30,40 @@ const (
 	rescueProof = idleInterval + 5*time.Second
 )
 
+const (
+	// knockEvery is how long a client waits for QUIC's answer after a move before it sends all again, and from then on. QUIC's own timer is backed
+	// off by what came before the move.
+	knockEvery = 700 * time.Millisecond
+	// mostKnocks bounds them by move: 20 s.
+	mostKnocks = 28
+)
+
+// knock sends again what is under way when no packet has come over any link since the last move though the active path answers probes: it shows
+// the gateway that the session is in need of a rescue, and asks for an answer after it. It returns when it wants to be called again.
+func (s *Session) knock(now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil || s.moves == 0 || s.knocks >= mostKnocks {
+		return idleInterval
+	}
+	for _, sl := range s.slots {
+		if time.Duration(sl.src.last.Load()) > s.lastMove.Sub(epoch) {
+			return idleInterval
+		}
+	}
+	if wait := time.Duration(s.knocks+1)*knockEvery - now.Sub(s.lastMove); wait > 0 {
+		return wait
+	}
+	s.knocks++
+	if s.takeOverLocked() {
+		s.cfg.Logger.Debug("the gateway does not follow", "gateway", s.cfg.Gateway, "path", s.slots[s.active].to.Load().info.Name)
+		if err := s.ctrl.send(Notice{Type: noticePath, Reason: "the gateway does not follow"}); err != nil {
+			s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)
+		}
+	}
+	return knockEvery
+}
+
 // stuck is what is known of a session whose packets come over another link than that of its active address.
 type stuck struct {
 	over  *port         // the link they come over

@@ -70,6 +70,7 @@ type Session struct {
 	standby    int // index into slots, -1 for none
 	moves      uint64
 	renewed    uint64 // congestion windows
+	knocks     int    // since the last move
 	lastMove   time.Time
 	lastReason string
 	err        error
