@@ -74,7 +74,7 @@ func (s *Server) relabel(p *port) bool {
 func (s *Session) renew(now time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.err != nil || now.Sub(s.lastMove) < renewPause || !s.takeOverLocked() {
+	if s.err != nil || now.Sub(s.lastMove) < renewPause || !s.takeOverLocked(false) {
 		return false
 	}
 	s.renewed++
@@ -83,12 +83,15 @@ func (s *Session) renew(now time.Time) bool {
 	return true
 }
 
-// takeOverLocked has the spare slot take over the active one's link, if there is a spare and the link is alive. QUIC begins to send there at
-// once, with a new congestion window and all that was under way.
-func (s *Session) takeOverLocked() bool {
+// takeOverLocked has the spare slot, or the standby's if need be, take over the active one's link, if there is one and the link is alive. QUIC begins
+// to send there at once, with a new congestion window and all that was under way.
+func (s *Session) takeOverLocked(need bool) bool {
 	i := slices.IndexFunc(s.slots[:], func(sl *slot) bool {
 		return sl.validated && sl != s.slots[s.active] && (s.standby < 0 || sl != s.slots[s.standby])
 	})
+	if i < 0 && need && s.standby >= 0 && s.slots[s.standby].validated {
+		i = s.standby
+	}
 	if i < 0 {
 		return false
 	}
@@ -105,5 +108,8 @@ func (s *Session) takeOverLocked() bool {
 		return false
 	}
 	s.active = i
+	if s.standby == i {
+		s.standby = -1
+	}
 	return true
 }

@@ -34,7 +34,7 @@ const (
 	// knockEvery is how long a client waits for QUIC's answer after a move before it sends all again, and from then on. QUIC's own timer is backed
 	// off by what came before the move.
 	knockEvery = 700 * time.Millisecond
-	// mostKnocks bounds them by move: 20 s.
+	// mostKnocks bounds them by move: 20 s of a path that is alive.
 	mostKnocks = 28
 )
 
@@ -51,11 +51,12 @@ func (s *Session) knock(now time.Time) time.Duration {
 			return idleInterval
 		}
 	}
-	if wait := time.Duration(s.knocks+1)*knockEvery - now.Sub(s.lastMove); wait > 0 {
+	if wait := knockEvery - min(now.Sub(s.lastMove), now.Sub(s.knocked)); wait > 0 {
 		return wait
 	}
-	s.knocks++
-	if s.takeOverLocked() {
+	if s.takeOverLocked(true) {
+		s.knocks++
+		s.knocked = now
 		s.cfg.Logger.Debug("the gateway does not follow", "gateway", s.cfg.Gateway, "path", s.slots[s.active].to.Load().info.Name)
 		if err := s.ctrl.send(Notice{Type: noticePath, Reason: "the gateway does not follow"}); err != nil {
 			s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)

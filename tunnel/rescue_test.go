@@ -24,7 +24,7 @@ func busyFlow(t *testing.T, s *Session) (came func() uint64, finish func()) {
 		_, err := exchange(c, stop, 200*time.Microsecond)
 		got <- err
 	}()
-	came = func() uint64 { return uint64(c.Offsets().Read) }
+	came = func() uint64 { return c.Offsets().Read }
 	eventually(t, "traffic", func() bool { return came() > 256<<10 })
 	return came, func() {
 		t.Helper()
@@ -114,20 +114,19 @@ func quickMoves(t *testing.T, s *Session, links []*fakeLink, came func() uint64,
 	var worst time.Duration
 	for i := range 200 {
 		to := (at + 1 + rnd.IntN(len(links)-1)) % len(links)
+		reason := fmt.Sprint("move ", i)
+		cut(links[to], false)
+		ready := false
+		if rnd.IntN(3) == 0 {
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			ready = s.Standby(ctx, links[to], LinkInfo{Name: fmt.Sprint(to)}) == nil
+			cancel()
+		}
 		for j, l := range links {
 			cut(l, j != to && (j == at || rnd.IntN(3) == 0))
 		}
-		reason := fmt.Sprint("move ", i)
-		if rnd.IntN(3) == 0 {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rnd.IntN(20))*time.Millisecond)
-			err := s.Standby(ctx, links[to], LinkInfo{Name: fmt.Sprint(to)})
-			cancel()
-			if err == nil {
-				err = s.Failover(reason)
-			}
-			if err == nil {
-				at = to
-			}
+		if ready && s.Failover(reason) == nil {
+			at = to
 		}
 		if at != to {
 			if err := s.Repoint(links[to], LinkInfo{Name: fmt.Sprint(to)}, reason); err != nil {

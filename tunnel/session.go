@@ -69,8 +69,9 @@ type Session struct {
 	former     int // the active one before the last move
 	standby    int // index into slots, -1 for none
 	moves      uint64
-	renewed    uint64 // congestion windows
-	knocks     int    // since the last move
+	renewed    uint64    // congestion windows
+	knocks     int       // since the last move
+	knocked    time.Time // when the last one of all was
 	lastMove   time.Time
 	lastReason string
 	err        error
