@@ -382,6 +382,11 @@ func (s *Session) step(role PathRole, l *slotLink, now time.Time, interval time.
 	}
 	next, state, changed := l.mon.step(now, interval)
 	if changed {
+		s.mu.Lock()
+		if to := s.slots[s.active].to.Load(); to != nil && to.mon == l.mon { // it may have moved meanwhile
+			role = RoleActive
+		}
+		s.mu.Unlock()
 		if role == RoleActive && state == Alive {
 			s.pathAnswers(l)
 		}
