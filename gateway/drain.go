@@ -144,7 +144,7 @@ func (h *health) check() daemon.Check {
 			continue
 		}
 		row.Result = daemon.Warn
-		lost = fmt.Sprintf("; %s since %s: %s", r.Name, r.Since.Local().Format(time.DateTime), r.Reason)
+		lost += fmt.Sprintf("; %s since %s: %s", r.Name, r.Since.Local().Format(time.DateTime), r.Reason)
 	}
 	row.Detail = fmt.Sprintf("%d reached%s", ok, lost)
 	if row.Result == daemon.Warn {

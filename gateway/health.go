@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -189,7 +190,7 @@ func (h *health) keep(ctx context.Context, p *probed) {
 			if r.ok {
 				h.log.Info("resource reached", "resource", p.name, "probe", p.how)
 			} else {
-				h.log.Warn("resource not reached: new flows go by way of its other gateways", "resource", p.name, "probe", p.how, "err", r.reason)
+				h.log.Warn("resource not reached: new flows go by way of another gateway, where it has one", "resource", p.name, "probe", p.how, "err", r.reason)
 			}
 			h.changed()
 		}
@@ -213,18 +214,8 @@ func (h *health) report() []control.ResourceHealth {
 		}
 		out = append(out, rh)
 	}
-	slices.SortFunc(out, func(a, b control.ResourceHealth) int { return compareID(a.ID, b.ID) })
+	slices.SortFunc(out, func(a, b control.ResourceHealth) int { return cmp.Compare(a.ID, b.ID) })
 	return out
-}
-
-func compareID(a, b string) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }
 
 // notice says which of the resources that a peer may reach here this gateway does not reach.

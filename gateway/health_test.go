@@ -9,12 +9,14 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"sallyway/client"
+	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
 )
@@ -192,5 +194,23 @@ func TestProber(t *testing.T) {
 			t.Errorf("%s %v: %v, want ok %v", c.host, c.h, err, c.ok)
 		}
 		cancel()
+	}
+}
+
+// TestHealthCheckNamesAll: the doctor's row names every resource that is not reached.
+func TestHealthCheckNamesAll(t *testing.T) {
+	h := newHealth(slog.New(slog.DiscardHandler), nil, nil, nil)
+	for id, name := range map[string]string{"r1": "db", "r2": "web"} {
+		h.probes[id] = &probed{name: name, reach: reach{known: true, reason: "refused by " + name}}
+	}
+	h.probes["r3"] = &probed{name: "ldap", reach: reach{known: true, ok: true}}
+	row := h.check()
+	for _, want := range []string{"1 reached", "db since", "refused by db", "web since", "refused by web"} {
+		if !strings.Contains(row.Detail, want) {
+			t.Errorf("row lacks %q: %s", want, row.Detail)
+		}
+	}
+	if row.Result != daemon.Warn || row.Remedy == "" {
+		t.Errorf("%+v", row)
 	}
 }
