@@ -103,28 +103,27 @@ func listState(dir string) []byte {
 	return b.Bytes()
 }
 
+// masked stands in the place of a secret.
+const masked = "(masked)"
+
 // masks are what looks like a secret: enrolment and bearer tokens, JWTs, private keys, and values whose name says so.
-var masks = []*regexp.Regexp{
-	regexp.MustCompile(`swe1\.[A-Za-z0-9_-]+`),
-	regexp.MustCompile(`eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*`),
-	regexp.MustCompile(`(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----`),
-	regexp.MustCompile(`(?i)bearer +[^\s"]+`),
-	regexp.MustCompile(`(?i)((?:password|passwd|secret|token|credential|private[_-]?key|api[_-]?key)\\?"?\s*[:=]\s*\\?")([^"\\]+)`), // quoted, in JSON in JSON too
-	regexp.MustCompile(`(?i)((?:password|passwd|secret|token|credential|private[_-]?key|api[_-]?key)\s*[:=]\s*)([^\s,}"\\]+)`),
-	regexp.MustCompile(`://[^/\s:@"]+:[^/\s@"]+@`), // user and password of a URL, such as a proxy's
+var masks = []struct {
+	re   *regexp.Regexp
+	with string
+}{
+	{regexp.MustCompile(`swe1\.[A-Za-z0-9_-]+`), masked},
+	{regexp.MustCompile(`eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*`), masked},
+	{regexp.MustCompile(`(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----`), masked},
+	{regexp.MustCompile(`(?i)bearer +[^\s"]+`), masked},
+	{regexp.MustCompile(`(?i)((?:password|passwd|secret|token|credential|private[_-]?key|api[_-]?key)\\?"?\s*[:=]\s*\\?")([^"\\]+)`), `${1}` + masked}, // quoted, in JSON in JSON too
+	{regexp.MustCompile(`(?i)((?:password|passwd|secret|token|credential|private[_-]?key|api[_-]?key)\s*[:=]\s*)([^\s,}"\\]+)`), `${1}` + masked},
+	{regexp.MustCompile(`://[^/\s:@"]+:[^/\s@"]+@`), "://" + masked + "@"}, // user and password of a URL, such as a proxy's
 }
 
 // mask replaces what looks like a secret.
 func mask(b []byte) []byte {
-	for i, re := range masks {
-		with := []byte("(masked)")
-		switch i {
-		case 4, 5:
-			with = []byte(`${1}(masked)`)
-		case 6:
-			with = []byte("://(masked)@")
-		}
-		b = re.ReplaceAll(b, with)
+	for _, m := range masks {
+		b = m.re.ReplaceAll(b, []byte(m.with))
 	}
 	return b
 }
