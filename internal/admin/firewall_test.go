@@ -1,9 +1,7 @@
 package admin
 
 import (
-	"context"
 	"encoding/json"
-	"errors"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -13,39 +11,11 @@ import (
 	"time"
 
 	"sallyway/internal/policy"
-	"sallyway/platform"
 )
 
 // TestFirewall prints rules of a real platform's relays in every format.
 func TestFirewall(t *testing.T) {
-	srv, err := platform.Open(t.Context(), platform.Config{Data: t.TempDir(), Listen: "127.0.0.1:0"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- srv.Run(ctx) }()
-	defer func() {
-		cancel()
-		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
-			t.Errorf("platform: %v", err)
-		}
-	}()
-	t.Setenv("SALLYWAY_CREDENTIALS", filepath.Join(t.TempDir(), "credentials.json"))
-	t.Setenv("SALLYWAY_ORG", "")
-	do := func(code int, line string, want ...string) string {
-		t.Helper()
-		r := sallyway(t, "", strings.Fields(line)...)
-		if r.code != code {
-			t.Fatalf("sallyway %s: exit code %d, want %d\n%s%s", line, r.code, code, r.out, r.errors)
-		}
-		for _, w := range want {
-			if !strings.Contains(r.out+r.errors, w) {
-				t.Errorf("sallyway %s lacks %q:\n%s%s", line, w, r.out, r.errors)
-			}
-		}
-		return r.out
-	}
+	srv, do := realPlatform(t)
 	do(0, "login --token-file "+srv.AdminFile())
 	do(0, "relay create fra-1 --host 192.0.2.1")
 	do(0, "relay create ams-2 --host 2001:db8::2 --port 5350")

@@ -14,8 +14,10 @@ import (
 	"sallyway/platform"
 )
 
-// Every verb against the real platform, in process: what it makes, what it answers, and what it refuses.
-func TestRealPlatform(t *testing.T) {
+// realPlatform runs a platform until the test ends. do runs a command line against it, wants an exit code and parts of what is printed, and
+// returns the standard output.
+func realPlatform(t *testing.T) (srv *platform.Server, do func(code int, line string, want ...string) string) {
+	t.Helper()
 	srv, err := platform.Open(t.Context(), platform.Config{Data: t.TempDir(), Listen: "127.0.0.1:0"})
 	if err != nil {
 		t.Fatal(err)
@@ -23,17 +25,15 @@ func TestRealPlatform(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- srv.Run(ctx) }()
-	defer func() {
+	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
 			t.Errorf("platform: %v", err)
 		}
-	}()
+	})
 	t.Setenv("SALLYWAY_CREDENTIALS", filepath.Join(t.TempDir(), "credentials.json"))
 	t.Setenv("SALLYWAY_ORG", "")
-
-	// do runs a command line and returns its standard output; want are parts of output and errors.
-	do := func(code int, line string, want ...string) string {
+	return srv, func(code int, line string, want ...string) string {
 		t.Helper()
 		r := sallyway(t, "", strings.Fields(line)...)
 		if r.code != code {
@@ -46,7 +46,11 @@ func TestRealPlatform(t *testing.T) {
 		}
 		return r.out
 	}
+}
 
+// Every verb against the real platform, in process: what it makes, what it answers, and what it refuses.
+func TestRealPlatform(t *testing.T) {
+	srv, do := realPlatform(t)
 	do(0, "login --token-file "+srv.AdminFile(), "Logged in to "+srv.URL(), "organization default")
 	do(2, "login --token-file "+srv.AdminFile()+" --org nope", "there are: default")
 	do(0, "organization create acme", "organization acme created")
