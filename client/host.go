@@ -162,6 +162,7 @@ func (h *Host) follow(ctx context.Context) {
 	defer watching.Wait()
 	watching.Go(func() {
 		if err := h.dev.Watch(ctx, func() {
+			h.cfg.Logger.Info("the host's network changed")
 			poke(network)
 			if h.cfg.OnNetwork != nil {
 				h.cfg.OnNetwork()

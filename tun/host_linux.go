@@ -241,16 +241,27 @@ func (d *Device) Watch(ctx context.Context, changed func()) error {
 	}
 }
 
-// concerns reports whether a message is about another interface than the device.
+// concerns reports whether a message is about a way to other hosts than by the device. Link-local addresses and the routes that
+// follow them lead to no relay; an interface that comes up is told of by its other addresses.
 func (d *Device) concerns(m syscall.NetlinkMessage) bool {
 	switch m.Header.Type {
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		const indexAt = 4 // in struct ifaddrmsg
-		return len(m.Data) < indexAt+4 || int(binary.NativeEndian.Uint32(m.Data[indexAt:])) != d.Index()
+		if len(m.Data) < unix.SizeofIfAddrmsg {
+			return true
+		}
+		const scopeAt, indexAt = 3, 4 // in struct ifaddrmsg
+		return m.Data[scopeAt] < unix.RT_SCOPE_LINK && int(binary.NativeEndian.Uint32(m.Data[indexAt:])) != d.Index()
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		attrs, err := syscall.ParseNetlinkRouteAttr(&m)
 		return err != nil || !slices.ContainsFunc(attrs, func(a syscall.NetlinkRouteAttr) bool {
-			return a.Attr.Type == unix.RTA_OIF && len(a.Value) == 4 && int(binary.NativeEndian.Uint32(a.Value)) == d.Index()
+			switch a.Attr.Type {
+			case unix.RTA_OIF:
+				return len(a.Value) == 4 && int(binary.NativeEndian.Uint32(a.Value)) == d.Index()
+			case unix.RTA_DST:
+				dst, ok := netip.AddrFromSlice(a.Value)
+				return ok && (dst.IsLinkLocalUnicast() || dst.IsMulticast())
+			}
+			return false
 		})
 	}
 	return false
