@@ -76,7 +76,7 @@ func (s *Sessions) newDirect() *direct.Endpoint {
 func RelayAddrs(k *legs.Keeper) []netip.AddrPort {
 	var out []netip.AddrPort
 	for _, st := range k.Status() {
-		if l, _ := k.Current(st.Relay); l != nil {
+		if l, _ := k.Current(st.Relay); l != nil && l.RemoteAddr().IsValid() { // else only a proxy knows it
 			out = append(out, l.RemoteAddr())
 		}
 	}

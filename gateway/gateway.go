@@ -394,7 +394,7 @@ func (d *gatewayDaemon) watchNAT(ctx context.Context) error {
 		wait := natInterval
 		var servers []netip.AddrPort
 		for _, st := range d.legs.Status() {
-			if l, _ := d.legs.Current(st.Relay); l != nil {
+			if l, _ := d.legs.Current(st.Relay); l != nil && l.RemoteAddr().IsValid() {
 				servers = append(servers, l.RemoteAddr())
 			}
 		}

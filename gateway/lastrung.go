@@ -141,7 +141,8 @@ func (l *lastRung) startLocked(ctx context.Context, ref control.RelayRef, runnin
 		HostCAs: func() []string { return current().SSHCAs },
 		Resolve: func(ctx context.Context) ([]netip.AddrPort, error) {
 			r := current()
-			return d.legs.Addrs(ctx, r, r.SSHPort)
+			addrs, _, err := d.legs.Way(ctx, r, r.SSHPort)
+			return addrs, err
 		},
 		Identity: func() reverse.Identity {
 			key, cert := d.agent.SSH()

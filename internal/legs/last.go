@@ -2,7 +2,6 @@ package legs
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"time"
@@ -76,7 +75,7 @@ func (k *Keeper) Last(ctx context.Context, relay, peer identity.Node) (*reverse.
 	if ref.TLSPort == 0 || k.cfg.Certificate == nil || rest > 0 {
 		return nil, ErrNoLastRung
 	}
-	addrs, err := k.Addrs(ctx, ref, ref.TLSPort)
+	addrs, dial, err := k.Way(ctx, ref, ref.TLSPort)
 	if err != nil {
 		return nil, err
 	}
@@ -85,11 +84,8 @@ func (k *Keeper) Last(ctx context.Context, relay, peer identity.Node) (*reverse.
 		return nil, err
 	}
 	l, err := reverse.DialTLS(ctx, reverse.TLSConfig{
-		Relay: ref.Node, Addrs: addrs, Gateway: peer, Certificate: k.cfg.Certificate, Control: k.cfg.Control,
-		Verify: func(chain []*x509.Certificate) error {
-			_, err := trust.Verify(chain, x509.ExtKeyUsageServerAuth)
-			return err
-		},
+		Relay: ref.Node, Addrs: addrs, Gateway: peer, Certificate: k.cfg.Certificate, Control: k.cfg.Control, Dial: dial,
+		Verify: k.verifier(trust),
 	})
 	if err != nil {
 		if errors.Is(ctx.Err(), context.Canceled) {

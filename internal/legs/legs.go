@@ -22,6 +22,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -59,6 +60,9 @@ type Config struct {
 	OnMissing func(relay identity.Node)
 	// Control is called on every socket (see net.Dialer.Control).
 	Control func(network, address string, c syscall.RawConn) error
+	// Dial opens TCP connections to relays, by host and port: where it leads through a proxy, that may resolve the host. Nil is a net.Dialer
+	// with Control.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// Transports are those to try, in order of preference; nil is UDP, then TLS.
 	Transports []leg.Transport
 	// Keepalive is the longest silence on a leg's control connection; 0 is leg.DefaultKeepalive. It bounds how long a restarted relay
@@ -443,9 +447,12 @@ func (r *relay) dial(ctx context.Context, transports []leg.Transport) (*leg.Leg,
 	r.mu.Lock()
 	ref := r.ref
 	r.mu.Unlock()
-	addrs, err := r.k.Addrs(ctx, ref, ref.Port)
-	if err != nil {
-		return nil, err
+	var addrs []netip.AddrPort
+	if r.k.cfg.Dial == nil { // else TLS may need none, and does not wait for them
+		var err error
+		if addrs, err = r.k.Addrs(ctx, ref, ref.Port); err != nil {
+			return nil, err
+		}
 	}
 	trust, err := relayTrust(ref)
 	if err != nil {
@@ -457,18 +464,27 @@ func (r *relay) dial(ctx context.Context, transports []leg.Transport) (*leg.Leg,
 		err error
 	}
 	results := make(chan result, len(transports))
+	noAddress := make(chan struct{}) // closed when the first transport has nothing to dial, so that the next one need not wait
 	for i, t := range transports {
 		go func() {
-			if i > 0 && !sleep(ctx, time.Duration(i)*TLSStagger) {
+			if i > 0 && !stagger(ctx, time.Duration(i)*TLSStagger, noAddress) {
 				results <- result{nil, nil}
 				return
 			}
+			addrs, dial, err := addrs, dialFunc(nil), error(nil)
+			if r.k.cfg.Dial != nil {
+				addrs, dial, err = r.k.way(ctx, ref, t)
+			}
+			if err != nil {
+				if i == 0 {
+					close(noAddress)
+				}
+				results <- result{nil, err}
+				return
+			}
 			l, err := leg.Dial(ctx, leg.Config{
-				Relay: ref.Node, Addrs: addrs, Transport: t, Control: r.k.cfg.Control, Keepalive: r.k.cfg.Keepalive, Logger: r.k.cfg.Logger, Metrics: r.k.cfg.Metrics,
-				Verify: func(chain []*x509.Certificate) error {
-					_, err := trust.Verify(chain, x509.ExtKeyUsageServerAuth)
-					return err
-				},
+				Relay: ref.Node, Addrs: addrs, Transport: t, Control: r.k.cfg.Control, Dial: dial, Keepalive: r.k.cfg.Keepalive, Logger: r.k.cfg.Logger, Metrics: r.k.cfg.Metrics,
+				Verify: r.k.verifier(trust),
 				Credentials: func() (string, string) {
 					r.mu.Lock()
 					defer r.mu.Unlock()
@@ -527,6 +543,46 @@ func (k *Keeper) Addrs(ctx context.Context, ref control.RelayRef, port uint16) (
 	return out, nil
 }
 
+// dialFunc opens a connection (see net.Dialer.DialContext).
+type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
+
+// Way is how a TCP port of a relay is dialled: its addresses and, where Config.Dial is set, a function that dials its host in place of the
+// address. That is then one, and unspecified where the host is a name.
+func (k *Keeper) Way(ctx context.Context, ref control.RelayRef, port uint16) ([]netip.AddrPort, dialFunc, error) {
+	if k.cfg.Dial == nil {
+		addrs, err := k.Addrs(ctx, ref, port)
+		return addrs, nil, err
+	}
+	at := netip.IPv4Unspecified()
+	if a, err := netip.ParseAddr(ref.Host); err == nil {
+		at = a.Unmap()
+	}
+	target := net.JoinHostPort(ref.Host, strconv.Itoa(int(port)))
+	return []netip.AddrPort{netip.AddrPortFrom(at, port)}, func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return k.cfg.Dial(ctx, network, target)
+	}, nil
+}
+
+// way is Way for a leg.
+func (k *Keeper) way(ctx context.Context, ref control.RelayRef, t leg.Transport) ([]netip.AddrPort, dialFunc, error) {
+	if t == leg.TLS {
+		return k.Way(ctx, ref, ref.Port)
+	}
+	addrs, err := k.Addrs(ctx, ref, ref.Port)
+	return addrs, nil, err
+}
+
+// verifier checks a relay's certificate. Where a proxy may be on the way, it says what may have happened.
+func (k *Keeper) verifier(trust *identity.Trust) func(chain []*x509.Certificate) error {
+	return func(chain []*x509.Certificate) error {
+		_, err := trust.Verify(chain, x509.ExtKeyUsageServerAuth)
+		if err != nil && k.cfg.Dial != nil && len(chain) > 0 {
+			err = fmt.Errorf("%w; the certificate is issued by %.80q: if the egress proxy opens TLS, exempt the relay from that", err, chain[0].Issuer.String())
+		}
+		return err
+	}
+}
+
 // jitter is d give or take a tenth.
 func jitter(d time.Duration) time.Duration {
 	return d - d/10 + rand.N(d/5)
@@ -561,14 +617,14 @@ func (k *Keeper) Kick() {
 	}
 }
 
-// sleep waits and reports whether ctx is still alive.
-func sleep(ctx context.Context, d time.Duration) bool {
+// stagger waits, not longer than until now is closed, and reports whether ctx is still alive.
+func stagger(ctx context.Context, d time.Duration, now <-chan struct{}) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
-		return true
+	case <-now:
 	case <-ctx.Done():
-		return false
 	}
+	return ctx.Err() == nil
 }

@@ -82,6 +82,9 @@ type Config struct {
 	OnRendezvous func(peer identity.Node, from netip.AddrPort, ch *Channel)
 	// Control is called on every socket before it connects, for SO_MARK and binding; nil is nothing (see net.Dialer.Control).
 	Control func(network, address string, c syscall.RawConn) error
+	// Dial opens the connection of a TLS leg; nil is a net.Dialer with Control. Where it leads through a proxy, the connection's RemoteAddr is the
+	// relay's, not the proxy's, or the unspecified address where the proxy alone knows it.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// Lifetime is the allocation's lifetime to ask for; 0 is DefaultLifetime. The relay may grant less.
 	Lifetime time.Duration
 	// Keepalive is the longest silence on control; 0 is DefaultKeepalive.
@@ -243,7 +246,11 @@ func Dial(ctx context.Context, cfg Config) (*Leg, error) {
 			cfg.Metrics.Dialed.Add(1)
 			return l, nil
 		}
-		errs = append(errs, fmt.Errorf("dial relay %v at %v over %s: %w", cfg.Relay, addr, cfg.Transport, err))
+		at := addr.String()
+		if addr.Addr().IsUnspecified() {
+			at = "its name" // Dial knows it
+		}
+		errs = append(errs, fmt.Errorf("dial relay %v at %s over %s: %w", cfg.Relay, at, cfg.Transport, err))
 		var refused *Error
 		if ctx.Err() != nil || errors.As(err, &refused) {
 			break // another address of the same relay would say the same
@@ -399,7 +406,7 @@ func (l *Leg) Relay() identity.Node { return l.cfg.Relay }
 // Transport is how the leg reaches its relay.
 func (l *Leg) Transport() Transport { return l.cfg.Transport }
 
-// RemoteAddr is the relay's address that answered.
+// RemoteAddr is the relay's address that answered; the zero AddrPort where only a proxy knows it.
 func (l *Leg) RemoteAddr() netip.AddrPort { return l.addr(&l.remote) }
 
 // LocalAddr is the leg's socket's own address.

@@ -9,8 +9,12 @@ import (
 
 // limitUnsent keeps what TCP has not sent yet in the leg's own queue, which drops when it is full, rather than in the kernel's buffer,
 // which delays (TCP_NOTSENT_LOWAT).
-func limitUnsent(c *net.TCPConn, bytes int) error {
-	raw, err := c.SyscallConn()
+func limitUnsent(c net.Conn, bytes int) error {
+	sc, ok := c.(syscall.Conn)
+	if !ok {
+		return nil
+	}
+	raw, err := sc.SyscallConn()
 	if err != nil {
 		return err
 	}

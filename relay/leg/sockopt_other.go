@@ -8,7 +8,7 @@ import (
 	"syscall"
 )
 
-func limitUnsent(*net.TCPConn, int) error { return nil }
+func limitUnsent(net.Conn, int) error { return nil }
 
 func unsent(syscall.RawConn) (int, error) { return 0, errors.ErrUnsupported }
 

@@ -44,12 +44,15 @@ type tlsCarrier struct {
 }
 
 func dialTLS(ctx context.Context, cfg *Config, addr netip.AddrPort, up upcalls, start func(func())) (*tlsCarrier, error) {
-	d := net.Dialer{Control: cfg.Control}
-	nc, err := d.DialContext(ctx, "tcp", addr.String())
+	dial := cfg.Dial
+	if dial == nil {
+		dial = (&net.Dialer{Control: cfg.Control}).DialContext
+	}
+	nc, err := dial(ctx, "tcp", addr.String())
 	if err != nil {
 		return nil, err
 	}
-	_ = limitUnsent(nc.(*net.TCPConn), maxUnsent)
+	_ = limitUnsent(nc, maxUnsent)
 	tc := identity.TLSConfig(func() (*tls.Certificate, error) { return new(tls.Certificate), nil }, false, nil, nil)
 	tc.VerifyConnection = func(cs tls.ConnectionState) error { return verifyChain(cfg, cs.PeerCertificates) }
 	tc.ServerName = cfg.Relay.ServerName()
@@ -67,8 +70,13 @@ func dialTLS(ctx context.Context, cfg *Config, addr netip.AddrPort, up upcalls, 
 	return t, nil
 }
 
+// tcpAddr is the zero AddrPort for an address that is not known.
 func tcpAddr(a net.Addr) netip.AddrPort {
-	ap := a.(*net.TCPAddr).AddrPort()
+	t, ok := a.(*net.TCPAddr)
+	if !ok || t.IP == nil || t.IP.IsUnspecified() {
+		return netip.AddrPort{}
+	}
+	ap := t.AddrPort()
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 

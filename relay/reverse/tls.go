@@ -28,7 +28,7 @@ type TLSConfig struct {
 	Gateway identity.Node
 	// Certificate is this node's, of kind client, site or platform and of the gateway's organization.
 	Certificate func() (*tls.Certificate, error)
-	// Dial opens connections; nil is a net.Dialer with Control.
+	// Dial opens connections, perhaps through a proxy; nil is a net.Dialer with Control.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// Control is called on every socket before it connects (see net.Dialer.Control).
 	Control func(network, address string, c syscall.RawConn) error

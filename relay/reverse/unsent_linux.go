@@ -2,6 +2,7 @@ package reverse
 
 import (
 	"net"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -12,7 +13,7 @@ const maxUnsent = 64 << 10
 // LimitUnsent keeps what TCP has not sent yet in queues of ours rather than in the kernel's buffer (TCP_NOTSENT_LOWAT). Where the system does
 // not take it, there is more delay under load and nothing else.
 func LimitUnsent(c net.Conn) {
-	tc, ok := c.(*net.TCPConn)
+	tc, ok := c.(syscall.Conn)
 	if !ok {
 		return
 	}
