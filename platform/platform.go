@@ -72,6 +72,9 @@ type Config struct {
 	TLSCert, TLSKey string
 	// DocumentLife is how long snapshots and grants are valid, KeyRotation the age at which TURN keys change: zero is 24 h.
 	DocumentLife, KeyRotation time.Duration
+	// CredentialLife is how long nodes' credentials for relays are valid while the platform is there to renew them: zero is as long as the
+	// node's certificate.
+	CredentialLife time.Duration
 	// TokenLife is how long enrolment tokens work: zero is an hour.
 	TokenLife time.Duration
 
@@ -145,7 +148,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if err := s.address(ctx); err != nil {
 		return err
 	}
-	s.hub = push.New(push.Config{Registry: s.reg, Log: s.cfg.Log, DocumentLife: s.cfg.DocumentLife, KeyRotation: s.cfg.KeyRotation}, s.cfg.Metrics)
+	s.hub = push.New(push.Config{Registry: s.reg, Log: s.cfg.Log, DocumentLife: s.cfg.DocumentLife, CredentialLife: s.cfg.CredentialLife, KeyRotation: s.cfg.KeyRotation}, s.cfg.Metrics)
 	s.handler = s.routes()
 	s.cfg.Metrics.MustRegister(&census{s: s})
 	if err := s.remembered(ctx); err != nil {

@@ -121,7 +121,7 @@ func (s *Server) authenticate(o *origin, m *stun.Message) (wire.Username, stun.M
 		s.challenge(o, m, stun.CodeUnauthorized)
 		return none, nil, false
 	}
-	if !now.Before(user.Expiry) {
+	if !now.Before(s.credentialEnd(user)) {
 		s.count.authExpired.Add(1)
 		s.challenge(o, m, stun.CodeUnauthorized)
 		return none, nil, false
@@ -133,6 +133,14 @@ func (s *Server) authenticate(o *origin, m *stun.Message) (wire.Username, stun.M
 	}
 	o.proven = true
 	return user, key, true
+}
+
+// credentialEnd is when a credential ends for this relay as things are: at its expiry, and in an outage of the platform later.
+func (s *Server) credentialEnd(user wire.Username) time.Time {
+	if user.Outage.IsZero() || s.cfg.Outage == nil || s.now().Before(user.Expiry) {
+		return user.Expiry
+	}
+	return user.End(s.cfg.Outage())
 }
 
 // identityKey is the part of a user name that stays when its expiry changes.

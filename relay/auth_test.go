@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -104,6 +105,67 @@ func TestLifetimeIsBounded(t *testing.T) {
 	l.sweep()
 	if n := l.Allocations(); n != 0 {
 		t.Errorf("the allocation outlives its credential")
+	}
+}
+
+// TestCredentialsInAnOutage: a credential counts past its expiry while the relay's platform is away, until its time for outages and no longer;
+// and one without such a time does not.
+func TestCredentialsInAnOutage(t *testing.T) {
+	var outage atomic.Bool
+	l := start(t, func(c *Config) { c.Outage = outage.Load })
+	with := func(c *tester, u wire.Username) *tester {
+		c.username = u.String()
+		c.password = wire.Password(testKey, c.username)
+		return c
+	}
+	begin := l.clock.now()
+	soft := wire.Username{Expiry: begin.Add(time.Minute), Outage: begin.Add(3 * time.Hour), Node: client1}
+	hard := wire.Username{Expiry: begin.Add(time.Minute), Node: client1}
+	c := with(dial(t, l, client1), soft)
+	c.allocate()
+	l.clock.advance(2 * time.Minute)
+	c.want(stun.CodeUnauthorized, c.do(stun.MethodRefresh))
+	with(dial(t, l, client1), soft).want(stun.CodeUnauthorized, with(dial(t, l, client1), soft).tryAllocate())
+	outage.Store(true)
+	for range 3 {
+		c.want(0, c.do(stun.MethodRefresh))
+		l.clock.advance(9 * time.Minute)
+		l.sweep()
+	}
+	with(dial(t, l, client1), soft).allocate()
+	c.want(stun.CodeUnauthorized, with(dial(t, l, client1), hard).tryAllocate())
+	tampered := soft
+	tampered.Outage = begin.Add(100 * time.Hour)
+	late := with(dial(t, l, client1), soft)
+	late.username = tampered.String()
+	late.want(stun.CodeUnauthorized, late.tryAllocate())
+	l.clock.advance(3 * time.Hour)
+	late.want(stun.CodeUnauthorized, with(dial(t, l, client1), soft).tryAllocate())
+	l.sweep()
+	if n := l.Allocations(); n != 0 {
+		t.Errorf("%d allocations outlive their credentials", n)
+	}
+}
+
+// TestAllocationLifetime: the setting bounds what is granted, whatever is asked.
+func TestAllocationLifetime(t *testing.T) {
+	l := start(t, func(c *Config) { c.AllocationLifetime = 20 * time.Second })
+	c := dial(t, l, client1)
+	for _, m := range []*stun.Message{c.tryAllocate(lifetime(time.Hour)), c.do(stun.MethodRefresh), c.do(stun.MethodRefresh, lifetime(time.Second))} {
+		if v, err := m.Get(stun.AttrLifetime); err != nil || !bytes.Equal(v, []byte{0, 0, 0, 20}) {
+			t.Errorf("LIFETIME % x, %v", v, err)
+		}
+	}
+	l.clock.advance(21 * time.Second)
+	l.sweep()
+	if n := l.Allocations(); n != 0 {
+		t.Error("an allocation that was not refreshed lives on")
+	}
+	for _, d := range []time.Duration{time.Second, 2 * time.Hour} {
+		c := Config{Listen: netip.MustParseAddrPort("127.0.0.1:0"), AllocationLifetime: d}
+		if err := c.fill(); err == nil {
+			t.Errorf("a lifetime of %v is taken", d)
+		}
 	}
 }
 

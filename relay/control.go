@@ -284,7 +284,8 @@ func peerAddr(m *stun.Message, v []byte) (netip.AddrPort, bool) {
 	return netip.AddrPort{}, false
 }
 
-// requestedLifetime reads LIFETIME and bounds it by the limits and by what is left of the credential. zero says that the client asked to
+// requestedLifetime reads LIFETIME and bounds it by the limits and by what is left of the credential (one with a time for outages is only
+// asked for its expiry when the next request comes: what it is granted would else be too short to be refreshed). zero says that the client asked to
 // end the allocation.
 func (s *Server) requestedLifetime(m *stun.Message, user wire.Username) (d time.Duration, zero, ok bool) {
 	d = defaultLifetime
@@ -298,7 +299,7 @@ func (s *Server) requestedLifetime(m *stun.Message, user wire.Username) (d time.
 		}
 		d = min(max(time.Duration(sec)*time.Second, defaultLifetime), maxLifetime)
 	}
-	return max(min(d, user.Expiry.Sub(s.now())), time.Second), false, true
+	return max(min(d, s.cfg.AllocationLifetime, user.End(true).Sub(s.now())), time.Second), false, true
 }
 
 // allocate serves Allocate (RFC 8656 §7.2).
@@ -354,7 +355,7 @@ func (s *Server) allocate(o *origin, m *stun.Message, user wire.Username, key st
 		return
 	}
 	if zero {
-		d = defaultLifetime
+		d = min(defaultLifetime, s.cfg.AllocationLifetime)
 	}
 	a, code := s.newAllocation(o, m.TransactionID, user, d, even)
 	if code != 0 {

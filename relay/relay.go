@@ -66,6 +66,12 @@ type Config struct {
 	// Certificate returns the relay's current certificate for TLS and DTLS. It is asked in every handshake, so a renewal needs no
 	// restart. Nil serves neither.
 	Certificate func() (*tls.Certificate, error)
+	// Outage reports whether nodes may be without the chance to renew their credentials, because the relay does not reach the platform that
+	// issues them or has only just reached it again: then a credential counts until its time for outages. Nil is never. It is asked when a
+	// credential is past its expiry.
+	Outage func() bool
+	// AllocationLifetime is the longest that an allocation is granted without a refresh, from 10 s to an hour; 0 is an hour.
+	AllocationLifetime time.Duration
 	// Shards is how many UDP sockets for data share the port, each with a goroutine of its own; 0 is GOMAXPROCS. There is one more for
 	// control.
 	Shards int
@@ -125,7 +131,9 @@ const (
 	authTimeout = 30 * time.Second
 	// maxPreAuth is how many bytes a connection may send before it has an allocation.
 	maxPreAuth = 32 << 10
-	// maxLifetime and defaultLifetime bound what an allocation is granted (RFC 8656 §7.2).
+	// maxLifetime and defaultLifetime bound what an allocation is granted (RFC 8656 §7.2). A shorter one than minLifetime would have nodes
+	// do little else than refresh.
+	minLifetime     = 10 * time.Second
 	maxLifetime     = time.Hour
 	defaultLifetime = 10 * time.Minute
 	// permissionLifetime and channelLifetime are RFC 8656 §9 and §12.
@@ -262,6 +270,12 @@ func (c *Config) fill() error {
 	}
 	if c.Now == nil {
 		c.Now = time.Now
+	}
+	if c.AllocationLifetime == 0 {
+		c.AllocationLifetime = maxLifetime
+	}
+	if c.AllocationLifetime < minLifetime || c.AllocationLifetime > maxLifetime {
+		return fmt.Errorf("an allocation lifetime of %v is not between %v and %v", c.AllocationLifetime, minLifetime, maxLifetime)
 	}
 	if c.linger == 0 {
 		c.linger = readerLinger

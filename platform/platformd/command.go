@@ -78,6 +78,7 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.StringVar(&c.TLSCert, "tls-cert", "", "certificate chain (PEM) instead of one by the platform's own CA; append a private authority's certificate")
 	f.StringVar(&c.TLSKey, "tls-key", "", "key of --tls-cert (PEM)")
 	f.DurationVar(&c.DocumentLife, "snapshot-life", 24*time.Hour, "how long policy snapshots and grants hold while the platform is away")
+	f.DurationVar(&c.CredentialLife, "relay-credential-life", 0, "how long nodes' credentials for relays hold while the platform is there, renewed at half of it, such as 2h; during an outage they hold as long as the node's certificate (0: always so long)")
 	f.DurationVar(&c.KeyRotation, "turn-key-rotation", 24*time.Hour, "age at which relays get new TURN keys")
 	f.DurationVar(&c.TokenLife, "token-life", control.TokenLife, "how long enrolment tokens work")
 	f.StringVar(&o.database, "database", "", "database URL: sqlite: (the default, in the data folder)")
@@ -100,6 +101,10 @@ func (o *serveOptions) check() error {
 	const shortest = time.Minute
 	if o.platform.DocumentLife < shortest || o.platform.DocumentLife > 30*24*time.Hour {
 		return daemon.Usagef("--snapshot-life %v is not between 1m and 720h", o.platform.DocumentLife)
+	}
+	const shortestCredential, longestCredential = 10 * time.Second, 24 * time.Hour
+	if l := o.platform.CredentialLife; l != 0 && (l < shortestCredential || l > longestCredential) {
+		return daemon.Usagef("--relay-credential-life %v is not between 10s and 24h, or 0", l)
 	}
 	if o.platform.TokenLife < time.Second || o.platform.TokenLife > 24*time.Hour {
 		return daemon.Usagef("--token-life %v is not between 1s and 24h", o.platform.TokenLife)

@@ -39,6 +39,7 @@ func TestRefusals(t *testing.T) {
 		{"serve --database sqlite:/elsewhere.db", daemon.ExitUsage, "platform.db in the data folder"},
 		{"serve --redis redis://h", daemon.ExitUsage, "--redis is not supported"},
 		{"serve --snapshot-life 1s", daemon.ExitUsage, "--snapshot-life"},
+		{"serve --relay-credential-life 1s", daemon.ExitUsage, "--relay-credential-life"},
 		{"serve --turn-key-rotation 1s", daemon.ExitUsage, "--turn-key-rotation"},
 		{"serve --listen= --metrics-listen=", daemon.ExitUsage, "neither an HTTPS nor an HTTP address"},
 		{"serve --listen 127.0.0.1:0 --metrics-listen= --tls-cert x", daemon.ExitUsage, "give both or none"},

@@ -41,6 +41,9 @@ type Config struct {
 	Log      *slog.Logger
 	// DocumentLife is how long snapshots and grants are valid: 24 h. They are made anew after an hour, or half of it if that is less.
 	DocumentLife time.Duration
+	// CredentialLife is how long nodes' credentials for relays are valid while the platform can renew them, which is done at half of it: zero
+	// is as long as the node's certificate. In an outage they are good as long as that.
+	CredentialLife time.Duration
 	// KeyRotation is the age at which a relay's TURN key is followed by a new one: 24 h.
 	KeyRotation time.Duration
 }
@@ -214,12 +217,13 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 	refresh := time.NewTimer(h.refreshIn())
 	defer refresh.Stop()
 	var last [sha256.Size]byte // of what the node has; zero is nothing
+	expiry := h.credentialExpiry()
 	for {
 		v, signer, changed, err := h.current(ctx, who.Node.Org)
 		if err != nil {
 			return err
 		}
-		plan := v.Plan(who.Node.ID)
+		plan := v.Plan(who.Node.ID, expiry)
 		if plan == nil || !v.Speaks(who.Node.ID, who.Key) {
 			return ErrDropped
 		}
@@ -248,6 +252,7 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 				}
 			case <-refresh.C:
 				last, wait = [sha256.Size]byte{}, false // credentials and documents anew, although nothing changed
+				expiry = h.credentialExpiry()
 				refresh.Reset(h.refreshIn())
 			case <-changed:
 				select {
@@ -263,7 +268,18 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 // refreshIn is when a stream makes its node's documents anew, spread so that not all do at once.
 func (h *Hub) refreshIn() time.Duration {
 	d := min(refreshMost, h.cfg.DocumentLife/2)
+	if h.cfg.CredentialLife > 0 {
+		d = min(d, h.cfg.CredentialLife/2)
+	}
 	return d - rand.N(d/10+1)
+}
+
+// credentialExpiry is when credentials made now expire; zero is with the node's certificate.
+func (h *Hub) credentialExpiry() time.Time {
+	if h.cfg.CredentialLife == 0 {
+		return time.Time{}
+	}
+	return h.reg.Now().Add(h.cfg.CredentialLife)
 }
 
 // Run does what happens by itself, until ctx ends. Errors of the database are logged and tried again: the platform goes on from what it has.

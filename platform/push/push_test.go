@@ -19,6 +19,7 @@ import (
 	"sallyway/platform/presence"
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
+	"sallyway/relay/wire"
 )
 
 // bench is a hub on a real database, in virtual time.
@@ -143,6 +144,53 @@ func TestShortDocuments(t *testing.T) {
 		<-done
 		if n < 12 || n > 15 {
 			t.Errorf("%d configurations in an hour, want one every 5 minutes", n)
+		}
+	})
+}
+
+// TestShortCredentials: credentials for relays that are to live shorter than the leaf are renewed at half of that, and good until the leaf's end
+// where they can not be; a change in between pushes none that is older.
+func TestShortCredentials(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const life = 10 * time.Minute
+		b := newBench(t, Config{CredentialLife: life})
+		relay, _, _ := b.join(identity.Relay, "relay")
+		b.hub.Heartbeat(relay.Node.ID, control.Heartbeat{State: "ready"})
+		who, _, resp := b.join(identity.Gateway, "gw")
+		ctx, cancel := context.WithCancel(t.Context())
+		chain, err := identity.DecodeCertificates([]byte(resp.Certificates.Leaf))
+		must(t, err)
+		var seen []time.Time
+		var expiry time.Time
+		done := make(chan error, 2)
+		go func() { done <- b.hub.Run(ctx) }()
+		go func() {
+			done <- b.hub.Serve(ctx, who, func(ev control.Event) error {
+				if ev.Type != control.EventConfig || len(ev.Config.Gateway.Relays) == 0 || ev.Config.Gateway.Relays[0].Username == "" {
+					return nil
+				}
+				u, err := wire.ParseUsername(ev.Config.Gateway.Relays[0].Username)
+				if err != nil {
+					return err
+				}
+				now := time.Now()
+				if left := u.Expiry.Sub(now); left > life || left < life/2 || u.Expiry.Before(expiry) || u.Outage.Unix() != chain[0].NotAfter.Unix() {
+					t.Errorf("at %v a credential until %v, in an outage %v; the leaf ends %v", now, u.Expiry, u.Outage, chain[0].NotAfter)
+				}
+				if expiry != u.Expiry {
+					seen = append(seen, now)
+				}
+				expiry = u.Expiry
+				return nil
+			})
+		}()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		cancel()
+		<-done
+		<-done
+		if n := len(seen); n < 11 || n > 15 {
+			t.Errorf("%d credentials in an hour, want one every 5 minutes", n)
 		}
 	})
 }

@@ -68,8 +68,9 @@ func (p *Plan) Sign(signer *policy.Signer, now time.Time, life time.Duration) (*
 	return &c, nil
 }
 
-// Plan makes the plan of a live node; nil when the view has no such node.
-func (v *View) Plan(id string) *Plan {
+// Plan makes the plan of a live node; nil when the view has no such node. Its credentials for relays end at expiry, and in an outage of the
+// platform with the node's leaf; with the leaf in every case when that is earlier, or expiry is zero.
+func (v *View) Plan(id string, expiry time.Time) *Plan {
 	n := v.nodes[id]
 	if n == nil {
 		return nil
@@ -80,10 +81,10 @@ func (v *View) Plan(id string) *Plan {
 		p.Config.Relay = v.relayConfig(n)
 	case identity.Gateway:
 		p.Snapshot = v.Snapshot(n)
-		p.Config.Gateway = &control.Gateway{Relays: v.relayRefs(n, n.ID, n.Identity()), EndSessions: v.endSessions()}
-		v.dialling(p, n)
+		p.Config.Gateway = &control.Gateway{Relays: v.relayRefs(n, n.ID, n.Identity(), expiry), EndSessions: v.endSessions()}
+		v.dialling(p, n, expiry)
 	case identity.Client:
-		v.dialling(p, n)
+		v.dialling(p, n, expiry)
 	}
 	return p
 }
@@ -141,7 +142,7 @@ func (v *View) Snapshot(g *store.Node) *policy.Snapshot {
 }
 
 // dialling fills in what n, a client or a gateway, may reach.
-func (v *View) dialling(p *Plan, n *store.Node) {
+func (v *View) dialling(p *Plan, n *store.Node, expiry time.Time) {
 	d := &control.Dialling{
 		Virtual: Addresses(v.Org, n.Address), Range: append(d4(v.Org), v.Org.Range6),
 		Gateways: []control.GatewayRef{}, Resources: []control.ReachableResource{},
@@ -171,7 +172,7 @@ func (v *View) dialling(p *Plan, n *store.Node) {
 			continue
 		}
 		ref := control.GatewayRef{
-			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address), Relays: v.relayRefs(n, g.ID, dialler(n)),
+			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address), Relays: v.relayRefs(n, g.ID, dialler(n), expiry),
 		}
 		grant := policy.Grant{Org: v.Org.Name, Node: n.Identity(), Gateway: g.Identity(), Pins: v.Trust.Pins[identity.Gateway]}
 		if n.Kind == identity.Gateway {
@@ -207,8 +208,8 @@ func dialler(n *store.Node) identity.Node {
 	return n.Identity()
 }
 
-// relayRefs are the relays of a gateway with credentials for n under the identity as, active first.
-func (v *View) relayRefs(n *store.Node, gateway string, as identity.Node) []control.RelayRef {
+// relayRefs are the relays of a gateway with credentials for n under the identity as, active first. See Plan for expiry.
+func (v *View) relayRefs(n *store.Node, gateway string, as identity.Node, expiry time.Time) []control.RelayRef {
 	out := []control.RelayRef{}
 	for _, id := range v.assignments[gateway] {
 		r, home := v.relay(id)
@@ -224,9 +225,13 @@ func (v *View) relayRefs(n *store.Node, gateway string, as identity.Node) []cont
 				ref.SSHCAs = home.sshCAs
 			}
 		}
-		// A credential lives as long as the node's leaf: before the node has one, or when the relay has no key, there is none.
+		// No credential outlives the node's leaf: before the node has one, or when the relay has no key, there is none.
 		if k, keys := v.keys[n.ID], home.relayKeys[id]; k != nil && len(keys) > 0 {
-			ref.Username = wire.Username{Expiry: k.NotAfter, Node: as, Flags: wire.FlagPlainData}.String()
+			name := wire.Username{Expiry: k.NotAfter, Node: as, Flags: wire.FlagPlainData}
+			if !expiry.IsZero() && expiry.Before(k.NotAfter) {
+				name.Expiry, name.Outage = expiry, k.NotAfter
+			}
+			ref.Username = name.String()
 			ref.Password = wire.Password(keys[0].Secret, ref.Username)
 		}
 		out = append(out, ref)

@@ -33,6 +33,10 @@ import (
 // DefaultDrain is how long a stopping relay waits for its nodes to move.
 const DefaultDrain = 30 * time.Second
 
+// outageOver is how long after the platform's return the relay goes on taking credentials by their time for outages: nodes are given until
+// they are back there themselves, spread over 30 s.
+const outageOver = 2 * time.Minute
+
 // resolveTimeout bounds finding the advertised address of a relay that is known by name.
 const resolveTimeout = 10 * time.Second
 
@@ -50,7 +54,7 @@ type options struct {
 	port, minPort, maxPort       uint16
 	sshPort, tlsPort             uint16
 	shards, maxAllocations       int
-	drain                        time.Duration
+	drain, lifetime              time.Duration
 }
 
 // Command is relayd.
@@ -80,6 +84,7 @@ The first run needs the token that "sallyway relay create NAME --host HOST" prin
 	f.Uint16Var(&o.maxPort, "max-port", relay.DefaultMaxPort, "last relayed port")
 	f.IntVar(&o.shards, "shards", 0, "UDP sockets for data, each with a thread of its own, beside one for control (default: one per core)")
 	f.IntVar(&o.maxAllocations, "max-allocations", 0, "allocations in all (default 16000)")
+	f.DurationVar(&o.lifetime, "allocation-lifetime", time.Hour, "longest that a node's allocation is kept without a refresh, from 10s to 1h; nodes ask for 10m and refresh at half of what they are given")
 	f.DurationVar(&o.drain, "drain-timeout", DefaultDrain, "how long a stopping relay waits for its nodes to move")
 	daemon.Bind(start)
 	root := &cobra.Command{
@@ -112,6 +117,9 @@ func (o *options) run(cmd *cobra.Command) error {
 	token, err := program.Token(cmd, &o.Options)
 	if err != nil {
 		return err
+	}
+	if o.lifetime < 10*time.Second || o.lifetime > time.Hour {
+		return daemon.Usagef("--allocation-lifetime %v is not between 10s and 1h", o.lifetime)
 	}
 	daemon.Tune(daemon.Tuning{})
 	sh, err := daemon.Open(spec, &o.Options, cmd.ErrOrStderr())
@@ -190,6 +198,12 @@ func (d *relayDaemon) relay(ctx, work context.Context) error {
 	return g.Wait()
 }
 
+// outage reports whether nodes may not have been able to renew their credentials, as seen from here.
+func (d *relayDaemon) outage() bool {
+	connected, since := d.agent.Connected()
+	return !connected || time.Since(since) < outageOver
+}
+
 func (d *relayDaemon) drain(srv *relay.Server) {
 	d.sh.Status("draining")
 	ctx, cancel := context.WithTimeout(context.Background(), d.opts.drain)
@@ -210,6 +224,7 @@ func (d *relayDaemon) newServer(ctx context.Context, c *control.Config) (*relay.
 	cfg := relay.Config{
 		MinPort: d.opts.minPort, MaxPort: d.opts.maxPort, Shards: d.opts.shards, Logger: d.sh.Log, Metrics: d.sh.Metrics,
 		Certificate: d.agent.Certificate, Keys: keys(c.Relay), Organizations: organizations(c.Relay), Denied: c.Relay.Denied,
+		Outage: d.outage, AllocationLifetime: d.opts.lifetime,
 		ServicePorts: d.opts.servicePorts(), Limits: relay.Limits{Allocations: d.opts.maxAllocations},
 	}
 	listen := netip.IPv4Unspecified()

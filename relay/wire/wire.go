@@ -66,17 +66,32 @@ func (f Flags) Has(want Flags) bool {
 	return true
 }
 
-// Username is a TURN user name: expiry:org:kind:node:flags, expiry in Unix seconds. The owner of an allocation is Node, never the
-// expiry, so that a renewed credential refreshes the same allocation.
+// Username is a TURN user name: expiry:org:kind:node:flags, expiry in Unix seconds. Where it has an Outage the first part is expiry-outage.
+// The owner of an allocation is Node, never the expiry, so that a renewed credential refreshes the same allocation.
 type Username struct {
 	Expiry time.Time
+	// Outage is until when the credential counts at a relay that does not reach its platform, where none can be renewed; zero, or not
+	// later, is Expiry.
+	Outage time.Time
 	Node   identity.Node
 	Flags  Flags
 }
 
+// End is when the credential counts no more, at a relay that reaches its platform or at one that does not.
+func (u Username) End(outage bool) time.Time {
+	if outage && u.Outage.After(u.Expiry) {
+		return u.Outage
+	}
+	return u.Expiry
+}
+
 // String is the form on the wire.
 func (u Username) String() string {
-	return strings.Join([]string{strconv.FormatInt(u.Expiry.Unix(), 10), u.Node.Org, string(u.Node.Kind), u.Node.ID, string(u.Flags)}, ":")
+	times := strconv.FormatInt(u.Expiry.Unix(), 10)
+	if u.Outage.Unix() > u.Expiry.Unix() {
+		times += "-" + strconv.FormatInt(u.Outage.Unix(), 10)
+	}
+	return strings.Join([]string{times, u.Node.Org, string(u.Node.Kind), u.Node.ID, string(u.Flags)}, ":")
 }
 
 // ParseUsername reads a user name. It says nothing about whether the password was right or the expiry has passed.
@@ -85,19 +100,33 @@ func ParseUsername(s string) (Username, error) {
 	if len(s) > 256 || len(parts) != 5 {
 		return Username{}, fmt.Errorf("user name is not expiry:org:kind:node:flags")
 	}
-	sec, err := strconv.ParseInt(parts[0], 10, 64)
-	if err != nil || sec < 0 || parts[0] != strconv.FormatInt(sec, 10) {
+	expiry, outage, both := strings.Cut(parts[0], "-")
+	u := Username{
+		Node:  identity.Node{Org: parts[1], Kind: identity.Kind(parts[2]), ID: parts[3]},
+		Flags: Flags(parts[4]),
+	}
+	var ok bool
+	if u.Expiry, ok = parseTime(expiry); !ok {
 		return Username{}, fmt.Errorf("user name has a malformed expiry")
 	}
-	u := Username{
-		Expiry: time.Unix(sec, 0),
-		Node:   identity.Node{Org: parts[1], Kind: identity.Kind(parts[2]), ID: parts[3]},
-		Flags:  Flags(parts[4]),
+	if both {
+		if u.Outage, ok = parseTime(outage); !ok || !u.Outage.After(u.Expiry) {
+			return Username{}, fmt.Errorf("user name has a malformed time for outages")
+		}
 	}
 	if strings.Trim(parts[4], string(FlagPlainData)) != "" {
 		return Username{}, fmt.Errorf("user name has unknown flags")
 	}
 	return u, u.Node.Validate()
+}
+
+// parseTime reads Unix seconds in the one way that they are written.
+func parseTime(s string) (time.Time, bool) {
+	sec, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || sec < 0 || s != strconv.FormatInt(sec, 10) {
+		return time.Time{}, false
+	}
+	return time.Unix(sec, 0), true
 }
 
 // Password is the TURN password of a user name under a relay's key: unpadded base64url of HMAC-SHA256.

@@ -290,6 +290,13 @@ func (a *Agent) Status() Status {
 	return st
 }
 
+// Connected says whether the control stream is up, and since when it is as it is.
+func (a *Agent) Connected() (up bool, since time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.status.Connected, a.status.Since
+}
+
 // poke puts a signal into a channel of capacity one.
 func poke(c chan struct{}) {
 	select {
