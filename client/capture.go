@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"errors"
+	"hash/maphash"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -27,8 +28,14 @@ const dnsPort = 53
 // ipQueue bounds the packets that wait for a gateway's CONNECT-IP exchange; the oldest wait, new ones are dropped.
 const ipQueue = 64
 
-// ipRetry is how long a gateway whose exchange failed is left alone.
-const ipRetry = time.Second
+// ipRetry is how long a gateway whose exchange failed is left alone, and ipShun how long packets that another gateway serves, too, go there.
+const (
+	ipRetry = time.Second
+	ipShun  = 10 * time.Second
+)
+
+// ipPatience is how long an exchange may take to open before packets take another gateway that serves them.
+const ipPatience = time.Second
 
 // capture turns what comes out of a TUN into flows: TCP and UDP over CONNECT and CONNECT-UDP, everything else over one CONNECT-IP exchange
 // per gateway, DNS to the stub.
@@ -37,8 +44,9 @@ type capture struct {
 	sessions *Sessions
 	stub     *stub
 	stack    *netstack.Stack
+	seed     maphash.Seed // of which gateway takes the packets to a destination
 
-	mu sync.Mutex
+	mu sync.Mutex // guards ip
 	ip map[identity.Node]*ipExchange
 
 	refused atomic.Uint64 // flows refused
@@ -47,7 +55,7 @@ type capture struct {
 
 // newCapture makes the netstack on a device. Sources are those of the host itself and, at a gateway, of the LAN behind it.
 func newCapture(log *slog.Logger, dev netstack.Device, s *Sessions, st *stub) (*capture, error) {
-	c := &capture{log: log, sessions: s, stub: st, ip: map[identity.Node]*ipExchange{}}
+	c := &capture{log: log, sessions: s, stub: st, seed: maphash.MakeSeed(), ip: map[identity.Node]*ipExchange{}}
 	var err error
 	c.stack, err = netstack.New(netstack.Config{Device: dev, HandleTCP: c.tcp, HandleUDP: c.udp, HandlePacket: c.packet})
 	return c, err
@@ -226,7 +234,7 @@ func (c *capture) dnsTCP(ctx context.Context, r *netstack.TCPRequest) {
 	}
 }
 
-// packet sends what is neither TCP nor UDP to the gateway that serves its destination. It runs on the reading goroutine.
+// packet sends what is neither TCP nor UDP to a gateway that serves its destination. It runs on the reading goroutine.
 func (c *capture) packet(pkt []byte) {
 	dst, ok := destination(pkt)
 	if !ok {
@@ -238,7 +246,7 @@ func (c *capture) packet(pkt []byte) {
 		c.dropped.Add(1)
 		return
 	}
-	x := c.exchange(route.Gateways[0])
+	x := c.exchangeFor(steady(c.seed, route, dst))
 	select {
 	case x.queue <- append([]byte(nil), pkt...):
 	default:
@@ -275,6 +283,29 @@ type ipExchange struct {
 	queue   chan []byte
 	cancel  context.CancelFunc
 	done    chan struct{}
+
+	opening atomic.Int64 // since when, in Unix nanoseconds; 0 while it is not
+	failed  atomic.Int64 // when it last did, likewise
+}
+
+// exchangeFor is the exchange of the first gateway that would be asked for a new flow and whose exchange is not stuck, else of the first.
+func (c *capture) exchangeFor(route Route) *ipExchange {
+	gateways := c.sessions.fitFirst(route)
+	for _, n := range gateways {
+		if x := c.exchange(n); !x.stuck(time.Now()) {
+			return x
+		}
+	}
+	return c.exchange(gateways[0])
+}
+
+// stuck reports whether another gateway takes packets sooner.
+func (x *ipExchange) stuck(now time.Time) bool {
+	if t := x.failed.Load(); t != 0 && now.Sub(time.Unix(0, t)) < ipShun {
+		return true
+	}
+	t := x.opening.Load()
+	return t != 0 && now.Sub(time.Unix(0, t)) > ipPatience
 }
 
 func (c *capture) exchange(n identity.Node) *ipExchange {
@@ -304,10 +335,13 @@ func (x *ipExchange) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
+		x.opening.Store(time.Now().UnixNano())
 		dctx, cancel := context.WithTimeout(ctx, DialTimeout)
 		conn, err := x.c.sessions.OpenIP(dctx, x.gateway)
 		cancel()
+		x.opening.Store(0)
 		if err != nil {
+			x.failed.Store(time.Now().UnixNano())
 			x.c.dropped.Add(1)
 			x.c.log.Info("no exchange of IP packets", "gateway", x.gateway.ID, "err", err)
 			select {
@@ -317,6 +351,7 @@ func (x *ipExchange) run(ctx context.Context) {
 				return
 			}
 		}
+		x.failed.Store(0)
 		x.serve(ctx, conn, first)
 	}
 }

@@ -4,7 +4,10 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
+	"hash/maphash"
+	"math"
 	"math/rand/v2"
+	"net/netip"
 	"slices"
 
 	"sallyway/internal/control"
@@ -47,8 +50,44 @@ func ranked(serving []control.ServingGateway) []control.ServingGateway {
 	return out
 }
 
-// fitFirst moves the gateways that should not be asked to the end, in their order: one that drains, that is not there, or that does not reach
-// the resource. They are the last resort, since what is known of them may be old.
+// steady orders the gateways of a route as ranked does, by a draw that is always the same for one destination: what belongs together, the
+// packets of a ping, goes one way without anybody keeping note of it (weighted rendezvous hashing).
+func steady(seed maphash.Seed, route Route, dst netip.Addr) Route {
+	if route.Resource == nil || len(route.Gateways) < 2 {
+		return route
+	}
+	serving := slices.DeleteFunc(slices.Clone(route.Resource.Gateways), func(g control.ServingGateway) bool { return !slices.Contains(route.Gateways, g.Node) })
+	score := func(g control.ServingGateway) float64 { // the least is first: exponential, its mean one in weight
+		if g.Weight <= 0 {
+			return math.Inf(1)
+		}
+		h := maphash.Comparable(seed, struct {
+			dst  netip.Addr
+			node identity.Node
+		}{dst, g.Node})
+		return -math.Log((float64(h>>11)+1)/(1<<53)) / float64(g.Weight)
+	}
+	slices.SortStableFunc(serving, func(a, b control.ServingGateway) int {
+		return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(score(a), score(b)))
+	})
+	route.Gateways = make([]identity.Node, len(serving))
+	for i, g := range serving {
+		route.Gateways[i] = g.Node
+	}
+	return route
+}
+
+// fitness is how soon a gateway is asked for a resource; less is sooner.
+type fitness int
+
+const (
+	fit  fitness = iota
+	weak         // it drains, or does not reach the resource
+	gone         // there is no session, or nothing comes from it
+)
+
+// fitFirst moves the gateways that should not be asked to the end, in their order: those that drain or do not reach the resource, then those
+// that are not there or do not answer. They are the last resort, since what is known of them may be old.
 func (s *Sessions) fitFirst(route Route) []identity.Node {
 	if len(route.Gateways) < 2 {
 		return route.Gateways
@@ -57,28 +96,47 @@ func (s *Sessions) fitFirst(route Route) []identity.Node {
 	if route.Resource != nil {
 		resource = route.Resource.ID
 	}
-	var fit, unfit []identity.Node
+	var by [gone + 1][]identity.Node
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, n := range route.Gateways {
-		if g := s.gateways[n]; g != nil && g.unfit(resource) {
-			unfit = append(unfit, n)
-		} else {
-			fit = append(fit, n)
+		f := fit
+		if g := s.gateways[n]; g != nil {
+			f = g.fitness(resource)
 		}
+		by[f] = append(by[f], n)
 	}
-	return append(fit, unfit...)
+	return slices.Concat(by[:]...)
 }
 
-// unfit reports whether another gateway should be asked first for a resource, "" for none.
-func (g *gatewayLink) unfit(resource string) bool {
+// fitness says how well the gateway is known to serve a resource, "" for none.
+func (g *gatewayLink) fitness(resource string) fitness {
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.current == nil {
-		return g.lastErr != nil // tried and not reached
-	}
 	_, lost := g.unreached[resource]
-	return lost || g.leaving
+	t, err, silent, leaving := g.current, g.lastErr, g.silent, g.leaving
+	g.mu.Unlock()
+	switch {
+	case t == nil && err != nil: // tried and not reached
+		return gone
+	case t == nil:
+		return fit
+	// Whether the gateway is gone or the way to it shows later: a session outlives the loss of every path for minutes.
+	case silent && t.Path().Active.State != tunnel.Alive:
+		return gone
+	case lost || leaving:
+		return weak
+	}
+	return fit
+}
+
+// pathEvent takes note of a change of a path's state. After a dead one the gateway is silent until one answers that the session moved to.
+func (g *gatewayLink) pathEvent(e tunnel.PathEvent) {
+	if e.Role == tunnel.RoleActive && (e.State == tunnel.Dead || e.State == tunnel.Alive) {
+		g.mu.Lock()
+		g.silent = e.State == tunnel.Dead
+		g.mu.Unlock()
+	}
+	poke(g.events)
 }
 
 // tellsMore reports whether another gateway of the resource may do better after err: this one has no session, drains, or does not get

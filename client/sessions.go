@@ -312,6 +312,7 @@ type gatewayLink struct {
 	// What the gateway said on the current session.
 	leaving   bool // it drains
 	unreached Unreached
+	silent    bool // its active path was dead, and none has answered since
 }
 
 // session returns the live session, waiting for one until ctx ends. A gateway's refusal of this node ends the wait.
@@ -350,7 +351,7 @@ func (g *gatewayLink) set(t *tunnel.Session, err error) {
 	defer g.mu.Unlock()
 	g.current, g.lastErr = t, err
 	if t == nil {
-		g.leaving, g.unreached = false, nil
+		g.leaving, g.unreached, g.silent = false, nil, false
 	}
 	close(g.changed)
 	g.changed = make(chan struct{})
@@ -466,7 +467,7 @@ func (g *gatewayLink) open(ctx context.Context, l datagram.Link, info tunnel.Lin
 	return tunnel.Dial(ctx, tunnel.DialConfig{
 		SingleLink: g.single,
 		Link:       l, Info: info, Gateway: g.node, Certificate: g.s.cfg.Certificate, Trust: g.s.cfg.Trust, Logger: g.log,
-		OnPath: func(tunnel.PathEvent) { poke(g.events) }, OnNotice: g.notice,
+		OnPath: g.pathEvent, OnNotice: g.notice,
 	})
 }
 

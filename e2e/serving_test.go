@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -125,4 +126,62 @@ func TestSeveralGateways(t *testing.T) {
 		t.Errorf("the gateway did not end after its last connection:\n%s", nodes[0].Log.Tail(10))
 	}
 	served("beta", 5*time.Second)
+}
+
+// TestPingFailsOver: a ping to a resource with two gateways goes on when the one that answers it is killed.
+func TestPingFailsOver(t *testing.T) {
+	ping := program(t, "ping")
+	s := newSite(t, lab.Config{}, lab.SiteConfig{})
+	var first *lab.Node
+	for i, name := range []string{"alpha", "beta"} {
+		n, err := s.StartNode(within(t, time.Minute), lab.NodeSpec{
+			Kind: identity.Gateway, Name: name, Host: []*lab.Host{s.Gateway, s.Gateway2}[i],
+			Args: []string{"--tun", "off", "--metrics-listen", "", "--allow", "127.0.0.0/8"},
+		})
+		check(t, err)
+		check(t, n.WaitReady(within(t, resume)))
+		if first == nil {
+			first = n
+		}
+	}
+	check(t, s.AddResource(within(t, resume), lab.Resource{Name: "both", Gateway: "alpha,beta", Address: "127.0.0.1", ICMP: true}, "client:"+lab.Laptop))
+	var r control.ResourceRecord
+	check(t, s.SallywayJSON(within(t, resume), &r, "resource", "show", "both"))
+	to := r.Virtual[0].String()
+	check(t, lab.Until(within(t, 20*time.Second), 200*time.Millisecond, func() error {
+		_, err := s.Client.Run(t.Context(), ping, "-n", "-c", "1", "-W", "1", to)
+		return err
+	}))
+	const pace = 100 * time.Millisecond
+	done := make(chan struct{})
+	var out lab.Result
+	go func() {
+		defer close(done)
+		out, _ = s.Client.Run(t.Context(), ping, "-n", "-D", "-i", "0.1", "-c", "100", "-w", "15", to) // what it prints is looked at
+	}()
+	<-time.After(2 * time.Second) // some answers come before
+	killed := time.Now()
+	first.Kill()
+	<-done
+	var last time.Time
+	var gap time.Duration
+	before, after := 0, 0
+	for line := range strings.Lines(out.Stdout) {
+		var at float64
+		if n, _ := fmt.Sscanf(line, "[%f] 64 bytes", &at); n != 1 {
+			continue
+		}
+		when := time.UnixMicro(int64(at * 1e6))
+		if when.Before(killed) {
+			before++
+		} else {
+			after++
+			gap = max(gap, when.Sub(last))
+		}
+		last = when
+	}
+	t.Logf("%d answers before the gateway was killed, %d after, longest gap %v", before, after, gap.Round(time.Millisecond))
+	if before < 5 || after < 20 || gap > 4*time.Second || time.Since(last) > 2*time.Second+pace {
+		t.Errorf("the last answer came %v ago:\n%s", time.Since(last), out.Stdout)
+	}
 }
