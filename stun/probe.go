@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pion/stun/v4"
@@ -19,14 +20,16 @@ import (
 // Probes are STUN Binding requests and responses (RFC 8489) that travel as datagrams of a path, next to QUIC, whose first byte is
 // 64 or more (RFC 9000 §17, the fixed bit) where theirs is 0 or 1. A request may be padded to find out what size passes.
 //
-//	request    header, [pad], MESSAGE-INTEGRITY-SHA256 under the key of the asker's direction
+//	request    header, [number], [pad], MESSAGE-INTEGRITY-SHA256 under the key of the asker's direction
 //	response   header, [XOR-MAPPED-ADDRESS], MESSAGE-INTEGRITY-SHA256 under the key of the answerer's direction
 //
-// The integrity is truncated to 16 bytes (RFC 8489 §14.6). What does not carry it is dropped without a word.
+// The integrity is truncated to 16 bytes (RFC 8489 §14.6). What does not carry it is dropped without a word. The number is eight bytes in an attribute
+// of ours, counts up over all paths of whoever shares the keys, and lets an ordered Responder tell a probe that is played back.
 const (
 	headerSize     = 20
 	attrHeaderSize = 4
 	integritySize  = 16
+	numberSize     = 8
 	// MinProbe is the size in bytes of a probe without padding.
 	MinProbe = headerSize + attrHeaderSize + integritySize
 	// MaxProbe is the largest probe, in bytes.
@@ -45,6 +48,9 @@ type Keys struct {
 
 // Swap returns the other end's keys.
 func (k Keys) Swap() Keys { return Keys{Out: k.In, In: k.Out} }
+
+// Numbers numbers the probes of all Probers that share keys. The zero Numbers is ready; it may be used concurrently.
+type Numbers struct{ last atomic.Uint64 }
 
 // IsProbe reports whether a datagram may be a probe rather than QUIC. It looks at header fields only.
 func IsProbe(b []byte) bool {
@@ -127,6 +133,8 @@ type PathStats struct {
 	RTT, Deviation, MinRTT time.Duration
 	// Loss is the lost share of the last Window probes that were decided, 0 to 1.
 	Loss float64
+	// Decided is how many probes Loss is of.
+	Decided int
 	// Unanswered is how many probes in a row were lost, up to now.
 	Unanswered int
 	// LastAnswer is when the last answer came; zero before the first.
@@ -146,6 +154,7 @@ type sentProbe struct {
 type Prober struct {
 	mu      sync.Mutex // guards everything below
 	out, in sealer
+	numbers *Numbers    // nil: probes are not numbered
 	pending []sentProbe // oldest first
 	seq     uint64
 	history uint64 // one bit per decided probe, the newest lowest: 1 is lost
@@ -154,8 +163,15 @@ type Prober struct {
 	st      PathStats
 }
 
-// NewProber makes a prober with this end's keys.
+// NewProber makes a prober with this end's keys. An ordered Responder that has seen a numbered probe does not answer its probes.
 func NewProber(k Keys) *Prober { return &Prober{out: newSealer(k.Out), in: newSealer(k.In)} }
+
+// NewNumberedProber makes a prober whose probes are numbered by n, which all numbered probers with these keys share.
+func NewNumberedProber(k Keys, n *Numbers) *Prober {
+	p := NewProber(k)
+	p.numbers = n
+	return p
+}
 
 // Probe returns a new request to send at once, of size bytes (0: as small as can be; rounded up to a multiple of 4 and to what the
 // padding attribute needs). The caller owns it.
@@ -163,12 +179,17 @@ func (p *Prober) Probe(now time.Time, size int) []byte {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	m := new(stun.Message)
-	var pad stun.Setter = noPad{}
-	if size > MinProbe {
-		size = min(max((size+3)&^3, MinProbe+attrHeaderSize), MaxProbe)
-		pad = stun.RawAttribute{Type: attrPad, Value: make([]byte, size-MinProbe-attrHeaderSize)}
+	var number, pad stun.Setter = nothing{}, nothing{}
+	least := MinProbe
+	if p.numbers != nil {
+		number = stun.RawAttribute{Type: attrNumber, Value: binary.BigEndian.AppendUint64(nil, p.numbers.last.Add(1))}
+		least += attrHeaderSize + numberSize
 	}
-	if err := m.Build(stun.TransactionID, stun.BindingRequest, pad, &p.out); err != nil {
+	if size > least {
+		size = min(max((size+3)&^3, least+attrHeaderSize), MaxProbe)
+		pad = stun.RawAttribute{Type: attrPad, Value: make([]byte, size-least-attrHeaderSize)}
+	}
+	if err := m.Build(stun.TransactionID, stun.BindingRequest, number, pad, &p.out); err != nil {
 		panic(fmt.Sprintf("build probe: %v", err)) // no setter of ours fails
 	}
 	if len(p.pending) == maxOutstanding {
@@ -181,9 +202,10 @@ func (p *Prober) Probe(now time.Time, size int) []byte {
 	return m.Raw
 }
 
-type noPad struct{}
+// nothing is an attribute that is left out.
+type nothing struct{}
 
-func (noPad) AddTo(*stun.Message) error { return nil }
+func (nothing) AddTo(*stun.Message) error { return nil }
 
 // Handle takes a received answer. ok is false for what is no answer to a probe of this prober's, which the caller drops.
 func (p *Prober) Handle(now time.Time, b []byte) (a Answer, ok bool) {
@@ -308,6 +330,7 @@ func (p *Prober) Stats() PathStats {
 	st := p.st
 	if p.decided > 0 {
 		st.Loss = float64(bits.OnesCount64(p.history)) / float64(p.decided)
+		st.Decided = p.decided
 	}
 	return st
 }
@@ -326,6 +349,7 @@ type Responder struct {
 	burst    float64
 	tokens   float64
 	refilled time.Time
+	seen     *replays // nil: order does not matter
 	answered uint64
 	limited  uint64
 	invalid  uint64
@@ -342,13 +366,21 @@ func NewResponder(k Keys, rate, burst int) *Responder {
 	return &Responder{out: newSealer(k.Out), in: newSealer(k.In), rate: float64(rate), burst: float64(burst), tokens: float64(burst)}
 }
 
-// Respond returns the answer to a received request, or ok false: it is no probe with valid integrity, or too many came. from, if valid,
+// NewOrderedResponder makes a responder that answers each numbered probe once, and none that is older than the newest by replayWindow. A probe
+// without a number it answers only as long as none with one came: an asker numbers all of its probes or none.
+func NewOrderedResponder(k Keys, rate, burst int) *Responder {
+	r := NewResponder(k, rate, burst)
+	r.seen = new(replays)
+	return r
+}
+
+// Respond returns the answer to a received request, or ok false: it is no probe with valid integrity, it is played back, or too many came. from, if valid,
 // is told to the asker (a direct path's candidate). The caller owns the answer, which is never larger than the request by more than the
 // address.
 func (r *Responder) Respond(now time.Time, b []byte, from netip.AddrPort) (answer []byte, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !IsRequest(b) || r.in.check(b) != nil {
+	if !IsRequest(b) || r.in.check(b) != nil || r.seen != nil && !r.seen.first(probeNumber(b)) {
 		r.invalid++
 		return nil, false
 	}
@@ -362,7 +394,7 @@ func (r *Responder) Respond(now time.Time, b []byte, from netip.AddrPort) (answe
 	}
 	r.tokens--
 	r.answered++
-	var mapped stun.Setter = noPad{}
+	var mapped stun.Setter = nothing{}
 	if from.IsValid() {
 		a := from.Addr().Unmap().As16()
 		mapped = &stun.XORMappedAddress{IP: net.IP(a[:]), Port: int(from.Port())}
@@ -375,7 +407,8 @@ func (r *Responder) Respond(now time.Time, b []byte, from netip.AddrPort) (answe
 	return m.Raw, true
 }
 
-// Counts returns how many probes were answered, dropped by the rate limit, and dropped for want of integrity.
+// Counts returns how many probes were answered, dropped by the rate limit, and dropped for want of integrity or because they had
+// come before.
 func (r *Responder) Counts() (answered, limited, invalid uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

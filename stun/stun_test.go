@@ -170,7 +170,7 @@ func TestMappedAddress(t *testing.T) {
 		{"xor, IPv4", &stun.XORMappedAddress{IP: net.IPv4(192, 0, 2, 1), Port: 32853}, "192.0.2.1:32853"},
 		{"xor, IPv6", &stun.XORMappedAddress{IP: net.ParseIP("2001:db8::1"), Port: 1}, "[2001:db8::1]:1"},
 		{"plain", &stun.MappedAddress{IP: net.IPv4(192, 0, 2, 1), Port: 5}, "192.0.2.1:5"},
-		{"none", noPad{}, ""},
+		{"none", nothing{}, ""},
 		{"port 0", &stun.XORMappedAddress{IP: net.IPv4(192, 0, 2, 1), Port: 0}, ""},
 		{"unspecified", &stun.XORMappedAddress{IP: net.IPv4(0, 0, 0, 0), Port: 7}, ""},
 		{"truncated", stun.RawAttribute{Type: stun.AttrXORMappedAddress, Value: []byte{0, 1, 2}}, ""},
