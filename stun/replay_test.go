@@ -83,8 +83,23 @@ func TestReplays(t *testing.T) {
 		n    uint64
 		want bool
 	}{
-		{0, true}, {5, true}, {5, false}, {4, true}, {0, false}, {4, false}, {5 + replayWindow, true}, {5, false}, {6, true}, {6, false},
-		{1 << 40, true}, {1 << 40, false}, {1<<40 - replayWindow, false}, {1<<40 - replayWindow + 1, true}, {7, false}, {1<<40 + 64, true}, {1<<40 + 1, true},
+		{0, true},
+		{5, true},
+		{5, false},
+		{4, true},
+		{0, false},
+		{4, false},
+		{5 + replayWindow, true},
+		{5, false},
+		{6, true},
+		{6, false},
+		{1 << 40, true},
+		{1 << 40, false},
+		{1<<40 - replayWindow, false},
+		{1<<40 - replayWindow + 1, true},
+		{7, false},
+		{1<<40 + 64, true},
+		{1<<40 + 1, true},
 	} {
 		if got := r.first(c.n); got != c.want {
 			t.Errorf("%d: number %d: %v", i, c.n, got)
