@@ -125,8 +125,11 @@ func TestSteady(t *testing.T) {
 	node := func(id string) identity.Node { return identity.Node{Org: "acme", Kind: identity.Gateway, ID: id} }
 	route := Route{
 		Resource: &control.ReachableResource{Gateways: []control.ServingGateway{
-			{Node: node("last"), Priority: 9, Weight: 100}, {Node: node("a"), Priority: 1, Weight: 3}, {Node: node("gone"), Priority: 0},
-			{Node: node("b"), Priority: 1, Weight: 1}, {Node: node("never"), Priority: 1},
+			{Node: node("last"), Priority: 9, Weight: 100},
+			{Node: node("a"), Priority: 1, Weight: 3},
+			{Node: node("gone"), Priority: 0},
+			{Node: node("b"), Priority: 1, Weight: 1},
+			{Node: node("never"), Priority: 1},
 		}},
 		Gateways: []identity.Node{node("b"), node("never"), node("a"), node("last")},
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/pion/stun/v4"
 
 	"sallyway/internal/identity"
+	"sallyway/relay/budget"
 	"sallyway/relay/wire"
 )
 
@@ -104,7 +105,7 @@ func (s *Server) authenticate(o *origin, m *stun.Message) (wire.Username, stun.M
 		s.challenge(o, m, stun.CodeStaleNonce)
 		return none, nil, false
 	}
-	from := sourceOf(o.addr.Addr())
+	from := budget.SourceOf(o.addr.Addr())
 	if o.alloc == nil && s.failures.active(from[:], now.UnixNano()) && !s.suspects.allow(from, 1, now.UnixNano()) {
 		s.count.authThrottled.Add(1)
 		return none, nil, false

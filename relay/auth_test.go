@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyway/internal/identity"
+	"sallyway/relay/budget"
 	"sallyway/relay/wire"
 )
 
@@ -378,7 +379,7 @@ func TestUnprovenRepliesAreLimitedBySource(t *testing.T) {
 	l := &limiter{}
 	l.init(time.Second, 3)
 	now := time.Now().UnixNano()
-	a := sourceOf(netip.MustParseAddr("192.0.2.1"))
+	a := budget.SourceOf(netip.MustParseAddr("192.0.2.1"))
 	for i := range 5 {
 		if got := l.allow(a, 1, now); got != (i < 3) {
 			t.Errorf("token %d: %v", i, got)
@@ -387,20 +388,20 @@ func TestUnprovenRepliesAreLimitedBySource(t *testing.T) {
 	if !l.allow(a, 1, now+int64(time.Second)) {
 		t.Error("no token after a second")
 	}
-	if !l.allow(sourceOf(netip.MustParseAddr("192.0.2.2")), 1, now) {
+	if !l.allow(budget.SourceOf(netip.MustParseAddr("192.0.2.2")), 1, now) {
 		t.Error("another source is limited, too")
 	}
 	six := netip.MustParseAddr("2001:db8::1")
 	for range 3 {
-		l.allow(sourceOf(six), 1, now)
+		l.allow(budget.SourceOf(six), 1, now)
 	}
-	if l.allow(sourceOf(netip.MustParseAddr("2001:db8::ffff:1")), 1, now) {
+	if l.allow(budget.SourceOf(netip.MustParseAddr("2001:db8::ffff:1")), 1, now) {
 		t.Error("an IPv6 /64 is not one source")
 	}
-	if !l.allow(sourceOf(netip.MustParseAddr("2001:db8:0:1::1")), 1, now) {
+	if !l.allow(budget.SourceOf(netip.MustParseAddr("2001:db8:0:1::1")), 1, now) {
 		t.Error("another /64 is limited, too")
 	}
-	if sourceOf(netip.MustParseAddr("::ffff:192.0.2.7")) != sourceOf(netip.MustParseAddr("192.0.2.7")) {
+	if budget.SourceOf(netip.MustParseAddr("::ffff:192.0.2.7")) != budget.SourceOf(netip.MustParseAddr("192.0.2.7")) {
 		t.Error("the mapped form is another source")
 	}
 }
@@ -589,16 +590,39 @@ func TestBandwidthQuota(t *testing.T) {
 	if got := l.count.relayed.Load() - before; got != 2 {
 		t.Errorf("%d of 2 passed", got)
 	}
-	b := &bucket{}
-	b.rate.Store(1 << 20)
-	now, passed := time.Now().UnixNano(), 0
-	for i := range 1000 {
-		if b.take(10<<10, now+int64(i)*int64(10*time.Millisecond)) {
-			passed++
-		}
+}
+
+// TestOneBudget: what a node sends by another rung of the relay it does not send by this one.
+func TestOneBudget(t *testing.T) {
+	b := budget.New()
+	l := start(t, func(c *Config) {
+		c.Budgets = b
+		c.Organizations["acme"] = Organization{Quota: Quota{NodeBandwidth: 100 << 10}}
+	})
+	a, g := allocated(t, l, client1), allocated(t, l, gateway1)
+	a.want(0, a.bind(0x4000, g.relayed))
+	g.want(0, g.bind(0x4000, a.relayed))
+	elsewhere := b.Enter(client1)
+	for elsewhere.Take(64<<10, l.now().UnixNano()) {
 	}
-	if passed < 1000*95/100 {
-		t.Errorf("%d of 1000 passed at the rate", passed)
+	frame := channelData(0x4000, strings.Repeat("x", 1200))
+	passed := func(c *tester) bool {
+		before := l.count.relayed.Load()
+		l.shards[0].handle(bytes.Clone(frame), message(len(frame), c.local()))
+		return l.count.relayed.Load() > before
+	}
+	for passed(a) { // the last bytes of its share
+	}
+	if l.count.overQuota.Load() == 0 || !passed(g) {
+		t.Errorf("%d over quota, and the gateway's share is used up", l.count.overQuota.Load())
+	}
+	l.clock.advance(10 * time.Second)
+	if !passed(a) {
+		t.Error("nothing passes after a while")
+	}
+	b.Leave(client1)
+	if !elsewhere.Take(1, l.now().UnixNano()) {
+		t.Error("the share is used up again")
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"sallyway/relay/budget"
 	"sallyway/relay/wire"
 )
 
@@ -204,14 +205,14 @@ type connections struct {
 
 	mu       sync.Mutex // guards the rest
 	all      map[*conn]struct{}
-	half     list.List      // of *halfOpen, oldest first
-	bySource map[source]int // half-open ones
+	half     list.List             // of *halfOpen, oldest first
+	bySource map[budget.Source]int // half-open ones
 	stopped  bool
 }
 
 // halfOpen is a place in the table of half-open connections.
 type halfOpen struct {
-	src   source
+	src   budget.Source
 	evict func()        // closes the connection
 	place *list.Element // nil when given up; guarded by connections.mu
 }
@@ -219,11 +220,11 @@ type halfOpen struct {
 func (t *connections) init(l Limits) {
 	t.limits = l
 	t.all = map[*conn]struct{}{}
-	t.bySource = map[source]int{}
+	t.bySource = map[budget.Source]int{}
 }
 
 // reserve takes a place for a connection of src, which evict closes, or returns nil where there is none.
-func (t *connections) reserve(src source, evict func()) *halfOpen {
+func (t *connections) reserve(src budget.Source, evict func()) *halfOpen {
 	t.mu.Lock()
 	if t.stopped || t.bySource[src] >= t.limits.SourceHalfOpen || len(t.all) >= t.limits.Connections {
 		t.mu.Unlock()

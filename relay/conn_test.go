@@ -15,6 +15,7 @@ import (
 	"go.uber.org/goleak"
 
 	"sallyway/internal/identity"
+	"sallyway/relay/budget"
 	"sallyway/relay/wire"
 )
 
@@ -128,9 +129,9 @@ func TestHalfOpenConnectionsAreBounded(t *testing.T) {
 	var table connections
 	table.init(Limits{HalfOpen: 2, SourceHalfOpen: 2, Connections: 10})
 	evicted := ""
-	first := table.reserve(source{1}, func() { evicted += "first " })
-	table.reserve(source{2}, func() { evicted += "second " })
-	if table.reserve(source{3}, func() { evicted += "third " }) == nil || evicted != "first " {
+	first := table.reserve(budget.Source{1}, func() { evicted += "first " })
+	table.reserve(budget.Source{2}, func() { evicted += "second " })
+	if table.reserve(budget.Source{3}, func() { evicted += "third " }) == nil || evicted != "first " {
 		t.Errorf("evicted %q, want the first", evicted)
 	}
 	table.release(first) // twice given up is once

@@ -10,6 +10,7 @@ import (
 	"github.com/pion/stun/v4"
 
 	"sallyway/internal/identity"
+	"sallyway/relay/budget"
 	"sallyway/relay/wire"
 )
 
@@ -226,7 +227,7 @@ func (s *Server) allowUnproven(o *origin, n int) bool {
 	if o.proven {
 		return true
 	}
-	now, src := s.now().UnixNano(), sourceOf(o.addr.Addr())
+	now, src := s.now().UnixNano(), budget.SourceOf(o.addr.Addr())
 	over := max(0, n-o.size)
 	if o.alloc != nil { // its address was proven when it allocated
 		over = 0
@@ -404,7 +405,7 @@ func (s *Server) newAllocation(o *origin, tx [12]byte, user wire.Username, d tim
 	}
 	ns := t.nodes[a.owner]
 	if (ns != nil && len(ns.allocs) >= perNode) || (quota.Allocations > 0 && t.orgCount[org.name] >= quota.Allocations) ||
-		t.sourceCount[sourceOf(o.addr.Addr())] >= s.cfg.Limits.SourceAllocations {
+		t.sourceCount[budget.SourceOf(o.addr.Addr())] >= s.cfg.Limits.SourceAllocations {
 		return nil, codeQuota
 	}
 	if a.plain {
@@ -433,8 +434,7 @@ func (s *Server) newAllocation(o *origin, tx [12]byte, user wire.Username, d tim
 	}
 	a.relayed = netip.AddrPortFrom(s.advertise, port)
 	if ns == nil {
-		ns = &nodeState{}
-		ns.bucket.rate.Store(quota.NodeBandwidth)
+		ns = &nodeState{share: t.budgets.Enter(a.owner)}
 		t.nodes[a.owner] = ns
 	}
 	a.node = ns

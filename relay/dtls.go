@@ -13,6 +13,7 @@ import (
 	"github.com/pion/dtls/v3"
 	"github.com/pion/logging"
 
+	"sallyway/relay/budget"
 	"sallyway/relay/udpio"
 )
 
@@ -103,7 +104,7 @@ func plainHandshake(d []byte) bool {
 // newDTLS starts a handshake with a source, or returns nil where there are too many.
 func (s *Server) newDTLS(end udpEnd) *virtualConn {
 	from := end.peer.Addr
-	src := sourceOf(from.Addr())
+	src := budget.SourceOf(from.Addr())
 	if s.cfg.Certificate == nil {
 		return nil
 	}

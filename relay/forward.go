@@ -58,7 +58,7 @@ func (s *Server) forward(src *allocation, via *udpio.Conn, number uint16, frames
 		s.drop(src, frames, stride, &s.count.unbound)
 		return
 	}
-	if !src.node.bucket.take(len(frames), now) || !src.org.bucket.take(len(frames), now) {
+	if !src.node.share.Take(len(frames), now) {
 		s.drop(src, frames, stride, &s.count.overQuota)
 		return
 	}
@@ -219,7 +219,7 @@ func (s *Server) sendIndication(o *origin, m *stun.Message) {
 		s.count.unbound.Add(1)
 		return
 	}
-	if !a.node.bucket.take(len(payload), now) || !a.org.bucket.take(len(payload), now) {
+	if !a.node.share.Take(len(payload), now) {
 		s.count.overQuota.Add(1)
 		return
 	}

@@ -2,56 +2,11 @@ package relay
 
 import (
 	"hash/maphash"
-	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
+
+	"sallyway/relay/budget"
 )
-
-// source is who is counted as one: an IPv4 address or an IPv6 /64, without the port.
-type source [16]byte
-
-func sourceOf(a netip.Addr) source {
-	a = a.Unmap()
-	s := source(a.As16())
-	if !a.Is4() {
-		clear(s[8:])
-	}
-	return s
-}
-
-// bucket is a token bucket without a lock (GCRA): its whole state is when the tokens taken so far will have been paid for. The zero bucket
-// has no limit.
-type bucket struct {
-	rate atomic.Int64 // bytes per second; 0 is no limit
-	paid atomic.Int64 // Unix nanoseconds
-}
-
-// bucketBurst is how far ahead of its rate a bucket may run, and bucketLeast the bytes it may always be ahead: one coalesced read.
-const (
-	bucketBurst = 100 * time.Millisecond
-	bucketLeast = 128 << 10
-)
-
-// take takes n bytes at now (Unix nanoseconds), or reports that they are over the limit.
-func (b *bucket) take(n int, now int64) bool {
-	rate := b.rate.Load()
-	if rate <= 0 {
-		return true
-	}
-	cost := int64(n) * int64(time.Second) / rate
-	burst := max(int64(bucketBurst), bucketLeast*int64(time.Second)/rate)
-	for {
-		old := b.paid.Load()
-		next := max(old, now) + cost
-		if next-now > burst {
-			return false
-		}
-		if b.paid.CompareAndSwap(old, next) {
-			return true
-		}
-	}
-}
 
 // A limiter holds token buckets by source in a table of fixed size, so that no number of (forged) sources makes it grow. Where a set of
 // the table is full of busy sources, newcomers share one of its buckets: they may be limited early, never late.
@@ -81,7 +36,7 @@ func (l *limiter) init(every time.Duration, burst int64) {
 }
 
 // allow takes n tokens of src at now (Unix nanoseconds).
-func (l *limiter) allow(src source, n int, now int64) bool {
+func (l *limiter) allow(src budget.Source, n int, now int64) bool {
 	h := maphash.Bytes(l.seed, src[:])
 	set := &l.sets[h%limiterSets]
 	set.mu.Lock()

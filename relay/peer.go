@@ -96,7 +96,7 @@ func (r *relayedSocket) receive(data []byte, m udpio.Message) {
 		r.s.count.unpermitted.Add(1)
 		return
 	}
-	if !a.node.bucket.take(len(data), now) || !a.org.bucket.take(len(data), now) {
+	if !a.node.share.Take(len(data), now) {
 		r.s.count.overQuota.Add(1)
 		return
 	}

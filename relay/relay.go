@@ -32,6 +32,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyway/internal/identity"
+	"sallyway/relay/budget"
 	"sallyway/relay/udpio"
 	"sallyway/relay/wire"
 )
@@ -72,6 +73,8 @@ type Config struct {
 	Outage func() bool
 	// AllocationLifetime is the longest that an allocation is granted without a refresh, from 10 s to an hour; 0 is an hour.
 	AllocationLifetime time.Duration
+	// Budgets count the bandwidth, and are shared with whatever else of this relay carries nodes' data; nil is a set of its own.
+	Budgets *budget.Budgets
 	// Shards is how many UDP sockets for data share the port, each with a goroutine of its own; 0 is GOMAXPROCS. There is one more for
 	// control.
 	Shards int
@@ -147,10 +150,9 @@ const (
 
 // organization is the live form of an Organization. Its address is stable while the organization is served.
 type organization struct {
-	name   string
-	bucket bucket
-	peers  atomic.Pointer[map[netip.AddrPort]struct{}]
-	quota  atomic.Pointer[Quota]
+	name  string
+	peers atomic.Pointer[map[netip.AddrPort]struct{}]
+	quota atomic.Pointer[Quota]
 }
 
 func (o *organization) hasPeer(a netip.AddrPort) bool {
@@ -210,7 +212,7 @@ func New(cfg Config) (*Server, error) {
 		repeats: make(chan repeat, 4096), closed: make(chan struct{}),
 	}
 	_, _ = rand.Read(s.nonces.secret[:])
-	s.table.init(cfg.MinPort, cfg.MaxPort)
+	s.table.init(cfg.MinPort, cfg.MaxPort, cfg.Budgets)
 	s.aside = newAside(1+cfg.Shards, cfg.Shards, nil)
 	s.dtls.init(cfg.Limits)
 	s.conns.init(cfg.Limits)
@@ -270,6 +272,9 @@ func (c *Config) fill() error {
 	}
 	if c.Now == nil {
 		c.Now = time.Now
+	}
+	if c.Budgets == nil {
+		c.Budgets = budget.New()
 	}
 	if c.AllocationLifetime == 0 {
 		c.AllocationLifetime = maxLifetime
@@ -366,11 +371,10 @@ func (s *Server) SetOrganizations(orgs map[string]Organization) error {
 		q := o.Quota
 		org.quota.Store(&q)
 		org.peers.Store(set)
-		org.bucket.rate.Store(q.Bandwidth)
+		s.cfg.Budgets.Set(name, budget.Rates{Organization: q.Bandwidth, Node: q.NodeBandwidth})
 		live[name] = org
 	}
 	s.orgs.Store(&live)
-	s.table.setNodeRates(live)
 	for _, a := range s.table.snapshot() {
 		if live[a.owner.Org] == nil {
 			s.refuse(a, codeForbidden, "organization not served here any more")

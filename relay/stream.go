@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"sallyway/internal/datagram"
+	"sallyway/relay/budget"
 )
 
 // streamBuffer is the read buffer of a stream in bytes: a TLS record.
@@ -51,7 +52,7 @@ func (s *Server) accept() error {
 		}
 		tc := nc.(*net.TCPConn)
 		addr := tc.RemoteAddr().(*net.TCPAddr).AddrPort()
-		src := sourceOf(addr.Addr())
+		src := budget.SourceOf(addr.Addr())
 		c := &conn{s: s, kind: overTCP, addr: unmapped(addr), nc: tc}
 		if s.handshake.allow(src, 1, s.now().UnixNano()) {
 			c.half = s.conns.reserve(src, c.close)

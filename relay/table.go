@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"sallyway/internal/identity"
+	"sallyway/relay/budget"
 )
 
 // shared is a map that the data path reads without a lock: each of its shards is an immutable map, copied by writers.
@@ -69,7 +70,7 @@ func (t *shared[V]) set(k netip.AddrPort, v V) {
 
 // nodeState is what all allocations of a node share.
 type nodeState struct {
-	bucket bucket
+	share  *budget.Share
 	asked  atomic.Int64  // rendezvous requests are paid for until then, Unix nanoseconds
 	allocs []*allocation // oldest first
 }
@@ -79,23 +80,26 @@ type table struct {
 	plain   shared[*allocation] // source address → allocation whose data, and for plain UDP control, is not inside DTLS
 	relayed shared[*allocation] // relayed address → allocation
 
+	budgets *budget.Budgets
+
 	mu               sync.Mutex // guards the rest
 	all              map[*allocation]struct{}
 	nodes            map[identity.Node]*nodeState
 	orgCount         map[string]int
-	sourceCount      map[source]int
+	sourceCount      map[budget.Source]int
 	minPort, maxPort uint16
 	usedPorts        map[uint16]bool
 	quarantined      map[uint16]int64 // until when, Unix nanoseconds
 }
 
-func (t *table) init(minPort, maxPort uint16) {
+func (t *table) init(minPort, maxPort uint16, budgets *budget.Budgets) {
+	t.budgets = budgets
 	t.plain.init()
 	t.relayed.init()
 	t.all = map[*allocation]struct{}{}
 	t.nodes = map[identity.Node]*nodeState{}
 	t.orgCount = map[string]int{}
-	t.sourceCount = map[source]int{}
+	t.sourceCount = map[budget.Source]int{}
 	t.minPort, t.maxPort = minPort, maxPort
 	t.usedPorts = map[uint16]bool{}
 	t.quarantined = map[uint16]int64{}
@@ -171,7 +175,7 @@ func (t *table) insertLocked(a *allocation) {
 	t.all[a] = struct{}{}
 	a.node.allocs = append(a.node.allocs, a)
 	t.orgCount[a.owner.Org]++
-	t.sourceCount[sourceOf(a.source.Addr())]++
+	t.sourceCount[budget.SourceOf(a.source.Addr())]++
 	t.relayed.set(a.relayed, a)
 	if a.plain {
 		t.plain.set(a.source, a)
@@ -182,6 +186,7 @@ func (t *table) insertLocked(a *allocation) {
 func (t *table) forgetLocked(n identity.Node, st *nodeState, now int64) {
 	if len(st.allocs) == 0 && st.asked.Load() <= now {
 		delete(t.nodes, n)
+		t.budgets.Leave(n)
 	}
 }
 
@@ -196,7 +201,7 @@ func (t *table) removeLocked(a *allocation, now int64) bool {
 	if t.orgCount[a.owner.Org]--; t.orgCount[a.owner.Org] == 0 {
 		delete(t.orgCount, a.owner.Org)
 	}
-	src := sourceOf(a.source.Addr())
+	src := budget.SourceOf(a.source.Addr())
 	if t.sourceCount[src]--; t.sourceCount[src] == 0 {
 		delete(t.sourceCount, src)
 	}
@@ -208,15 +213,4 @@ func (t *table) removeLocked(a *allocation, now int64) bool {
 	delete(t.usedPorts, a.relayed.Port())
 	t.quarantined[a.relayed.Port()] = now + int64(portQuarantine)
 	return true
-}
-
-// setNodeRates applies the organizations' bandwidth quotas to their nodes.
-func (t *table) setNodeRates(orgs map[string]*organization) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for n, ns := range t.nodes {
-		if o := orgs[n.Org]; o != nil {
-			ns.bucket.rate.Store(o.quota.Load().NodeBandwidth)
-		}
-	}
 }

@@ -29,9 +29,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/crypto/ssh"
-	"golang.org/x/time/rate"
 
 	"sallyway/internal/identity"
+	"sallyway/relay/budget"
 	"sallyway/relay/reverse"
 )
 
@@ -81,8 +81,8 @@ type Organization struct {
 	SSHCAs []string
 	// Denied are hashes of revoked keys of nodes.
 	Denied []identity.KeyHash
-	// BytesPerSecond bounds what all of its links carry here, both ways together; 0 is no bound.
-	BytesPerSecond int64
+	// Rates bound what its nodes send. What is beyond them is dropped, as on every other rung.
+	Rates budget.Rates
 }
 
 // Config of a Server.
@@ -95,7 +95,9 @@ type Config struct {
 	Certificate  func() (*tls.Certificate, error)
 	HostIdentity func() reverse.Identity
 	Limits       Limits
-	Logger       *slog.Logger
+	// Budgets count the bandwidth, and are shared with the relay's other rungs; nil is a set of its own.
+	Budgets *budget.Budgets
+	Logger  *slog.Logger
 	// Metrics takes the counters; nil is none.
 	Metrics prometheus.Registerer
 	// Now tells the time; nil is time.Now.
@@ -116,7 +118,6 @@ type organization struct {
 	trust  *identity.Trust // in those that dial gateways
 	isCA   func(ssh.PublicKey) bool
 	denied map[identity.KeyHash]bool
-	budget *rate.Limiter // nil is none; goes over to the next rules
 }
 
 // Server is the last rung of one relay. Its methods may be called concurrently.
@@ -166,6 +167,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	if cfg.TLSGrace == 0 {
 		cfg.TLSGrace = reverse.TLSGrace
+	}
+	if cfg.Budgets == nil {
+		cfg.Budgets = budget.New()
 	}
 	cfg.Limits.fill()
 	s := &Server{
@@ -314,11 +318,7 @@ func (s *Server) SetOrganizations(orgs map[string]Organization, denied []identit
 			errs = append(errs, fmt.Errorf("organization %s: %w", name, err))
 			continue
 		}
-		if old := before.orgs[name]; old != nil && old.budget != nil && ready.budget != nil {
-			old.budget.SetLimit(ready.budget.Limit())
-			old.budget.SetBurst(ready.budget.Burst())
-			ready.budget = old.budget
-		}
+		s.cfg.Budgets.Set(name, o.Rates)
 		next.orgs[name] = ready
 	}
 	s.rules.Store(next)
@@ -396,9 +396,6 @@ func (o *Organization) ready(now func() time.Time) (*organization, error) {
 	}
 	for _, h := range o.Denied {
 		r.denied[h] = true
-	}
-	if o.BytesPerSecond > 0 {
-		r.budget = rate.NewLimiter(rate.Limit(o.BytesPerSecond), max(int(o.BytesPerSecond/10), 2*reverse.MaxChunk))
 	}
 	return r, nil
 }

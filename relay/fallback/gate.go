@@ -5,19 +5,9 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"sallyway/relay/budget"
 )
-
-// source is who is counted as one: an IPv4 address or an IPv6 /64.
-type source [16]byte
-
-func sourceOf(a netip.Addr) source {
-	a = a.Unmap()
-	s := source(a.As16())
-	if !a.Is4() {
-		clear(s[8:])
-	}
-	return s
-}
 
 // gateBuckets is the size of the table of rates. Sources that meet in a bucket share it: they may be limited early, never late.
 const gateBuckets = 4096
@@ -30,8 +20,8 @@ type gate struct {
 
 	mu      sync.Mutex // guards what follows
 	paid    [gateBuckets]int64
-	sources map[source]int // half-open connections; at most limits.HalfOpen
-	oldest  *place         // a list, oldest first
+	sources map[budget.Source]int // half-open connections; at most limits.HalfOpen
+	oldest  *place                // a list, oldest first
 	newest  *place
 	places  int
 }
@@ -39,19 +29,19 @@ type gate struct {
 // place is one half-open connection's.
 type place struct {
 	g          *gate
-	src        source
+	src        budget.Source
 	evict      func()
 	prev, next *place
 	gone       bool
 }
 
 func newGate(l Limits, now func() time.Time) *gate {
-	return &gate{limits: l, now: now, seed: maphash.MakeSeed(), sources: map[source]int{}}
+	return &gate{limits: l, now: now, seed: maphash.MakeSeed(), sources: map[budget.Source]int{}}
 }
 
 // enter takes a place for a connection from a, which evict closes when another one needs it; nil is no place.
 func (g *gate) enter(a netip.Addr, evict func()) *place {
-	src := sourceOf(a)
+	src := budget.SourceOf(a)
 	g.mu.Lock()
 	if !g.paysLocked(src) || g.sources[src] >= g.limits.HalfOpenSource {
 		g.mu.Unlock()
@@ -79,7 +69,7 @@ func (g *gate) enter(a netip.Addr, evict func()) *place {
 }
 
 // paysLocked takes a token of the source's bucket.
-func (g *gate) paysLocked(src source) bool {
+func (g *gate) paysLocked(src budget.Source) bool {
 	every := int64(float64(time.Second) / g.limits.Rate)
 	b := &g.paid[maphash.Bytes(g.seed, src[:])%gateBuckets]
 	now := g.now().UnixNano()

@@ -18,6 +18,7 @@ type counters struct {
 	tlsFailed    atomic.Uint64 // handshakes
 	tlsRefused   atomic.Uint64 // after the handshake
 	joined       atomic.Uint64
+	overBudget   atomic.Uint64 // bytes of frames dropped
 	up, down     atomic.Uint64 // bytes of frames, from clients and to them
 }
 
@@ -39,6 +40,7 @@ func (s *Server) register(r prometheus.Registerer) error {
 		{"ssh_replaced_total", "SSH connections that a newer one of the same gateway replaced.", nil, &c.sshReplaced},
 		{"ssh_rejected_total", "Channels and requests that gateways were refused.", nil, &c.sshRejected},
 		{"links_total", "Links between clients and gateways.", nil, &c.joined},
+		{"over_budget_bytes_total", "Bytes of frames dropped: more than the node or its organization may send.", nil, &c.overBudget},
 		{"bytes_total", "Bytes of frames passed on.", prometheus.Labels{"direction": "to_gateway"}, &c.up},
 		{"bytes_total", "Bytes of frames passed on.", prometheus.Labels{"direction": "to_client"}, &c.down},
 	} {

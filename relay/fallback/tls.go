@@ -15,6 +15,7 @@ import (
 
 	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
+	"sallyway/relay/budget"
 	"sallyway/relay/reverse"
 )
 
@@ -32,6 +33,8 @@ type join struct {
 	client  identity.Node
 	chain   []*x509.Certificate
 	nc      net.Conn // below TLS
+
+	clientShare, gatewayShare *budget.Share // of bandwidth; from enter to leave
 
 	toClient, toGateway *reverse.Queue
 	bundle              *reverse.Bundle
@@ -163,6 +166,7 @@ func (s *Server) enter(j *join) error {
 	}
 	s.joins[j] = struct{}{}
 	s.nodes[j.client]++
+	j.clientShare, j.gatewayShare = s.cfg.Budgets.Enter(j.client), s.cfg.Budgets.Enter(j.gateway)
 	return nil
 }
 
@@ -177,6 +181,8 @@ func (s *Server) leave(j *join) {
 	j.close()
 	j.tasks.Wait()
 	j.bundle.Close()
+	s.cfg.Budgets.Leave(j.client)
+	s.cfg.Budgets.Leave(j.gateway)
 }
 
 // close ends both directions; it does not wait, and may be called more than once.
@@ -241,30 +247,23 @@ func (j *join) fromGateway(frames []byte, _ *datagram.Buffer) error {
 	if err := reverse.Frames(frames, func(r reverse.Run) { n += len(r.Frames) }); err != nil {
 		return err
 	}
+	if n > 0 && !j.pays(j.gatewayShare, n) {
+		return nil
+	}
 	j.s.count.down.Add(uint64(n))
-	j.pay(n)
 	if !j.toClient.PutFrames(frames) {
 		return net.ErrClosed
 	}
 	return nil
 }
 
-// pay waits until the organization's budget has n bytes.
-func (j *join) pay(n int) {
-	org := j.s.rules.Load().orgs[j.gateway.Org]
-	if org == nil || org.budget == nil {
-		return
+// pays reports whether a node may send n bytes of frames, and counts them otherwise.
+func (j *join) pays(share *budget.Share, n int) bool {
+	ok := share.Take(n, j.s.now().UnixNano())
+	if !ok {
+		j.s.count.overBudget.Add(uint64(n))
 	}
-	wait := org.budget.ReserveN(j.s.now(), n).Delay()
-	if wait <= 0 {
-		return
-	}
-	t := time.NewTimer(wait)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-j.bundle.Done():
-	}
+	return ok
 }
 
 // write sends to the client what the gateway sent.
@@ -317,8 +316,10 @@ func (j *join) frames(b []byte) (used int, err error) {
 			return nil
 		}
 		run := b[start:used]
+		if !j.pays(j.clientShare, len(run)) {
+			return nil
+		}
 		j.s.count.up.Add(uint64(len(run)))
-		j.pay(len(run))
 		if !j.toGateway.PutFrames(run) {
 			return net.ErrClosed
 		}

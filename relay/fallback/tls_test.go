@@ -16,6 +16,7 @@ import (
 
 	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
+	"sallyway/relay/budget"
 	"sallyway/relay/reverse"
 )
 
@@ -254,8 +255,8 @@ func TestGate(t *testing.T) {
 		t.Error("another source is limited")
 	}
 	// An IPv6 /64 is one source.
-	if sourceOf(addrFrom("2001:db8::1")) != sourceOf(addrFrom("2001:db8::ffff:2")) || sourceOf(addrFrom("2001:db8:0:1::1")) == sourceOf(addrFrom("2001:db8::1")) ||
-		sourceOf(addrFrom("::ffff:192.0.2.1")) != sourceOf(addr(1)) {
+	if budget.SourceOf(addrFrom("2001:db8::1")) != budget.SourceOf(addrFrom("2001:db8::ffff:2")) || budget.SourceOf(addrFrom("2001:db8:0:1::1")) == budget.SourceOf(addrFrom("2001:db8::1")) ||
+		budget.SourceOf(addrFrom("::ffff:192.0.2.1")) != budget.SourceOf(addr(1)) {
 		t.Error("sources")
 	}
 }
@@ -288,7 +289,7 @@ func TestLimits(t *testing.T) {
 func TestBandwidth(t *testing.T) {
 	w := newWorld(t, nil)
 	acme := w.acme.served()
-	acme.BytesPerSecond = 400 << 10
+	acme.Rates.Organization = 400 << 10
 	if err := w.SetOrganizations(map[string]Organization{"acme": acme}, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -313,5 +314,47 @@ func TestBandwidth(t *testing.T) {
 	// A second's worth and the burst; without a bound it would be 40 MB.
 	if got == 0 || got > 2<<20 {
 		t.Errorf("%d bytes in a second of 400 KiB", got)
+	}
+}
+
+// TestOneBudget: what a node sends by another rung of the relay it does not send by this one.
+func TestOneBudget(t *testing.T) {
+	b := budget.New()
+	w := newWorld(t, func(c *Config) { c.Budgets = b })
+	acme := w.acme.served()
+	acme.Rates.Node = 100 << 10
+	if err := w.SetOrganizations(map[string]Organization{"acme": acme}, nil); err != nil {
+		t.Fatal(err)
+	}
+	n, client := w.acme.node(identity.Gateway, "g-1"), w.acme.node(identity.Client, "c-1")
+	g := w.gateway(n, w.acme.sshIdentity(n, nil, nil))
+	up, err := w.dial(n, w.acme.leaf(client, time.Now()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	down := <-g.links
+	elsewhere := b.Enter(client)
+	defer b.Leave(client)
+	future := time.Now().Add(time.Hour).UnixNano() // so that the share is used up for the whole test, whatever its pace
+	for elsewhere.Take(64<<10, future) {
+	}
+	up.Send(make([]byte, 20*1200), 1200, datagram.NotECT)
+	deadline := time.Now().Add(10 * time.Second)
+	for w.count.overBudget.Load() == 0 {
+		if time.Now().After(deadline) {
+			t.Fatal("the client sends more than it has left")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if got := w.count.up.Load(); got != 0 {
+		t.Errorf("%d bytes passed", got)
+	}
+	// The gateway has a share of its own.
+	down.Send(make([]byte, 20*1200), 1200, datagram.NotECT)
+	for w.count.down.Load() == 0 {
+		if time.Now().After(deadline) {
+			t.Fatal("the gateway's share is used up by the client")
+		}
+		time.Sleep(time.Millisecond)
 	}
 }

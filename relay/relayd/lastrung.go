@@ -9,6 +9,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/daemon"
+	"sallyway/relay/budget"
 	"sallyway/relay/fallback"
 	"sallyway/relay/reverse"
 )
@@ -33,7 +34,7 @@ func (d *relayDaemon) newLastRung(listen netip.Addr) error {
 		return nil
 	}
 	cfg := fallback.Config{
-		Relay: d.agent.Node(), Certificate: d.agent.Certificate, Logger: d.sh.Log, Metrics: d.sh.Metrics,
+		Relay: d.agent.Node(), Certificate: d.agent.Certificate, Logger: d.sh.Log, Metrics: d.sh.Metrics, Budgets: d.budgets,
 		HostIdentity: func() reverse.Identity {
 			key, cert := d.agent.SSH()
 			return reverse.Identity{Key: key, Certificate: cert}
@@ -97,7 +98,7 @@ func (d *relayDaemon) followLastRung(c *control.Relay) {
 		if o.Trust == nil { // an older platform
 			continue
 		}
-		orgs[o.Org] = fallback.Organization{Roots: o.Trust.Roots, Pins: o.Trust.Pins, Denied: o.Trust.Denied, SSHCAs: o.SSHCAs, BytesPerSecond: o.BytesPerSecond}
+		orgs[o.Org] = fallback.Organization{Roots: o.Trust.Roots, Pins: o.Trust.Pins, Denied: o.Trust.Denied, SSHCAs: o.SSHCAs, Rates: budget.Rates{Organization: o.BytesPerSecond}}
 	}
 	if err := rung.SetOrganizations(orgs, c.Denied); err != nil {
 		d.sh.Log.Error("an organization has no last rung here", "err", err)

@@ -25,6 +25,7 @@ import (
 	"sallyway/internal/identity"
 	"sallyway/internal/version"
 	"sallyway/relay"
+	"sallyway/relay/budget"
 	"sallyway/relay/fallback"
 	"sallyway/relay/reverse"
 	"sallyway/relay/wire"
@@ -101,8 +102,11 @@ type relayDaemon struct {
 	opts  *options
 	sh    *daemon.Shell
 	agent *agent.Agent
-	srv   atomic.Pointer[relay.Server]
-	stop  context.CancelFunc // begins the drain
+	// budgets are one for the relay's port and for the last rung: who uses both has no more for it.
+	budgets *budget.Budgets
+
+	srv  atomic.Pointer[relay.Server]
+	stop context.CancelFunc // begins the drain
 
 	rung        atomic.Pointer[fallback.Server] // nil when it is off
 	rungProblem atomic.Pointer[string]          // why its ports are not open, "" when they are
@@ -127,7 +131,7 @@ func (o *options) run(cmd *cobra.Command) error {
 		return err
 	}
 	defer sh.Close()
-	d := &relayDaemon{opts: o, sh: sh}
+	d := &relayDaemon{opts: o, sh: sh, budgets: budget.New()}
 	d.agent, err = agent.Open(cmd.Context(), agent.Config{
 		StateDir: sh.State.Dir(), Kind: identity.Relay, Token: token, Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
 	})
@@ -224,7 +228,7 @@ func (d *relayDaemon) newServer(ctx context.Context, c *control.Config) (*relay.
 	cfg := relay.Config{
 		MinPort: d.opts.minPort, MaxPort: d.opts.maxPort, Shards: d.opts.shards, Logger: d.sh.Log, Metrics: d.sh.Metrics,
 		Certificate: d.agent.Certificate, Keys: keys(c.Relay), Organizations: organizations(c.Relay), Denied: c.Relay.Denied,
-		Outage: d.outage, AllocationLifetime: d.opts.lifetime,
+		Outage: d.outage, Budgets: d.budgets, AllocationLifetime: d.opts.lifetime,
 		ServicePorts: d.opts.servicePorts(), Limits: relay.Limits{Allocations: d.opts.maxAllocations},
 	}
 	listen := netip.IPv4Unspecified()
