@@ -35,6 +35,14 @@ const (
 	calmTotal = 500 * time.Millisecond
 	// quickStream bounds both kinds of check on TLS, where TCP may have to retransmit first.
 	quickStream = time.Second
+	// gentleTotal and gentleStream bound the checks where nobody missed an answer of a path yet: nothing hurries, since whoever owns the leg has
+	// been told and dials another one beside it.
+	gentleTotal  = 1500 * time.Millisecond
+	gentleStream = 3 * time.Second
+	// leastSlow and slowStream are after how long without an answer an ordinary request makes the leg doubt, on UDP and TLS, where the round-trip
+	// time and its deviation do not say more.
+	leastSlow  = 200 * time.Millisecond
+	slowStream = 700 * time.Millisecond
 	// closeTimeout bounds how long Close waits for the relay to confirm.
 	closeTimeout = 300 * time.Millisecond
 	// authAttempts is how often a request is made anew for the nonce it was answered with.
@@ -48,27 +56,38 @@ var errNoAnswer = errors.New("the relay does not answer")
 var (
 	errUnknown   = errors.New("the relay says that it does not know this leg")
 	errSuspected = errors.New("its paths do not work")
+	errSlow      = errors.New("an answer is late")
+	errSilent    = errors.New("what came steadily has ended")
 )
 
 // schedule is how a request is repeated: after first, then after twice as long each time up to most, for at most attempts, until total
-// has passed.
+// has passed. After slow without an answer the leg doubts; 0 is never.
 type schedule struct {
 	first, most, total time.Duration
+	slow               time.Duration
 	attempts           int
 }
 
 // patient is the schedule of ordinary requests.
 func (l *Leg) patient() schedule {
-	if l.car.reliable() {
-		return schedule{first: streamPatience, most: streamPatience, total: streamPatience, attempts: 1}
-	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	rto := firstRTO
+	rto, slow := firstRTO, time.Duration(0)
 	if l.rtt > 0 {
-		rto = min(max(3*l.rtt, leastRTO), firstRTO)
+		rto, slow = min(max(3*l.rtt, leastRTO), firstRTO), 2*l.rtt+4*l.rttVar
 	}
-	return schedule{first: rto, most: 2 * firstRTO, total: patience, attempts: 1 << 10}
+	if l.car.reliable() {
+		s := schedule{first: streamPatience, most: streamPatience, total: streamPatience, attempts: 1}
+		if slow > 0 {
+			s.slow = max(slow, slowStream)
+		}
+		return s
+	}
+	s := schedule{first: rto, most: 2 * firstRTO, total: patience, attempts: 1 << 10}
+	if slow > 0 {
+		s.slow = max(slow, leastSlow)
+	}
+	return s
 }
 
 // quick is the schedule of checks after a sign that the relay is gone.
@@ -93,6 +112,16 @@ func (l *Leg) calm() schedule {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return schedule{first: quickInterval, most: calmTotal / 4, attempts: 1 << 10, total: max(calmTotal, 3*(l.rtt+4*l.rttVar))}
+}
+
+// gentle is the schedule of checks that the leg makes by itself without a sign.
+func (l *Leg) gentle() schedule {
+	if l.car.reliable() {
+		return schedule{first: gentleStream, most: gentleStream, total: gentleStream, attempts: 1}
+	}
+	s := l.calm()
+	s.total = max(s.total, gentleTotal)
+	return s
 }
 
 // request makes a request and returns the success response. What the relay refuses is an *Error. auth says that it carries the
@@ -167,6 +196,9 @@ func (l *Leg) roundTrip(ctx context.Context, s schedule, m *stun.Message) (*stun
 		l.mu.Unlock()
 	}()
 	start := time.Now()
+	if s.slow > 0 {
+		defer time.AfterFunc(s.slow, func() { l.suspect(errSlow) }).Stop()
+	}
 	wait := s.first
 	timer := time.NewTimer(wait)
 	defer timer.Stop()

@@ -80,6 +80,9 @@ type Config struct {
 	// Nil means that nobody can ask for this node on this leg: no channel answers a peer's request. It must not block and must
 	// not call Close.
 	OnRendezvous func(peer identity.Node, from netip.AddrPort, ch *Channel)
+	// OnDoubt is told when the leg begins to ask whether its relay is still there, and with false when the relay has answered; the other
+	// outcome is Done. One goroutine of the leg calls it, and it must not block. Nil is nothing.
+	OnDoubt func(doubtful bool)
 	// Control is called on every socket before it connects, for SO_MARK and binding; nil is nothing (see net.Dialer.Control).
 	Control func(network, address string, c syscall.RawConn) error
 	// Dial opens the connection of a TLS leg; nil is a net.Dialer with Control. Where it leads through a proxy, the connection's RemoteAddr is the
@@ -187,6 +190,7 @@ type Leg struct {
 	done     chan struct{}
 	draining chan struct{}
 	drain    sync.Once
+	doubtful atomic.Bool
 	signs    chan error      // that the relay is gone, to be checked at once; one is enough
 	doubts   chan error      // whether it is there, to be checked calmly; one is enough
 	asked    chan indication // rendezvous that wait to be answered
@@ -300,6 +304,7 @@ func (l *Leg) begin(ctx context.Context, car carrier) error {
 	l.wg.Go(l.maintain)
 	l.wg.Go(l.keepChannels)
 	l.wg.Go(l.watch)
+	l.wg.Go(l.listen)
 	l.wg.Go(l.answer)
 	l.wg.Go(func() {
 		<-l.ctx.Done()
@@ -385,8 +390,12 @@ func (l *Leg) Draining() <-chan struct{} { return l.draining }
 // Suspect has the leg check at once whether its relay still knows it; if not, Done is closed half a second later (on UDP with a long
 // round-trip time, or on TLS, within about a second). Path probes that go unanswered are a reason to call it. It is patient because what
 // goes unanswered may be stuck in a full queue. Closed ports and Unknown indications, which the leg sees by itself, are decided upon in
-// 65 ms, or 40 ms and about two round-trip times.
+// 65 ms, or 40 ms and about two round-trip times. Where a request goes unanswered, or a stream of datagrams ends, it doubts by itself, with
+// more patience (see Config.OnDoubt).
 func (l *Leg) Suspect() { l.suspect(errSuspected) }
+
+// Doubtful reports whether the leg is asking its relay for a sign of life and has had none yet.
+func (l *Leg) Doubtful() bool { return l.doubtful.Load() }
 
 // Close ends the allocation, closes every channel, and waits for the leg's goroutines. It may be called more than once.
 func (l *Leg) Close() error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"math/rand/v2"
 	"time"
 
@@ -15,6 +16,12 @@ const (
 	checkPause = 100 * time.Millisecond
 	// retryRefresh is the longest wait before a Refresh refused for its credential is tried again.
 	retryRefresh = 30 * time.Second
+	// A leg over which datagrams came in most of the last steadyTicks ticks of listenTick, and in none of the silentTicks after them, is one
+	// whose relay is asked: on a leg in use there are ten probes a second at least. idleTick is the tick of a leg that is not in use.
+	listenTick  = 100 * time.Millisecond
+	steadyTicks = 10
+	silentTicks = 3
+	idleTick    = time.Second
 	// leastLifetime is what an allocation's lifetime is taken for when the relay grants less, or does not say.
 	leastLifetime = 10 * time.Second
 )
@@ -112,6 +119,37 @@ func (l *Leg) maintain() {
 	}
 }
 
+// listen doubts the relay when what came steadily ends: a gateway sends nothing by itself that could go unanswered while its clients wait for
+// it. When they have all fallen silent it costs one request.
+func (l *Leg) listen() {
+	var heard silence
+	var before uint64
+	tick := idleTick
+	for l.sleep(tick) {
+		n := l.stats.ReceivedDatagrams.Load()
+		if heard.tick(n != before) {
+			l.suspect(errSilent)
+		}
+		before = n
+		if tick = listenTick; heard == 0 {
+			tick = idleTick
+		}
+	}
+}
+
+// silence has a bit for each of the last ticks, the latest lowest: whether something came.
+type silence uint32
+
+// tick notes another tick and reports whether it is the one that ends a steady stream.
+func (s *silence) tick(came bool) bool {
+	*s = *s << 1 & (1<<(steadyTicks+silentTicks) - 1)
+	if came {
+		*s |= 1
+	}
+	const last = 1 << silentTicks // the last tick in which something came, if it is this silence that is new
+	return *s&(last-1) == 0 && *s&last != 0 && bits.OnesCount32(uint32(*s)) > steadyTicks/2
+}
+
 // watch checks a suspect relay: an authenticated Refresh in quick succession where there is a sign that it is gone, in calmer succession
 // where there is only a doubt. Signs can be forged; that nothing answers these can not.
 func (l *Leg) watch() {
@@ -127,8 +165,13 @@ func (l *Leg) watch() {
 				return
 			}
 		}
-		if sign != nil && !l.check(l.ctx, l.quick(), sign) {
-			return
+		if sign != nil {
+			if !l.check(l.ctx, l.quick(), sign) {
+				return
+			}
+			if l.Doubtful() {
+				l.setDoubtful(false)
+			}
 		}
 		if !l.sleep(checkPause) {
 			return
@@ -140,14 +183,32 @@ func (l *Leg) watch() {
 func (l *Leg) doubt(doubt error) (lives bool, sign error) {
 	ctx, cancel := context.WithCancel(l.ctx)
 	defer cancel()
+	l.setDoubtful(true)
+	defer func() {
+		if lives && sign == nil {
+			l.setDoubtful(false)
+		}
+	}()
+	patience := l.gentle()
+	if errors.Is(doubt, errSuspected) {
+		patience = l.calm()
+	}
 	done := make(chan bool, 1)
-	go func() { done <- l.check(ctx, l.calm(), doubt) }()
+	go func() { done <- l.check(ctx, patience, doubt) }()
 	select {
 	case lives = <-done:
 		return lives, nil
 	case sign = <-l.signs:
 		cancel()
 		return <-done, sign
+	}
+}
+
+// setDoubtful tells whoever owns the leg.
+func (l *Leg) setDoubtful(doubtful bool) {
+	l.doubtful.Store(doubtful)
+	if l.cfg.OnDoubt != nil {
+		l.cfg.OnDoubt(doubtful)
 	}
 }
 
