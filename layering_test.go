@@ -47,6 +47,8 @@ var layers = []struct {
 	{folder: "internal/control", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/datagram", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/daemon", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	// Knows connections alone: whoever dials outward may use it.
+	{folder: "internal/egress", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
 	{folder: "internal/trial", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/version", never: []string{""}},
 }
