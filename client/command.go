@@ -135,6 +135,8 @@ func (o *options) run(cmd *cobra.Command) error {
 		return program.Error(err)
 	}
 	sh.Metrics.MustRegister(DirectMetrics(c.sessions.DirectStats)...)
+	sh.Metrics.MustRegister(LegMetrics(map[string]*legs.Keeper{"dialling": c.legs}))
+	sh.Metrics.MustRegister(c.sessions.Metrics()...)
 	hc.OnNetwork = func() {
 		c.legs.Kick()
 		c.sessions.NetworkChanged()

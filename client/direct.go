@@ -364,7 +364,10 @@ func (g *gatewayLink) moveDirect(ctx context.Context, t *tunnel.Session, l *dire
 	poke(g.wake)
 }
 
-func directName(l *direct.Link) string { return fmt.Sprintf("direct %v", l.Addr()) }
+// directPrefix begins the name of a direct path, at either end.
+const directPrefix = "direct "
+
+func directName(l *direct.Link) string { return fmt.Sprint(directPrefix, l.Addr()) }
 
 // answered takes the gateway's answer.
 func (d *directRung) answered(log *slog.Logger, n tunnel.Notice) {

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"sallyway/direct"
@@ -62,6 +63,7 @@ type Sessions struct {
 	table  atomic.Pointer[table]
 	direct *direct.Endpoint // nil where direct paths are not used
 	wake   chan struct{}    // 1 place: the set of gateways changed
+	moves  *prometheus.CounterVec
 
 	mu       sync.Mutex
 	gateways map[identity.Node]*gatewayLink // guarded by mu, as reconciled
@@ -70,7 +72,7 @@ type Sessions struct {
 
 // NewSessions returns the sessions of no gateways: see Update.
 func NewSessions(cfg SessionsConfig) *Sessions {
-	s := &Sessions{cfg: cfg, wake: make(chan struct{}, 1), gateways: map[identity.Node]*gatewayLink{}, reached: make(chan struct{})}
+	s := &Sessions{cfg: cfg, wake: make(chan struct{}, 1), moves: newMoves(), gateways: map[identity.Node]*gatewayLink{}, reached: make(chan struct{})}
 	s.table.Store(newTable(nil))
 	if cfg.Direct {
 		s.direct = s.newDirect()
@@ -487,8 +489,10 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 	defer cancel()
 	var busy atomic.Bool
 	var nextStandby time.Time
+	var moves uint64
 	for {
 		p := t.Path()
+		g.s.noteMoves(p, &moves)
 		var standbyDone <-chan struct{}
 		if p.Standby.Link != nil && !closed(p.Standby.Link.Done()) {
 			standbyDone = p.Standby.Link.Done()

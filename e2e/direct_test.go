@@ -237,7 +237,30 @@ func TestDirectWithoutStandby(t *testing.T) {
 
 // TestDirectIdle: a direct path that dies while nothing is said is left with the next byte.
 func TestDirectIdle(t *testing.T) {
-	s := newSite(t, lab.Config{NAT: true, Direct: true}, lab.SiteConfig{NoBranch: true})
+	const metrics = "127.0.0.1:9464"
+	s := newSite(t, lab.Config{NAT: true, Direct: true}, lab.SiteConfig{
+		NoBranch: true, ClientArgs: []string{"--metrics-listen", metrics}, GatewayArgs: []string{"--metrics-listen", metrics},
+	})
+	shows := func(h *lab.Host, lines ...string) {
+		t.Helper()
+		check(t, lab.Until(within(t, 5*time.Second), 50*time.Millisecond, func() error {
+			resp, err := h.HTTPClient().Get("http://" + metrics + "/metrics")
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			b, err := io.ReadAll(resp.Body)
+			if err != nil {
+				return err
+			}
+			for _, l := range lines {
+				if !strings.Contains("\n"+string(b), "\n"+l+"\n") {
+					return fmt.Errorf("the metrics have no line %s", l)
+				}
+			}
+			return nil
+		}))
+	}
 	p := servePrivate(t, s)
 	reach(t, s.Client, p.echo.Addr, 30*time.Second)
 	c := must(s.Client.Dial(within(t, 10*time.Second), "tcp", p.echo.Addr.String()))(t)
@@ -245,6 +268,9 @@ func TestDirectIdle(t *testing.T) {
 	echoes(t, c, []byte("hello"))
 	onPath(t, s.Laptop, true, 20*time.Second)
 	echoes(t, c, []byte("without a relay"))
+	shows(s.Client, `sallyway_path_active{gateway="office",relay="",rung="direct"} 1`, `sallyway_path_moves_total{reason="direct_works"} 1`,
+		`sallyway_legs_up{for="dialling",transport="udp"} 2`, `sallyway_last_rung_sessions 0`)
+	shows(s.Gateway, `sallyway_gateway_sessions{relay="",rung="direct"} 1`, `sallyway_legs_up{for="serving",transport="udp"} 2`)
 	<-time.After(3 * time.Second) // a session is idle, and probes seldom, 2 s after its last byte
 	onPath(t, s.Laptop, true, time.Second)
 	check(t, s.BlockDirect(true))
@@ -256,4 +282,5 @@ func TestDirectIdle(t *testing.T) {
 		t.Errorf("answered after %v", took)
 	}
 	onPath(t, s.Laptop, false, time.Second)
+	shows(s.Client, `sallyway_path_moves_total{reason="unanswered"} 1`)
 }

@@ -1,0 +1,134 @@
+package client
+
+import (
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyway/internal/legs"
+	"sallyway/relay/leg"
+	"sallyway/tunnel"
+)
+
+// The metrics of a node's ways to relays and gateways.
+var (
+	legsDesc = prometheus.NewDesc("sallyway_legs_up", "Connections to relays that are up, by what they are for and by transport.",
+		[]string{"for", "transport"}, nil)
+	wantedDesc = prometheus.NewDesc("sallyway_legs_wanted", "Relays that the node keeps a connection to, or tries to.", []string{"for"}, nil)
+	pathDesc   = prometheus.NewDesc("sallyway_path_active", "1 for the path that carries the session with a gateway: its rung, and its relay unless it is direct.",
+		[]string{"gateway", "rung", "relay"}, nil)
+	aliveDesc   = prometheus.NewDesc("sallyway_path_alive", "1 while that path answers probes.", []string{"gateway"}, nil)
+	standbyDesc = prometheus.NewDesc("sallyway_path_standby", "1 for the path that is kept ready beside it.", []string{"gateway", "rung", "relay"}, nil)
+	lastDesc    = prometheus.NewDesc("sallyway_last_rung_sessions", "Sessions with gateways that only the last rung carries: SSH and TLS on the relays' other ports.", nil, nil)
+)
+
+// legTransports are those that a leg may have.
+var legTransports = []leg.Transport{leg.UDP, leg.TLS}
+
+// LegMetrics are the metrics of a node's legs, by what they are for: a gateway serves on some and dials other gateways with others.
+func LegMetrics(by map[string]*legs.Keeper) prometheus.Collector {
+	return collector{[]*prometheus.Desc{legsDesc, wantedDesc}, func(ch chan<- prometheus.Metric) {
+		for of, k := range by {
+			all, up := k.Status(), map[leg.Transport]int{}
+			for _, st := range all {
+				if st.Up {
+					up[st.Transport]++
+				}
+			}
+			for _, t := range legTransports {
+				ch <- prometheus.MustNewConstMetric(legsDesc, prometheus.GaugeValue, float64(up[t]), of, string(t))
+			}
+			ch <- prometheus.MustNewConstMetric(wantedDesc, prometheus.GaugeValue, float64(len(all)), of)
+		}
+	}}
+}
+
+// Metrics are those of the sessions that this node opens.
+func (s *Sessions) Metrics() []prometheus.Collector {
+	return []prometheus.Collector{s.moves, collector{[]*prometheus.Desc{pathDesc, aliveDesc, standbyDesc, lastDesc}, func(ch chan<- prometheus.Metric) {
+		one := func(d *prometheus.Desc, labels ...string) {
+			ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, 1, labels...)
+		}
+		last := 0
+		for _, st := range s.Status() {
+			if !st.Up || st.Path == "" {
+				continue
+			}
+			rung, relay := Rung(st.Path)
+			one(pathDesc, st.Name, rung, relay)
+			if rung == string(legs.LastTLS) {
+				last++
+			}
+			if st.Standby != "" {
+				rung, relay = Rung(st.Standby)
+				one(standbyDesc, st.Name, rung, relay)
+			}
+			alive := 0.0
+			if st.State == tunnel.Alive {
+				alive = 1
+			}
+			ch <- prometheus.MustNewConstMetric(aliveDesc, prometheus.GaugeValue, alive, st.Name)
+		}
+		ch <- prometheus.MustNewConstMetric(lastDesc, prometheus.GaugeValue, float64(last))
+	}}}
+}
+
+// collector is a collector whose metrics are read from the state when they are asked for.
+type collector struct {
+	descs   []*prometheus.Desc
+	collect func(chan<- prometheus.Metric)
+}
+
+func (c collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range c.descs {
+		ch <- d
+	}
+}
+
+func (c collector) Collect(ch chan<- prometheus.Metric) { c.collect(ch) }
+
+// Rung splits the name of a path, as status and log show it: direct or a transport, and the relay, "" for a direct one. A gateway's names of
+// served paths have no transport but that of the last rung: there the rung is "".
+func Rung(path string) (rung, relay string) {
+	if strings.HasPrefix(path, directPrefix) {
+		return "direct", ""
+	}
+	relay, rung, _ = strings.Cut(path, " ")
+	return rung, relay
+}
+
+// moveReasons are the metric's words for why paths moved, so that its labels are few whatever a reason says.
+var moveReasons = map[string]string{
+	"probes are not answered":               "unanswered",
+	"the leg on the relay is gone":          "leg_gone",
+	"the relay is draining":                 "draining",
+	"a better rung works again":             "better_rung",
+	"a direct path works":                   "direct_works",
+	"the direct path ended":                 "direct_ended",
+	"the relay's path is better":            "direct_worse",
+	"direct paths are not allowed any more": "direct_forbidden",
+}
+
+func newMoves() *prometheus.CounterVec {
+	v := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sallyway_path_moves_total", Help: "Moves of sessions with gateways to another path, by reason.",
+	}, []string{"reason"})
+	v.WithLabelValues("other")
+	for _, r := range moveReasons {
+		v.WithLabelValues(r)
+	}
+	return v
+}
+
+// noteMoves counts the moves since it was last called for the session, of which seen says how many there had been.
+func (s *Sessions) noteMoves(p tunnel.PathInfo, seen *uint64) {
+	if p.Moves == *seen {
+		return
+	}
+	reason := moveReasons[p.LastReason]
+	if reason == "" {
+		reason = "other"
+	}
+	s.moves.WithLabelValues(reason).Add(float64(p.Moves - *seen))
+	*seen = p.Moves
+}
