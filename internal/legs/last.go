@@ -28,7 +28,8 @@ var ErrNoLastRung = errors.New("no last rung")
 // lastKey is a peer at a relay.
 type lastKey struct{ relay, peer identity.Node }
 
-// Missing reports whether a wanted relay's leg has been missing for LastStagger, or can not be had.
+// Missing reports whether a wanted relay's leg has been missing for LastStagger, or can not be had, or has asked the relay for a sign of life for
+// a while.
 func (k *Keeper) Missing(n identity.Node) bool {
 	r := k.relay(n)
 	if r == nil {
@@ -36,7 +37,10 @@ func (k *Keeper) Missing(n identity.Node) bool {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.current == nil && !r.missing.IsZero() && (r.failed || time.Since(r.missing) >= LastStagger)
+	if r.current != nil {
+		return !r.doubted.IsZero() && time.Since(r.doubted) >= doubtPatience
+	}
+	return !r.missing.IsZero() && (r.failed || time.Since(r.missing) >= LastStagger)
 }
 
 // UpFor is how long a relay's leg has been up as it is; 0 where it is not.
@@ -70,7 +74,7 @@ func (k *Keeper) Last(ctx context.Context, relay, peer identity.Node) (*reverse.
 	r.mu.Unlock()
 	key := lastKey{relay, peer}
 	k.mu.Lock()
-	rest := time.Until(k.refused[key])
+	rest := time.Until(k.refused[key].until)
 	k.mu.Unlock()
 	if ref.TLSPort == 0 || k.cfg.Certificate == nil || rest > 0 {
 		return nil, ErrNoLastRung
@@ -95,12 +99,26 @@ func (k *Keeper) Last(ctx context.Context, relay, peer identity.Node) (*reverse.
 		if len(k.refused) > maxRefused {
 			clear(k.refused)
 		}
-		k.refused[key] = time.Now().Add(jitter(k.retry))
+		wait := min(max(2*k.refused[key].wait, refusedRest), k.retry)
+		k.refused[key] = refusal{wait, time.Now().Add(jitter(wait))}
 		k.mu.Unlock()
 		return nil, fmt.Errorf("%s over %s: %w", ref.Name, LastTLS, err)
 	}
+	k.mu.Lock()
+	delete(k.refused, key)
+	k.mu.Unlock()
 	return l, nil
 }
+
+// refusal is when a peer was last refused: how long it rests for that, and until when.
+type refusal struct {
+	wait  time.Duration
+	until time.Time
+}
+
+// refusedRest is how long a peer rests at first at whose relay the last rung did not lead to it, for the gateway to make its connection
+// there. It doubles up to RetryInterval.
+const refusedRest = 400 * time.Millisecond
 
 // maxRefused bounds the pairs of relay and peer whose last refusal is remembered.
 const maxRefused = 4096

@@ -6,15 +6,21 @@
 //	go k.Run(ctx)
 //	l, err := k.Leg(ctx, relay)        // waits until it is up
 //
-// A lost leg is dialled again at once and then every RetryInterval, give or take a tenth, for as long as it is wanted. A leg that had to
-// fall back to TLS is tried over UDP again every UpgradeInterval and replaced when that works, the new one first.
+// A lost leg is dialled again at once and then every RetryInterval, give or take a tenth, for as long as it is wanted. While somebody says
+// that traffic waits for it (see Keeper.Waiting) attempts begin every half second and do not wait for one another, so that the relay's return is
+// seen at once; after some dozens of them the pace is RetryInterval's again: a relay that stays away is not worth more, and one that comes back is
+// not to be met by everybody at once.
+//
+// A leg is left before it is lost. One that doubts its relay (see leg.Config.OnDoubt) gets another one beside it over the other transport; if that is up
+// first it takes the place of the doubtful one, which stays until its fate is known and nothing comes over it any more. A leg over TLS is tried over UDP
+// again soon and then ever less often, up to UpgradeInterval, and replaced when that works, the new one first. UDP that did not hold for long is
+// not returned to so soon.
 package legs
 
 import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -22,7 +28,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -40,9 +45,10 @@ const (
 	RetryInterval = 5 * time.Second
 	// AttemptTimeout bounds one attempt, so that it is over when the next is due.
 	AttemptTimeout = 4 * time.Second
-	// TLSStagger is how long UDP has the field to itself before TLS is tried beside it.
+	// TLSStagger is how long UDP has the field to itself before TLS is tried beside it, unless it fails before. It is rushStagger while traffic
+	// waits.
 	TLSStagger = 1500 * time.Millisecond
-	// UpgradeInterval is how often a leg over TLS looks whether UDP works by now.
+	// UpgradeInterval is how often a leg over TLS looks whether UDP works by now, after the first looks, which come sooner.
 	UpgradeInterval = 30 * time.Second
 )
 
@@ -51,7 +57,8 @@ type Config struct {
 	Logger *slog.Logger
 	// OnRendezvous takes the channels of peers that ask for this node; nil for nodes that only ask.
 	OnRendezvous func(relay identity.Node, peer identity.Node, ch *leg.Channel)
-	// OnUp and OnDown are told of every leg, from the goroutine of its relay; they must not block. Either may be nil.
+	// OnUp and OnDown are told of every leg, from the goroutine of its relay; they must not block. OnUp of a leg that takes the place of another
+	// comes without OnDown: the other one carries for a while yet. Either may be nil.
 	OnUp   func(relay identity.Node, l *leg.Leg)
 	OnDown func(relay identity.Node, err error)
 	// Certificate is what this node shows on the last rung; nil is that it dials none.
@@ -82,8 +89,9 @@ type Keeper struct {
 	mu     sync.Mutex
 	wanted map[string][]control.RelayRef // by who wants them
 	relays map[identity.Node]*relay
-	// refused is until when the last rung is not tried again.
-	refused map[lastKey]time.Time
+	// refused are the peers that the last rung did not lead to.
+	refused map[lastKey]refusal
+	moves   map[moveKey]uint64
 }
 
 // relay is the state of one wanted relay; the fields below mu belong to it.
@@ -97,11 +105,17 @@ type relay struct {
 	current *leg.Leg
 	changed chan struct{} // closed and replaced when current changes
 	kick    chan struct{} // 1 place: the host's network changed
+	doubts  chan struct{} // 1 place: a leg began to doubt, or ended to
+	waits   chan struct{} // 1 place: traffic waits
 	lastErr error
 	since   time.Time
 	tries   int
 	missing time.Time // since when there is no leg; zero while there is one
 	failed  bool      // an attempt failed since
+	waited  time.Time // when traffic last waited for a leg
+	doubted time.Time // since when current doubts; zero while it does not
+	moves   int       // from transport to transport
+	why     string    // of the last one
 }
 
 // Status is what is known of one relay's leg.
@@ -115,8 +129,12 @@ type Status struct {
 	Reflexive netip.AddrPort `json:"reflexive,omitzero"`
 	Relayed   netip.AddrPort `json:"relayed,omitzero"`
 	Stats     *leg.Stats     `json:"stats,omitempty"`
-	Tries     int            `json:"tries,omitempty"`
-	Error     string         `json:"error,omitempty"`
+	// Doubtful says that the relay is being asked whether it is there; Moves is how often the transport changed, LastMove why it last did.
+	Doubtful bool   `json:"doubtful,omitempty"`
+	Moves    int    `json:"moves,omitempty"`
+	LastMove string `json:"last_move,omitempty"`
+	Tries    int    `json:"tries,omitempty"`
+	Error    string `json:"error,omitempty"`
 	// Refused says that the relay was reached and does not take this node: 401 or 403.
 	Refused bool `json:"refused,omitempty"`
 }
@@ -145,7 +163,7 @@ func New(cfg Config) *Keeper {
 	}
 	return &Keeper{
 		cfg: cfg, retry: RetryInterval, upgrade: UpgradeInterval,
-		wake: make(chan struct{}, 1), wanted: map[string][]control.RelayRef{}, relays: map[identity.Node]*relay{}, refused: map[lastKey]time.Time{},
+		wake: make(chan struct{}, 1), wanted: map[string][]control.RelayRef{}, relays: map[identity.Node]*relay{}, refused: map[lastKey]refusal{}, moves: map[moveKey]uint64{},
 	}
 }
 
@@ -159,9 +177,39 @@ func (k *Keeper) Want(who string, refs []control.RelayRef) {
 		k.wanted[who] = slices.Clone(refs)
 	}
 	k.mu.Unlock()
+	poke(k.wake)
+}
+
+// poke puts a signal into a channel of capacity one.
+func poke(c chan struct{}) {
 	select {
-	case k.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
+	}
+}
+
+// Waiting says that traffic waits for legs on relays now, which are dialled more often for a while if they are lost. It is to be called at least
+// every second for as long as it is so.
+func (k *Keeper) Waiting(relays ...identity.Node) {
+	for _, n := range relays {
+		r := k.relay(n)
+		if r == nil {
+			continue
+		}
+		r.mu.Lock()
+		r.waited = time.Now()
+		lost := r.current == nil
+		r.mu.Unlock()
+		if lost {
+			poke(r.waits)
+		}
+	}
+}
+
+// Suspect has the leg on a relay ask it for a sign of life, because its paths do not work. If none comes another leg is dialled beside it.
+func (k *Keeper) Suspect(n identity.Node) {
+	if l, _ := k.Current(n); l != nil {
+		l.Suspect()
 	}
 }
 
@@ -202,7 +250,10 @@ func (k *Keeper) reconcile(ctx context.Context, g *errgroup.Group) {
 			continue
 		}
 		rctx, cancel := context.WithCancel(ctx)
-		r := &relay{k: k, node: n, cancel: cancel, ref: ref, changed: make(chan struct{}), kick: make(chan struct{}, 1)}
+		r := &relay{
+			k: k, node: n, cancel: cancel, ref: ref, changed: make(chan struct{}), kick: make(chan struct{}, 1), doubts: make(chan struct{}, 1),
+			waits: make(chan struct{}, 1),
+		}
 		k.relays[n] = r
 		g.Go(func() error {
 			r.keep(rctx)
@@ -299,137 +350,22 @@ func (r *relay) status() Status {
 			s.Refused = e.Code == leg.CodeUnauthorized || e.Code == leg.CodeForbidden
 		}
 	}
+	s.Moves, s.LastMove = r.moves, r.why
 	if l := r.current; l != nil {
 		st := l.Stats()
+		s.Doubtful = l.Doubtful()
 		s.Transport, s.Reflexive, s.Relayed, s.Stats = l.Transport(), l.ReflexiveAddr(), l.RelayedAddr(), &st
 	}
 	return s
 }
 
-// keep holds one leg up until ctx ends.
-func (r *relay) keep(ctx context.Context) {
-	r.mu.Lock()
-	log := r.k.cfg.Logger.With("relay", r.ref.Name)
-	r.mu.Unlock()
-	r.mu.Lock()
-	r.missing = time.Now()
-	r.mu.Unlock()
-	defer r.set(nil, ErrUnwanted) // who waits for the leg looks again
-	for ctx.Err() == nil {
-		started := time.Now()
-		r.mu.Lock()
-		r.tries++
-		try := r.tries
-		r.mu.Unlock()
-		select {
-		case <-r.kick: // this attempt is for it
-		default:
-		}
-		log.Info("dialling relay", "try", try)
-		l, err := r.dial(ctx, r.k.cfg.Transports)
-		if err != nil {
-			if ctx.Err() != nil {
-				return
-			}
-			r.set(nil, err)
-			r.mu.Lock()
-			r.failed = true
-			r.mu.Unlock()
-			r.missed()
-			log.Warn("relay not reached", "err", err, "retry_every", r.k.retry)
-			if !r.pause(ctx, time.Until(started.Add(jitter(r.k.retry)))) {
-				return
-			}
-			continue
-		}
-		log.Info("leg up", "transport", l.Transport(), "reflexive", l.ReflexiveAddr(), "relayed", l.RelayedAddr())
-		err = r.hold(ctx, l, log)
-		if ctx.Err() != nil {
-			return
-		}
-		log.Warn("leg lost", "err", err)
-		if r.k.cfg.OnDown != nil {
-			r.k.cfg.OnDown(r.node, err)
-		}
-		// A relay that takes legs and loses them soon must not be dialled in a tight loop.
-		if time.Since(started) < r.k.retry && !r.pause(ctx, jitter(r.k.retry)) {
-			return
-		}
-	}
-}
-
-// hold serves a leg until it is lost, replaced by none, or ctx ends. It closes what it held.
-func (r *relay) hold(ctx context.Context, l *leg.Leg, log *slog.Logger) error {
-	r.set(l, nil)
-	if r.k.cfg.OnUp != nil {
-		r.k.cfg.OnUp(r.node, l)
-	}
-	upgrade := time.NewTicker(r.k.upgrade)
-	defer upgrade.Stop()
-	draining := l.Draining()
-	upgrades := make(chan *leg.Leg, 1) // nil: the attempt failed
-	trying := false
-	uctx, stop := context.WithCancel(ctx)
-	defer func() {
-		stop()
-		if !trying {
-			return
-		}
-		if better := <-upgrades; better != nil {
-			_ = better.Close()
-		}
-	}()
-	for {
-		select {
-		case <-ctx.Done():
-			r.set(nil, nil)
-			_ = l.Close() // only ever reports what Done told
-			return ctx.Err()
-		case <-l.Done():
-			err := l.Err()
-			r.set(nil, err)
-			_ = l.Close()
-			return err
-		case <-draining:
-			draining = nil
-			log.Info("relay is draining")
-			if r.k.cfg.OnDown != nil {
-				r.k.cfg.OnDown(r.node, errors.New("the relay is draining"))
-			}
-		case <-upgrade.C:
-			if trying || l.Transport() == r.k.cfg.Transports[0] {
-				continue
-			}
-			trying = true
-			go func() {
-				better, err := r.dial(uctx, r.k.cfg.Transports[:1])
-				if err != nil {
-					better = nil
-				}
-				upgrades <- better
-			}()
-		case better := <-upgrades:
-			trying = false
-			if better == nil {
-				continue
-			}
-			log.Info("leg moved up", "from", l.Transport(), "to", better.Transport())
-			old := l
-			l = better
-			draining = l.Draining()
-			r.set(l, nil)
-			if r.k.cfg.OnUp != nil {
-				r.k.cfg.OnUp(r.node, l)
-			}
-			_ = old.Close()
-		}
-	}
-}
+// firstUpgrade is after how long a leg over TLS first looks for UDP.
+func (k *Keeper) firstUpgrade() time.Duration { return min(upgradeFirst, k.upgrade) }
 
 func (r *relay) set(l *leg.Leg, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.current, r.lastErr, r.since = l, err, time.Now()
+	r.current, r.lastErr, r.since, r.doubted = l, err, time.Now(), time.Time{}
 	switch {
 	case l != nil:
 		r.tries, r.missing, r.failed = 0, time.Time{}, false
@@ -440,164 +376,9 @@ func (r *relay) set(l *leg.Leg, err error) {
 	r.changed = make(chan struct{})
 }
 
-// dial makes one attempt: the transports race, each with a stagger behind the one before. The first leg wins.
-func (r *relay) dial(ctx context.Context, transports []leg.Transport) (*leg.Leg, error) {
-	ctx, cancel := context.WithTimeout(ctx, AttemptTimeout)
-	defer cancel()
-	r.mu.Lock()
-	ref := r.ref
-	r.mu.Unlock()
-	var addrs []netip.AddrPort
-	if r.k.cfg.Dial == nil { // else TLS may need none, and does not wait for them
-		var err error
-		if addrs, err = r.k.Addrs(ctx, ref, ref.Port); err != nil {
-			return nil, err
-		}
-	}
-	trust, err := relayTrust(ref)
-	if err != nil {
-		return nil, err
-	}
-	defer time.AfterFunc(LastStagger, r.missed).Stop()
-	type result struct {
-		l   *leg.Leg
-		err error
-	}
-	results := make(chan result, len(transports))
-	noAddress := make(chan struct{}) // closed when the first transport has nothing to dial, so that the next one need not wait
-	for i, t := range transports {
-		go func() {
-			if i > 0 && !stagger(ctx, time.Duration(i)*TLSStagger, noAddress) {
-				results <- result{nil, nil}
-				return
-			}
-			addrs, dial, err := addrs, dialFunc(nil), error(nil)
-			if r.k.cfg.Dial != nil {
-				addrs, dial, err = r.k.way(ctx, ref, t)
-			}
-			if err != nil {
-				if i == 0 {
-					close(noAddress)
-				}
-				results <- result{nil, err}
-				return
-			}
-			l, err := leg.Dial(ctx, leg.Config{
-				Relay: ref.Node, Addrs: addrs, Transport: t, Control: r.k.cfg.Control, Dial: dial, Keepalive: r.k.cfg.Keepalive, Logger: r.k.cfg.Logger, Metrics: r.k.cfg.Metrics,
-				Verify: r.k.verifier(trust),
-				Credentials: func() (string, string) {
-					r.mu.Lock()
-					defer r.mu.Unlock()
-					return r.ref.Username, r.ref.Password
-				},
-				OnRendezvous: r.onRendezvous(),
-			})
-			if err != nil {
-				err = fmt.Errorf("%s over %s: %w", ref.Name, t, err)
-			}
-			results <- result{l, err}
-		}()
-	}
-	var won *leg.Leg
-	var errs []error
-	for range transports {
-		res := <-results
-		switch {
-		case res.l != nil && won == nil:
-			won = res.l
-			cancel() // the others give up
-		case res.l != nil:
-			_ = res.l.Close()
-		case res.err != nil:
-			errs = append(errs, res.err)
-		}
-	}
-	if won != nil {
-		return won, nil
-	}
-	return nil, errors.Join(errs...)
-}
-
-func (r *relay) onRendezvous() func(identity.Node, netip.AddrPort, *leg.Channel) {
-	if r.k.cfg.OnRendezvous == nil {
-		return nil
-	}
-	n := r.node
-	return func(peer identity.Node, _ netip.AddrPort, ch *leg.Channel) { r.k.cfg.OnRendezvous(n, peer, ch) }
-}
-
-// Addrs finds the addresses of a port of a relay, IPv4 first.
-func (k *Keeper) Addrs(ctx context.Context, ref control.RelayRef, port uint16) ([]netip.AddrPort, error) {
-	if a, err := netip.ParseAddr(ref.Host); err == nil {
-		return []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), port)}, nil
-	}
-	addrs, err := k.cfg.Resolver.LookupNetIP(ctx, "ip", ref.Host)
-	if err != nil {
-		return nil, fmt.Errorf("address of relay %s: %w", ref.Name, err)
-	}
-	slices.SortStableFunc(addrs, func(a, b netip.Addr) int { return a.Unmap().BitLen() - b.Unmap().BitLen() })
-	out := make([]netip.AddrPort, len(addrs))
-	for i, a := range addrs {
-		out[i] = netip.AddrPortFrom(a.Unmap(), port)
-	}
-	return out, nil
-}
-
-// dialFunc opens a connection (see net.Dialer.DialContext).
-type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
-
-// Way is how a TCP port of a relay is dialled: its addresses and, where Config.Dial is set, a function that dials its host in place of the
-// address. That is then one, and unspecified where the host is a name.
-func (k *Keeper) Way(ctx context.Context, ref control.RelayRef, port uint16) ([]netip.AddrPort, dialFunc, error) {
-	if k.cfg.Dial == nil {
-		addrs, err := k.Addrs(ctx, ref, port)
-		return addrs, nil, err
-	}
-	at := netip.IPv4Unspecified()
-	if a, err := netip.ParseAddr(ref.Host); err == nil {
-		at = a.Unmap()
-	}
-	target := net.JoinHostPort(ref.Host, strconv.Itoa(int(port)))
-	return []netip.AddrPort{netip.AddrPortFrom(at, port)}, func(ctx context.Context, network, _ string) (net.Conn, error) {
-		return k.cfg.Dial(ctx, network, target)
-	}, nil
-}
-
-// way is Way for a leg.
-func (k *Keeper) way(ctx context.Context, ref control.RelayRef, t leg.Transport) ([]netip.AddrPort, dialFunc, error) {
-	if t == leg.TLS {
-		return k.Way(ctx, ref, ref.Port)
-	}
-	addrs, err := k.Addrs(ctx, ref, ref.Port)
-	return addrs, nil, err
-}
-
-// verifier checks a relay's certificate. Where a proxy may be on the way, it says what may have happened.
-func (k *Keeper) verifier(trust *identity.Trust) func(chain []*x509.Certificate) error {
-	return func(chain []*x509.Certificate) error {
-		_, err := trust.Verify(chain, x509.ExtKeyUsageServerAuth)
-		if err != nil && k.cfg.Dial != nil && len(chain) > 0 {
-			err = fmt.Errorf("%w; the certificate is issued by %.80q: if the egress proxy opens TLS, exempt the relay from that", err, chain[0].Issuer.String())
-		}
-		return err
-	}
-}
-
 // jitter is d give or take a tenth.
 func jitter(d time.Duration) time.Duration {
 	return d - d/10 + rand.N(d/5)
-}
-
-// pause is sleep that a change of the network ends early.
-func (r *relay) pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-r.kick:
-	case <-ctx.Done():
-	}
-	return ctx.Err() == nil
 }
 
 // Kick says that the host's network changed: legs are checked at once, and lost ones dialled at once.
@@ -605,26 +386,11 @@ func (k *Keeper) Kick() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, r := range k.relays {
-		select {
-		case r.kick <- struct{}{}:
-		default:
-		}
+		poke(r.kick)
 		r.mu.Lock()
 		if r.current != nil {
 			r.current.Suspect()
 		}
 		r.mu.Unlock()
 	}
-}
-
-// stagger waits, not longer than until now is closed, and reports whether ctx is still alive.
-func stagger(ctx context.Context, d time.Duration, now <-chan struct{}) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-now:
-	case <-ctx.Done():
-	}
-	return ctx.Err() == nil
 }

@@ -219,7 +219,7 @@ func TestFallsToTLSAndClimbsBack(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Error("the old leg stays open")
 	}
-	if len(j.times(t, "leg moved up")) != 1 {
+	if len(j.times(t, "leg moved")) != 1 {
 		t.Error("no line says that the leg moved")
 	}
 }
