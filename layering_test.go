@@ -34,6 +34,8 @@ var layers = []struct {
 	// A gateway that dials other gateways (site to site) is their client.
 	{folder: "gateway", never: []string{"platform", "relay", "bench", "cmd"}, except: relayContracts},
 	{folder: "client", never: []string{"gateway", "platform", "relay", "bench", "cmd"}, except: relayContracts},
+	// What judges paths is a mechanism on probes alone.
+	{folder: "tunnel/pathstate", never: append([]string{"tun", "netstack", "internal", "direct"}, roles...)},
 	{folder: "relay", never: []string{"gateway", "client", "platform", "tunnel", "tun", "netstack", "bench", "cmd"}},
 	{folder: "platform", never: []string{"gateway", "client", "relay", "tun", "netstack", "bench", "cmd"}, except: relayContracts},
 	// The leg runs in gateways and clients: nothing of the relay's server comes with it.

@@ -135,7 +135,7 @@ func foreign(t *testing.T, w *world, change func(*quic.Config)) (*quic.Conn, *ht
 		t.Fatal(err)
 	}
 	sl := newSlot(0, raw)
-	link := &slotLink{s: sl, link: l, mon: newMonitor(l, func() {}), gone: make(chan struct{})}
+	link := &slotLink{s: sl, link: l, mon: newMonitors(func() {}).add(l, LinkInfo{}), gone: make(chan struct{})}
 	sl.point(link, true)
 	cfg := w.config(l)
 	qc := &quic.Config{EnableDatagrams: true}

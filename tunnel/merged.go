@@ -21,6 +21,8 @@ type LinkInfo struct {
 	Name string
 	// Peer is who the link leads to, as the relay vouches; the session's TLS proves it. The zero Node is anybody.
 	Peer identity.Node
+	// Rank orders kinds of paths: of two that are as good a session prefers the lower one.
+	Rank int
 }
 
 // MergedConfig configures a Merged. The zero value is fine.

@@ -7,167 +7,121 @@ import (
 
 	"sallyway/internal/datagram"
 	"sallyway/stun"
+	"sallyway/tunnel/pathstate"
 )
 
 // Liveness is the state of a path by its probes.
-type Liveness string
+type Liveness = pathstate.Liveness
 
-// The states. A path is suspect when a probe is late, which has three more sent at once, and dead when none of these is answered or its
+// The states. A path is suspect when a probe is late, which has more sent at once, and dead when none of these is answered or its
 // link is gone. An answer makes it alive again.
 const (
-	Unknown Liveness = "unknown"
-	Alive   Liveness = "alive"
-	Suspect Liveness = "suspect"
-	Dead    Liveness = "dead"
+	Unknown = pathstate.Unknown
+	Alive   = pathstate.Alive
+	Suspect = pathstate.Suspect
+	Dead    = pathstate.Dead
 )
 
-// Times of probing.
 const (
-	// busyInterval is between probes while flows move, idleInterval while none do.
-	busyInterval = 100 * time.Millisecond
-	idleInterval = 15 * time.Second
+	// idleInterval is between probes while no flows move.
+	idleInterval = pathstate.IdleInterval
 	// busyFor is how long a session counts as busy after its last byte.
 	busyFor = 2 * time.Second
-	// suspectProbes are sent suspectInterval apart to a suspect path.
-	suspectProbes   = 3
-	suspectInterval = 20 * time.Millisecond
-	// leastLate and mostLate bound after how long a probe is late; in between it is the path's round-trip time and four deviations.
-	leastLate = 50 * time.Millisecond
-	mostLate  = time.Second
-	// deadInterval is between probes to a dead path.
-	deadInterval = time.Second
 )
 
-// monitor probes one link. It does no waiting: step is called when it asked to be, and when something happened.
+// monitors are a session's, which share keys, the numbers of probes, and the machine that judges them all.
+type monitors struct {
+	wake func() // has the machine's owner step soon
+
+	mu        sync.Mutex // guards what follows; taken after the session's
+	machine   *pathstate.Machine
+	numbers   stun.Numbers
+	responder *stun.Responder // nil before the handshake
+}
+
+func newMonitors(wake func()) *monitors { return &monitors{wake: wake, machine: pathstate.New()} }
+
+// monitor is what the machine knows one link by.
 type monitor struct {
+	all  *monitors
 	link datagram.Link
-	wake func() // tells the session to step soon
-
-	mu        sync.Mutex // guards what follows
-	prober    *stun.Prober
-	responder *stun.Responder
-	state     Liveness
-	changed   bool // since the last step
-	gone      bool // the link's Done is closed
-	asked     bool // somebody suspects the path
-	lastSent  time.Time
-	burst     int // probes sent in a row while suspect
+	path *pathstate.Path
 }
 
-func newMonitor(l datagram.Link, wake func()) *monitor {
-	return &monitor{link: l, wake: wake, state: Unknown}
+func (ms *monitors) add(l datagram.Link, info LinkInfo) *monitor {
+	return &monitor{all: ms, link: l, path: pathstate.NewPath(info.Name, info.Rank)}
 }
 
-// start gives the monitor its keys, before which it neither probes nor answers.
+// start gives the monitor the session's keys, before which it neither probes nor answers.
 func (m *monitor) start(k stun.Keys) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.prober, m.responder = stun.NewProber(k), stun.NewResponder(k, 0, 0)
+	m.all.mu.Lock()
+	defer m.all.mu.Unlock()
+	if m.all.responder == nil {
+		m.all.responder = stun.NewOrderedResponder(k, 0, 0)
+	}
+	m.all.machine.Probe(m.path, stun.NewNumberedProber(k, &m.all.numbers))
 }
 
 // handle takes a datagram that is no QUIC.
 func (m *monitor) handle(b []byte) {
-	m.mu.Lock()
-	prober, responder := m.prober, m.responder
-	m.mu.Unlock()
-	if prober == nil || !stun.IsProbe(b) {
+	if !stun.IsProbe(b) {
 		return
 	}
 	now := time.Now()
-	if stun.IsRequest(b) {
-		if answer, ok := responder.Respond(now, b, netip.AddrPort{}); ok {
-			m.link.Send(answer, 0, datagram.NotECT)
+	m.all.mu.Lock()
+	responder := m.all.responder
+	if responder != nil && !stun.IsRequest(b) {
+		if _, wake := m.all.machine.Packet(now, m.path, b); wake {
+			m.all.wake()
 		}
+		responder = nil
+	}
+	m.all.mu.Unlock()
+	if responder == nil {
 		return
 	}
-	if _, ok := prober.Handle(now, b); !ok {
-		return
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.burst, m.asked = 0, false
-	if !m.gone {
-		m.setLocked(Alive)
-	}
-}
-
-func (m *monitor) setLocked(s Liveness) {
-	if m.state != s {
-		m.state, m.changed = s, true
-		m.wake()
+	if answer, ok := responder.Respond(now, b, netip.AddrPort{}); ok {
+		m.link.Send(answer, 0, datagram.NotECT)
 	}
 }
 
 // lost says that the link can not carry anything any more.
 func (m *monitor) lost() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.gone = true
-	m.setLocked(Dead)
+	m.all.mu.Lock()
+	defer m.all.mu.Unlock()
+	m.all.machine.Gone(time.Now(), m.path)
+	m.all.wake()
 }
 
 // suspect asks for probes at once.
 func (m *monitor) suspect() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if !m.gone {
-		m.asked = true
-		m.wake()
-	}
+	m.all.mu.Lock()
+	defer m.all.mu.Unlock()
+	m.all.machine.Doubt(m.path)
+	m.all.wake()
 }
 
-// step sends the probe that is due, judges those that are late, and says when it wants to be called again and whether the state changed.
-func (m *monitor) step(now time.Time, interval time.Duration) (next time.Duration, state Liveness, changed bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	defer func() { state, changed, m.changed = m.state, m.changed, false }()
-	if m.prober == nil || m.gone {
-		return idleInterval, "", false
-	}
-	late := m.prober.Timeout(leastLate, mostLate)
-	lost := m.prober.Expire(now, late)
-	switch {
-	case m.state == Dead:
-		interval = min(interval, deadInterval)
-	case m.state == Suspect && lost > 0 && m.burst >= suspectProbes && m.prober.Stats().Unanswered >= suspectProbes:
-		m.state, m.changed = Dead, true
-		interval = deadInterval
-	case m.state != Suspect && (lost > 0 || m.asked):
-		m.state, m.changed = Suspect, true
-		m.burst = 0
-	}
-	m.asked = false
-	if m.state == Suspect {
-		interval = suspectInterval
-		if m.burst >= suspectProbes {
-			// All are out: wait for what comes, answers or their lateness.
-			if wait := late - now.Sub(m.lastSent); wait > 0 {
-				return wait, "", false
-			}
-		}
-	}
-	if wait := interval - now.Sub(m.lastSent); wait > 0 {
-		// A probe under way is judged when it is late, even if the next one is due much later.
-		if since := now.Sub(m.lastSent); since < late {
-			wait = min(wait, late-since)
-		}
-		return wait, "", false
-	}
-	m.link.Send(m.prober.Probe(now, 0), 0, datagram.NotECT)
-	m.lastSent = now
-	if m.state == Suspect {
-		m.burst++
-		return min(interval, late), "", false
-	}
-	return min(interval, late), "", false
+// status says what the machine knows.
+func (m *monitor) status() pathstate.Status {
+	m.all.mu.Lock()
+	defer m.all.mu.Unlock()
+	return m.all.machine.Status(time.Now(), m.path)
 }
 
-// status says what the monitor knows.
-func (m *monitor) status() (Liveness, stun.PathStats) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.prober == nil {
-		return m.state, stun.PathStats{}
+// step tells the machine what there is, and returns what it wants done, and when it wants to be called again. standby may be nil.
+func (ms *monitors) step(now time.Time, active, standby *monitor, busy bool, heard time.Duration, load pathstate.Load) ([]pathstate.Action, time.Duration) {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	var other *pathstate.Path
+	if standby != nil {
+		other = standby.path
 	}
-	return m.state, m.prober.Stats()
+	m := ms.machine
+	m.Roles(now, active.path, other)
+	m.Busy(now, busy)
+	m.Heard(now, heard)
+	if busy {
+		m.Load(now, load)
+	}
+	return m.Step(now)
 }

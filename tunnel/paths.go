@@ -3,10 +3,12 @@ package tunnel
 import (
 	"context"
 	"fmt"
+	"maps"
 	"time"
 
 	"sallyway/internal/datagram"
 	"sallyway/stun"
+	"sallyway/tunnel/pathstate"
 )
 
 // PathRole says what a session uses a path for.
@@ -31,9 +33,16 @@ type PathStatus struct {
 	Link  datagram.Link
 	Info  LinkInfo
 	State Liveness
-	// Probes is what the probes tell: round-trip time, loss.
+	// Since is when State began; zero if it never changed.
+	Since time.Time
+	// Probes is what the probes tell: round-trip time, and loss over the last 64.
 	Probes stun.PathStats
+	// HeldUntil is until when the session does not go back to the path because it was bad; zero if it was not.
+	HeldUntil time.Time
 }
+
+// MoveCause says in a word why a session moved.
+type MoveCause = pathstate.Cause
 
 // PathInfo is a session's paths. Standby.Link is nil where there is none. Active.Link never is: when the session is over it is one that
 // is done.
@@ -43,13 +52,15 @@ type PathInfo struct {
 	Moves      uint64
 	LastMove   time.Time
 	LastReason string
+	// Causes counts moves by why; those that the session's owner made are pathstate.CauseOwner.
+	Causes map[MoveCause]uint64
 }
 
 // revalidate is after how long an unanswered validation of the spare slot is given up; it runs over a path that has just answered.
 const revalidate = 2 * time.Second
 
 func (s *Session) newLink(sl *slot, l datagram.Link, info LinkInfo) *slotLink {
-	return &slotLink{s: sl, link: l, info: info, mon: newMonitor(l, s.stepSoon), gone: make(chan struct{})}
+	return &slotLink{s: sl, link: l, info: info, mon: s.monitors.add(l, info), gone: make(chan struct{})}
 }
 
 // pointLocked points slot i to l. A link that another slot receives from changes hands.
@@ -214,14 +225,27 @@ func (s *Session) Failover(reason string) error {
 	if s.standby < 0 || !s.slots[s.standby].validated {
 		return ErrNoStandby
 	}
-	if err := s.switchLocked(s.standby, reason); err != nil {
-		return err
+	return s.switchLocked(s.standby, reason, pathstate.CauseOwner)
+}
+
+// moveLocked moves the session to p if that is the standby, for a reason of the machine's, and returns where from.
+func (s *Session) moveLocked(p *pathstate.Path, reason string, cause MoveCause) (from LinkInfo, ok bool) {
+	if s.err != nil || s.standby < 0 || !s.slots[s.standby].validated {
+		return from, false
 	}
-	return nil
+	was, to := s.slots[s.active].to.Load(), s.slots[s.standby].to.Load()
+	if was == nil || to == nil || to.mon.path != p {
+		return from, false
+	}
+	if err := s.switchLocked(s.standby, reason, cause); err != nil {
+		s.cfg.Logger.Warn("path not moved", "gateway", s.cfg.Gateway, "err", err)
+		return from, false
+	}
+	return was.info, true
 }
 
 // switchLocked makes slot i active.
-func (s *Session) switchLocked(i int, reason string) error {
+func (s *Session) switchLocked(i int, reason string, cause MoveCause) error {
 	if err := s.slots[i].path.Switch(); err != nil {
 		return fmt.Errorf("move to path %s: %w", s.slots[i].to.Load().info.Name, err)
 	}
@@ -229,13 +253,14 @@ func (s *Session) switchLocked(i int, reason string) error {
 	if s.standby == i {
 		s.standby = -1
 	}
-	s.movedLocked(reason)
+	s.movedLocked(reason, cause)
 	return nil
 }
 
 // movedLocked tells everybody of a move. The gateway's QUIC follows only on a packet that is no probe, so there must be one now.
-func (s *Session) movedLocked(reason string) {
+func (s *Session) movedLocked(reason string, cause MoveCause) {
 	s.moves++
+	s.causes[cause]++
 	s.knocks = 0
 	s.lastMove, s.lastReason = time.Now(), reason
 	to := s.slots[s.active].to.Load()
@@ -267,11 +292,11 @@ func (s *Session) Repoint(l datagram.Link, info LinkInfo, reason string) error {
 	}
 	if i < 0 {
 		s.pointLocked(s.active, l, info)
-		s.movedLocked(reason)
+		s.movedLocked(reason, pathstate.CauseOwner)
 		return nil
 	}
 	s.pointLocked(i, l, info)
-	return s.switchLocked(i, reason)
+	return s.switchLocked(i, reason, pathstate.CauseOwner)
 }
 
 // Suspect has the paths on l probed at once: what a refusal by ICMP or a leg's doubt is worth.
@@ -292,7 +317,7 @@ func (s *Session) Suspect(l datagram.Link) {
 func (s *Session) Path() PathInfo {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	info := PathInfo{Active: s.statusLocked(s.active), Moves: s.moves, LastMove: s.lastMove, LastReason: s.lastReason}
+	info := PathInfo{Active: s.statusLocked(s.active), Moves: s.moves, LastMove: s.lastMove, LastReason: s.lastReason, Causes: maps.Clone(s.causes)}
 	if info.Active.Link == nil { // the slots are closed before Done is
 		info.Active.Link = endedLink{}
 	}
@@ -321,9 +346,8 @@ func (s *Session) statusLocked(i int) PathStatus {
 	if to == nil {
 		return PathStatus{State: Dead}
 	}
-	st := PathStatus{Link: to.link, Info: to.info}
-	st.State, st.Probes = to.mon.status()
-	return st
+	st := to.mon.status()
+	return PathStatus{Link: to.link, Info: to.info, State: st.State, Since: st.Since, Probes: st.Probes, HeldUntil: st.HeldUntil}
 }
 
 // stepSoon has watchPaths look again.
@@ -334,7 +358,7 @@ func (s *Session) stepSoon() {
 	}
 }
 
-// watchPaths probes the active and the standby path until the session ends.
+// watchPaths probes the active and the standby path, and does what the machine that judges them says, until the session ends. It alone steps it.
 func (s *Session) watchPaths() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -349,54 +373,94 @@ func (s *Session) watchPaths() {
 		case <-timer.C:
 		}
 		now := time.Now()
-		interval := busyInterval
+		busy := true
 		if m := s.flows.total(); m != moved {
 			moved, lastMoved = m, now
 		} else if now.Sub(lastMoved) >= busyFor {
 			s.flows.idle.Store(true)
-			if s.flows.total() == moved { // else a byte passed just before it would have woken us
-				interval = idleInterval
+			busy = s.flows.total() != moved // else a byte passed just before it would have woken us
+		}
+		var load pathstate.Load
+		if busy {
+			q := s.conn.ConnectionStats()
+			if window.sample(now, q) && s.renew(now) {
+				window.began(now)
 			}
+			load = pathstate.Load{Sent: q.PacketsSent, Lost: q.PacketsLost, Received: q.PacketsReceived, Bytes: s.flows.total()}
 		}
-		s.mu.Lock()
-		active, standby := s.slots[s.active].to.Load(), (*slotLink)(nil)
-		if s.standby >= 0 {
-			standby = s.slots[s.standby].to.Load()
-		}
-		s.mu.Unlock()
-		if interval == busyInterval && window.sample(now, s.conn.ConnectionStats()) && s.renew(now) {
-			window.began(now)
-			continue
-		}
-		wait := s.step(RoleActive, active, now, interval)
-		if standby != nil {
-			wait = min(wait, s.step(RoleStandby, standby, now, interval))
-		}
-		timer.Reset(min(wait, s.knock(now)))
+		timer.Reset(min(s.step(now, busy, load), s.knock(now)))
 	}
 }
 
-func (s *Session) step(role PathRole, l *slotLink, now time.Time, interval time.Duration) time.Duration {
-	if l == nil {
-		return interval
+// step has the machine judge the paths and does what it says. It returns when there is more to do.
+func (s *Session) step(now time.Time, busy bool, load pathstate.Load) time.Duration {
+	s.mu.Lock()
+	active, standby := s.slots[s.active].to.Load(), (*slotLink)(nil)
+	if s.standby >= 0 {
+		standby = s.slots[s.standby].to.Load()
 	}
-	next, state, changed := l.mon.step(now, interval)
-	if changed {
-		s.mu.Lock()
-		if to := s.slots[s.active].to.Load(); to != nil && to.mon == l.mon { // it may have moved meanwhile
-			role = RoleActive
+	s.mu.Unlock()
+	if active == nil { // the session is over
+		return idleInterval
+	}
+	var other *monitor
+	if standby != nil {
+		other = standby.mon
+	}
+	last := int64(0)
+	for _, sl := range s.slots {
+		last = max(last, sl.src.last.Load())
+	}
+	actions, wait := s.monitors.step(now, active.mon, other, busy, max(sinceEpoch()-time.Duration(last), 0), load)
+	for _, a := range actions {
+		l, role := active, RoleActive
+		if standby != nil && a.Path == standby.mon.path {
+			l, role = standby, RoleStandby
+		} else if a.Path != active.mon.path {
+			continue // the session has left it
 		}
-		s.mu.Unlock()
-		if role == RoleActive && state == Alive {
-			s.pathAnswers(l)
-		}
-		select {
-		case s.events <- PathEvent{Role: role, Link: l.link, Info: l.info, State: state}:
+		switch {
+		case a.Probe != nil:
+			l.link.Send(a.Probe, 0, datagram.NotECT)
+		case a.Cause != "":
+			if s.move(l, a) {
+				wait = 0
+			}
 		default:
-			s.cfg.Logger.Warn("path event lost: OnPath is too slow", "gateway", s.cfg.Gateway, "state", state)
+			s.tell(role, l, a.State)
 		}
 	}
-	return max(next, time.Millisecond)
+	return wait
+}
+
+// move moves the session to its standby, as the machine says.
+func (s *Session) move(to *slotLink, a pathstate.Action) bool {
+	s.mu.Lock()
+	from, ok := s.moveLocked(a.Path, a.Reason, a.Cause)
+	s.mu.Unlock()
+	if !ok {
+		return false
+	}
+	s.cfg.Logger.Info("path moved", "gateway", s.cfg.Gateway, "from", from.Name, "to", to.info.Name, "reason", a.Reason, "cause", a.Cause)
+	s.tell(RoleActive, to, to.mon.status().State)
+	return true
+}
+
+// tell has OnPath called.
+func (s *Session) tell(role PathRole, l *slotLink, state Liveness) {
+	s.mu.Lock()
+	if to := s.slots[s.active].to.Load(); to != nil && to.mon == l.mon { // it may have moved meanwhile
+		role = RoleActive
+	}
+	s.mu.Unlock()
+	if role == RoleActive && state == Alive {
+		s.pathAnswers(l)
+	}
+	select {
+	case s.events <- PathEvent{Role: role, Link: l.link, Info: l.info, State: state}:
+	default:
+		s.cfg.Logger.Warn("path event lost: OnPath is too slow", "gateway", s.cfg.Gateway, "state", state)
+	}
 }
 
 // pathAnswers says once more that the session moved, when a path that it moved to without validating it begins to answer. The first

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"sallyway/tunnel/pathstate"
 )
 
 // pattern checks that a stream carries the endless pseudo-random pattern in order.
@@ -290,11 +292,10 @@ func TestPathStates(t *testing.T) {
 	if d > 350*time.Millisecond {
 		t.Errorf("dead after %v", d)
 	}
-	if err := s.Failover("dead"); err != nil {
-		t.Fatal(err)
-	}
-	if st := s.Path(); st.Active.State != Alive || st.Active.Probes.RTT == 0 {
-		t.Errorf("status %+v", st.Active)
+	await(RoleActive, "b", Alive) // the session has moved by itself
+	if st := s.Path(); st.Active.State != Alive || st.Active.Probes.RTT == 0 || st.Active.Since.IsZero() || st.Causes[pathstate.CauseDead] != 1 ||
+		st.LastReason != "left first: probes are not answered" || !st.Active.HeldUntil.IsZero() {
+		t.Errorf("status %+v", st)
 	}
 	// A link that ends is dead at once.
 	b.end()

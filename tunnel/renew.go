@@ -96,7 +96,7 @@ func (s *Session) takeOverLocked(need bool) bool {
 		return false
 	}
 	old := s.slots[s.active].to.Load()
-	if state, _ := old.mon.status(); state != Alive {
+	if old.mon.status().State != Alive {
 		return false
 	}
 	next := &slotLink{s: s.slots[i], link: old.link, info: old.info, mon: old.mon, gone: make(chan struct{})}

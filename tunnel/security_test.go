@@ -35,7 +35,7 @@ func dialTLS(t *testing.T, w *world, l *fakeLink, cfg *tls.Config) *quic.Conn {
 		t.Fatal(err)
 	}
 	sl := newSlot(0, raw)
-	sl.point(&slotLink{s: sl, link: l, mon: newMonitor(l, func() {}), gone: make(chan struct{})}, true)
+	sl.point(&slotLink{s: sl, link: l, mon: newMonitors(func() {}).add(l, LinkInfo{}), gone: make(chan struct{})}, true)
 	t.Cleanup(func() {
 		sl.tr.Close()
 		sl.Close()

@@ -201,7 +201,7 @@ func (s *Server) admit(ctx context.Context, conn *quic.Conn) (*peerSession, erro
 		return p, err
 	}
 	p.keys = keys.Swap()
-	p.responder = stun.NewResponder(p.keys, 0, 0)
+	p.responder = stun.NewOrderedResponder(p.keys, 0, 0)
 	p.ctx = conn.Context()
 	// The session is on the list before it is authorized, so that a revocation meanwhile ends it.
 	s.mu.Lock()

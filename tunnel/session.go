@@ -40,8 +40,8 @@ type DialConfig struct {
 	IdleTimeout time.Duration
 	// OnNotice is called with every notice of the gateway, in order, from one goroutine. It must not call Close. Nil drops them.
 	OnNotice func(Notice)
-	// OnPath is called from one goroutine when the state of the active or the standby path changes. It may call Failover, Repoint
-	// and Standby, not Close. Nil is no call.
+	// OnPath is called from one goroutine when the state of the active or the standby path changes, or the session has moved to its standby by
+	// itself, which it does when the active path is dead, or bad while the standby is not. It may call Failover, Repoint and Standby, not Close. Nil is no call.
 	OnPath func(PathEvent)
 	// Logger takes changes of state; nil discards them.
 	Logger *slog.Logger
@@ -58,7 +58,8 @@ type Session struct {
 	since     time.Time
 	raw       *rawSocket
 
-	flows meter
+	flows    meter
+	monitors *monitors
 
 	validating sync.Mutex // held while a path is being validated; taken before mu
 	settled    sync.Once
@@ -74,6 +75,7 @@ type Session struct {
 	knocked    time.Time // when the last one of all was
 	lastMove   time.Time
 	lastReason string
+	causes     map[MoveCause]uint64
 	err        error
 
 	wake   chan struct{} // something about the paths changed
@@ -96,9 +98,10 @@ func Dial(ctx context.Context, cfg DialConfig) (*Session, error) {
 	}
 	s := &Session{
 		cfg: cfg, authority: cfg.Gateway.ServerName(), raw: raw, standby: -1, since: time.Now(),
-		wake: make(chan struct{}, 1), events: make(chan PathEvent, 64), done: make(chan struct{}),
+		wake: make(chan struct{}, 1), events: make(chan PathEvent, 64), done: make(chan struct{}), causes: map[MoveCause]uint64{},
 	}
 	s.flows.wake = s.stepSoon
+	s.monitors = newMonitors(s.stepSoon)
 	for i := range s.slots {
 		s.slots[i] = newSlot(i, raw)
 		if i > 0 {

@@ -371,7 +371,7 @@ func TestALPNMismatch(t *testing.T) {
 	sl := newSlot(0, raw)
 	defer sl.Close()
 	defer sl.tr.Close()
-	sl.point(&slotLink{s: sl, link: l, mon: newMonitor(l, func() {}), gone: make(chan struct{})}, true)
+	sl.point(&slotLink{s: sl, link: l, mon: newMonitors(func() {}).add(l, LinkInfo{}), gone: make(chan struct{})}, true)
 	cfg := w.config(l)
 	tc := cfg.tls()
 	tc.NextProtos = []string{"turn"}
@@ -403,7 +403,7 @@ func TestNoTicketsAndVersions(t *testing.T) {
 	sl := newSlot(0, raw)
 	defer sl.Close()
 	defer sl.tr.Close()
-	sl.point(&slotLink{s: sl, link: l, mon: newMonitor(l, func() {}), gone: make(chan struct{})}, true)
+	sl.point(&slotLink{s: sl, link: l, mon: newMonitors(func() {}).add(l, LinkInfo{}), gone: make(chan struct{})}, true)
 	cfg := w.config(l)
 	for _, v := range []quic.Version{quic.Version1, quic.Version2} {
 		tc, seen := cfg.tls(), &tickets{}
