@@ -15,6 +15,7 @@ import (
 
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
+	"sallyway/internal/tally"
 	"sallyway/netstack"
 	"sallyway/tunnel"
 )
@@ -49,6 +50,7 @@ type capture struct {
 	mu sync.Mutex // guards ip
 	ip map[identity.Node]*ipExchange
 
+	often   tally.Log     // what does not work for apps
 	refused atomic.Uint64 // flows refused
 	dropped atomic.Uint64 // packets dropped for want of a route or room
 }
@@ -63,6 +65,13 @@ func newCapture(log *slog.Logger, dev netstack.Device, s *Sessions, st *stub) (*
 
 // run moves packets until ctx ends.
 func (c *capture) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var lines sync.WaitGroup
+	defer lines.Wait()
+	defer cancel()
+	for _, l := range []*tally.Log{&c.often, &c.stub.often} {
+		lines.Go(func() { _ = l.Run(ctx, c.log) }) // ends with ctx
+	}
 	err := c.stack.Run(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -169,7 +178,21 @@ func writeEach(up *tunnel.UDPConn, run []byte, size int) error {
 
 func (c *capture) refuse(proto string, dst netip.AddrPort, err error) {
 	c.refused.Add(1)
-	c.log.Info("flow refused", "proto", proto, "to", dst, "err", err)
+	c.often.Info(c.log, refusal{proto, whyRefused(err)}, "flow refused", "proto", proto, "to", dst, "err", err)
+}
+
+// refusal is what lines about refused flows are counted by.
+type refusal struct{ proto, why string }
+
+// whyRefused is a refusal's kind: a rule, an error of RFC 9209, or one that is the client's own.
+func whyRefused(err error) string {
+	if pe, ok := errors.AsType[*tunnel.ProxyError](err); ok {
+		return string(pe.Type) + " " + pe.Rule
+	}
+	if _, ok := errors.AsType[*NoRouteError](err); ok {
+		return "no route"
+	}
+	return ""
 }
 
 // rejection is what an app sees of a failed dial: what it would see on the spot.
@@ -343,7 +366,7 @@ func (x *ipExchange) run(ctx context.Context) {
 		if err != nil {
 			x.failed.Store(time.Now().UnixNano())
 			x.c.dropped.Add(1)
-			x.c.log.Info("no exchange of IP packets", "gateway", x.gateway.ID, "err", err)
+			x.c.often.Info(x.c.log, x.gateway, "no exchange of IP packets", "gateway", x.gateway.ID, "err", err)
 			select {
 			case <-time.After(ipRetry):
 				continue

@@ -12,6 +12,7 @@ import (
 	"github.com/miekg/dns"
 
 	"sallyway/internal/identity"
+	"sallyway/internal/tally"
 )
 
 // virtualTTL is how long answers made from the configuration may be cached, in seconds: short, since a configuration can change.
@@ -38,6 +39,7 @@ type stub struct {
 	upstreams func() []netip.AddrPort
 
 	asking atomic.Int32 // queries being answered
+	often  tally.Log    // queries that failed
 }
 
 // answer returns the reply to a query, both in wire format, or nil for what is no query and for one too many. size bounds the reply in bytes and is
@@ -83,7 +85,7 @@ func (s *stub) reply(ctx context.Context, q *dns.Msg, raw []byte) *dns.Msg {
 	if gateways, known := t.resolver(name); known {
 		m, err := s.exchange(ctx, gateways, raw)
 		if err != nil {
-			s.log.Info("name not resolved by gateway", "name", name, "err", err)
+			s.often.Info(s.log, whyRefused(err), "name not resolved by gateway", "name", name, "err", err)
 			return failure(q, dns.RcodeServerFailure)
 		}
 		return m

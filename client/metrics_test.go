@@ -1,6 +1,9 @@
 package client
 
 import (
+	"fmt"
+	"log/slog"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -77,5 +80,20 @@ func TestRung(t *testing.T) {
 		if rung, relay := Rung(path); rung != want[0] || relay != want[1] {
 			t.Errorf("%q is %q at %q", path, rung, relay)
 		}
+	}
+}
+
+// An app that tries again and again is a line for each reason, and every try is counted.
+func TestRefusalsAreOneLine(t *testing.T) {
+	var log strings.Builder
+	c := &capture{log: slog.New(slog.NewTextHandler(&log, nil))}
+	for i := range 50 {
+		dst := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}), 22)
+		c.refuse("tcp", dst, fmt.Errorf("gateway office: %w", tunnel.Denied("no-entry", "the rule says no")))
+		c.refuse("tcp", dst, &NoRouteError{dst.Addr().String()})
+		c.refuse("udp", dst, &NoRouteError{dst.Addr().String()})
+	}
+	if n := strings.Count(log.String(), "\n"); n != 3 || c.refused.Load() != 150 {
+		t.Errorf("%d lines, %d refused:\n%s", n, c.refused.Load(), log.String())
 	}
 }

@@ -222,6 +222,7 @@ func (d *gatewayDaemon) run(ctx context.Context) error {
 	g.Go(func() error { return d.host.Run(ctx) })
 	g.Go(func() error { return d.watchNAT(ctx) })
 	g.Go(func() error { return d.direct.run(ctx) })
+	g.Go(func() error { return d.handler.often.Run(ctx, d.sh.Log) })
 	g.Go(func() error { return d.health.run(ctx) })
 	g.Go(func() error {
 		if _, err := d.agent.WaitConfig(ctx); err != nil {

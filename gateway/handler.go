@@ -9,7 +9,9 @@ import (
 	"net/netip"
 	"time"
 
+	"sallyway/internal/identity"
 	"sallyway/internal/policy"
+	"sallyway/internal/tally"
 	"sallyway/internal/trial"
 	"sallyway/tunnel"
 )
@@ -29,6 +31,7 @@ type handler struct {
 	virtual func() []netip.Addr // of this gateway
 	metrics *metrics
 	flows   openFlows
+	often   tally.Log // what is refused
 	bench   bench
 	dialer  net.Dialer
 }
@@ -105,8 +108,16 @@ func (h *handler) refuse(p tunnel.Peer, t policy.Target, err error) error {
 	if errors.Is(err, context.Canceled) {
 		return pe
 	}
-	h.log.Info("flow refused", "peer", p.Node, "to", t, "err", pe)
+	h.often.Info(h.log, refusal{p.Node, t.Proto, pe.Type, pe.Rule}, "flow refused", "peer", p.Node, "to", t, "err", pe)
 	return pe
+}
+
+// refusal is what lines about refused flows are counted by: a port scan or a ping is one line per tally.Interval and rule.
+type refusal struct {
+	peer  identity.Node
+	proto policy.Proto
+	typ   tunnel.ErrorType
+	rule  string
 }
 
 func protoLabel(p policy.Proto) string {

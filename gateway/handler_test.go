@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -19,6 +20,7 @@ import (
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
+	"sallyway/netstack"
 	"sallyway/tunnel"
 )
 
@@ -339,5 +341,35 @@ func TestSecretsStay(t *testing.T) {
 	defer st.Close()
 	if _, _, err := loadSecrets(st); err == nil {
 		t.Error("a folder in its place goes unnoticed")
+	}
+}
+
+// A peer that is refused again and again is a line, whether by connections or by echo requests, and all of it is counted.
+func TestRefusalsAreOneLine(t *testing.T) {
+	var log strings.Builder
+	h := newHandler(t, nil)
+	h.log = slog.New(slog.NewTextHandler(&log, nil))
+	h.virtual = func() []netip.Addr { return nil } // no ICMP errors
+	x := &ipSession{h: h, peer: peer1, ctx: t.Context()}
+	const many = 50
+	for i := range many {
+		dst := netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})
+		if _, err := h.DialTCP(t.Context(), peer1, target(policy.TCP, dst.String(), 22)); !errors.Is(err, tunnel.ErrDenied) {
+			t.Fatal(err)
+		}
+		e := netstack.Echo{Src: clientVirtual[0], Dst: dst, Seq: uint16(i)}
+		x.echo(e, e.AppendPacket(nil))
+	}
+	if lines := strings.Split(strings.TrimSpace(log.String()), "\n"); len(lines) != 2 || !strings.Contains(log.String(), "192.0.2.0") {
+		t.Errorf("%d lines:\n%s", len(lines), log.String())
+	}
+	for _, proto := range []policy.Proto{policy.TCP, policy.ICMP} {
+		if n := counted(t, h.metrics.flows.WithLabelValues(string(proto), string(tunnel.RequestDenied))); n != many {
+			t.Errorf("%v of %d %s are counted", n, many, proto)
+		}
+	}
+	_, _ = h.DialTCP(t.Context(), peer2, target(policy.TCP, "192.0.2.1", 22)) // another peer's is another's
+	if !strings.Contains(log.String(), client2.ID) {
+		t.Error("another peer's refusal is not told")
 	}
 }

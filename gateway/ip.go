@@ -184,7 +184,7 @@ func (x *ipSession) echo(e netstack.Echo, orig []byte) {
 		}
 	}
 	if errors.Is(err, errNoPing) {
-		x.h.log.Warn("echo request not sent", "err", err)
+		x.h.often.Warn(x.h.log, errNoPing, "echo request not sent", "err", err)
 	}
 	if pe := tunnel.AsProxyError(err); errors.Is(pe, tunnel.ErrUnreachable) {
 		x.unreachable(orig, pe)
