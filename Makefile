@@ -37,7 +37,7 @@ TEST_EXEC = $(if $(filter 0,$(shell id -u)),,-exec "$(CURDIR)/$(AS_ROOT)")
 export SALLYWAY_BIN := $(CURDIR)/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-peers bench-packages peers install dist clean help prerequisites
+.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-failover bench-peers bench-packages peers install dist clean help prerequisites
 
 build: ## build the programs into bin/ (the default)
 	@$(find_go)
@@ -91,6 +91,9 @@ bench: build peers bench-packages ## run all benchmarks next to the peers that c
 bench-quick: build ## a short look at every kind of topology, a few minutes (root by sudo)
 	@build/prerequisites.sh demo
 	$(AS_ROOT) bin/bench --quick
+
+bench-failover: build ## kill, cut, drain and block what is between open connections, 20 times each: about 40 minutes (root by sudo)
+	@$(AS_ROOT) bin/bench failover
 
 bench-peers: build peers bench-packages ## one short run through a relay next to the peers that can be installed (root by sudo)
 	@$(AS_ROOT) bin/bench --quick --peers --scenario one-relay

@@ -100,6 +100,8 @@ type way struct {
 	behind      netip.Addr // what addr leads to, where that is another; its iperf3 server is the one in use
 	packets     bool       // carries UDP too
 	procs       []*lab.Proc
+	// again does what is left to do when the hub's process has been started again; nil is nothing.
+	again func(context.Context) error
 }
 
 // runner is a scenario in progress.

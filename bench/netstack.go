@@ -187,7 +187,11 @@ func (b bar) holds() bool {
 
 // writeBars writes whether each holds; those without a figure are left out.
 func writeBars(b *strings.Builder, bars []bar) {
-	bars = slices.DeleteFunc(slices.Clone(bars), func(x bar) bool { return x.got == 0 })
+	writeEveryBar(b, slices.DeleteFunc(slices.Clone(bars), func(x bar) bool { return x.got == 0 }))
+}
+
+// writeEveryBar is writeBars where a figure of nothing is a figure.
+func writeEveryBar(b *strings.Builder, bars []bar) {
 	if len(bars) == 0 {
 		return
 	}

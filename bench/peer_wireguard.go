@@ -82,9 +82,6 @@ func wireguard(ctx context.Context, l *lab.Lab, hubHost *lab.Host) (way, error) 
 		if err != nil {
 			return w, err
 		}
-		if err := writeAll(dir, map[string]string{"wg.conf": conf}); err != nil {
-			return w, err
-		}
 		p, err := e.host.Start(lab.Spec{
 			Name: "wireguard-go-" + e.host.Name, Args: []string{program, "-f", "wg0"},
 			Env: []string{"WG_PROCESS_FOREGROUND=1", "LOG_LEVEL=error"}, Grace: 2 * time.Second,
@@ -93,18 +90,28 @@ func wireguard(ctx context.Context, l *lab.Lab, hubHost *lab.Host) (way, error) 
 			return w, err
 		}
 		w.procs = append(w.procs, p)
-		err = lab.Until(ctx, 20*time.Millisecond, func() error {
-			_, err := e.host.Run(ctx, wg, "setconf", "wg0", filepath.Join(dir, "wg.conf"))
-			return err
-		})
-		if err != nil {
+		configure := func(ctx context.Context) error {
+			file := filepath.Join(dir, "wg.conf")
+			if err := writeAll(dir, map[string]string{"wg.conf": conf}); err != nil {
+				return err
+			}
+			err := lab.Until(ctx, 20*time.Millisecond, func() error {
+				_, err := e.host.Run(ctx, wg, "setconf", "wg0", file)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+			if err := raise(e.host, "wg0", e.addr+"/24", l.MTU()-wireguardOverhead, e.routes...); err != nil {
+				return fmt.Errorf("wg0 on %s: %w", e.host.Name, err)
+			}
+			return os.Remove(file)
+		}
+		if err := configure(ctx); err != nil {
 			return w, err
 		}
-		if err := raise(e.host, "wg0", e.addr+"/24", l.MTU()-wireguardOverhead, e.routes...); err != nil {
-			return w, fmt.Errorf("wg0 on %s: %w", e.host.Name, err)
-		}
-		if err := os.Remove(filepath.Join(dir, "wg.conf")); err != nil {
-			return w, err
+		if i == 0 {
+			w.again = configure
 		}
 	}
 	return w, nil

@@ -425,3 +425,18 @@ func Sweep(log *slog.Logger) error {
 	}
 	return errs
 }
+
+// descendants are the living processes below a process, their parents before them.
+func descendants(pid int) []int {
+	var all []int
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid)) // the pattern is good
+	for _, t := range tasks {
+		b, _ := os.ReadFile(t) // a thread that has ended has no children
+		for f := range strings.FieldsSeq(string(b)) {
+			if child, err := strconv.Atoi(f); err == nil {
+				all = append(append(all, child), descendants(child)...)
+			}
+		}
+	}
+	return all
+}
