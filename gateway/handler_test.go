@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -371,5 +372,73 @@ func TestRefusalsAreOneLine(t *testing.T) {
 	_, _ = h.DialTCP(t.Context(), peer2, target(policy.TCP, "192.0.2.1", 22)) // another peer's is another's
 	if !strings.Contains(log.String(), client2.ID) {
 		t.Error("another peer's refusal is not told")
+	}
+}
+
+// nameServer answers every question with rcode, or with an address where that is no error, and counts the questions.
+func nameServer(t *testing.T, rcode int) (addr string, asked *atomic.Int32) {
+	t.Helper()
+	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked = new(atomic.Int32)
+	started := make(chan struct{})
+	srv := &dns.Server{PacketConn: pc, NotifyStartedFunc: func() { close(started) }, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+		asked.Add(1)
+		m := new(dns.Msg).SetRcode(q, rcode)
+		if rcode == dns.RcodeSuccess {
+			m.Answer = append(m.Answer, &dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60}, A: net.IPv4(10, 99, 0, 9)})
+		}
+		_ = w.WriteMsg(m)
+	})}
+	go func() { _ = srv.ActivateAndServe() }()
+	<-started
+	t.Cleanup(func() { _ = srv.Shutdown() })
+	return pc.LocalAddr().String(), asked
+}
+
+// That a name server fails is not the name's fault: the next one is asked, and a few at most.
+func TestResolveAsksTheNextServer(t *testing.T) {
+	const ok, fails, refuses, unknown, none = dns.RcodeSuccess, dns.RcodeServerFailure, dns.RcodeRefused, dns.RcodeNotImplemented, dns.RcodeNameError
+	for name, c := range map[string]struct {
+		servers []int
+		want    int // rcode
+		asked   int // servers
+	}{
+		"the first fails":        {[]int{fails, ok, ok}, ok, 2},
+		"two are of no use":      {[]int{refuses, unknown, ok}, ok, 3},
+		"there is no such name":  {[]int{none, ok}, none, 1},
+		"it fails, there is not": {[]int{fails, none, ok}, none, 2},
+		"all fail":               {[]int{fails, refuses}, fails, 2},
+		"too many fail":          {[]int{fails, fails, fails, fails, ok}, fails, dnsServers},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var addrs []string
+			var counts []*atomic.Int32
+			for _, rcode := range c.servers {
+				addr, asked := nameServer(t, rcode)
+				addrs, counts = append(addrs, addr), append(counts, asked)
+			}
+			h := newHandler(t, nil)
+			h.names.servers = func() ([]string, error) { return addrs, nil }
+			b, err := new(dns.Msg).SetQuestion("web.corp.example.", dns.TypeA).Pack()
+			if err != nil {
+				t.Fatal(err)
+			}
+			out, err := h.Resolve(t.Context(), peer1, b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var m dns.Msg
+			if err := m.Unpack(out); err != nil || m.Rcode != c.want || (len(m.Answer) == 1) != (c.want == ok) {
+				t.Errorf("%v, %v, want rcode %d", m, err, c.want)
+			}
+			for i, n := range counts {
+				if got := int(n.Load()); got != 1 && i < c.asked || got != 0 && i >= c.asked {
+					t.Errorf("server %d was asked %d times", i, got)
+				}
+			}
+		})
 	}
 }

@@ -13,8 +13,14 @@ import (
 	"sallyway/tunnel"
 )
 
-// dnsTimeout bounds one exchange with one of the host's name servers.
-const dnsTimeout = 3 * time.Second
+const (
+	// dnsTimeout bounds one exchange with one of the host's name servers, and dnsTotal all of them for one query: a client's own patience is
+	// hardly longer.
+	dnsTimeout = 3 * time.Second
+	dnsTotal   = 8 * time.Second
+	// dnsServers is how many of the name servers are asked at most, one after the other.
+	dnsServers = 4
+)
 
 // names asks the name servers of the gateway's network on behalf of peers (DNS over HTTPS, RFC 8484).
 type names struct {
@@ -70,20 +76,31 @@ func (n *names) Resolve(ctx context.Context, peer identity.Node, query []byte) (
 	return b, nil
 }
 
+// exchange asks one name server after the other until one has an answer. That it fails, refuses or does not know how is none of the name's:
+// it is the answer only where no other is better.
 func (n *names) exchange(ctx context.Context, q *dns.Msg) (*dns.Msg, error) {
 	servers, err := n.servers()
 	if err != nil || len(servers) == 0 {
 		return nil, &tunnel.ProxyError{Type: tunnel.DNSError, Detail: "the gateway's host has no name server configured", Err: err}
 	}
 	last := error(&tunnel.ProxyError{Type: tunnel.DNSTimeout, Detail: "the gateway's name servers do not answer"})
-	for _, addr := range servers {
+	ctx, cancel := context.WithTimeout(ctx, dnsTotal)
+	defer cancel()
+	var poor *dns.Msg
+	for _, addr := range servers[:min(len(servers), dnsServers)] {
 		c := &dns.Client{Net: "udp", Timeout: dnsTimeout, UDPSize: ednsSize}
 		m, _, err := c.ExchangeContext(ctx, q, addr)
 		if err == nil && m.Truncated {
 			c.Net = "tcp"
 			m, _, err = c.ExchangeContext(ctx, q, addr)
 		}
-		if err == nil {
+		switch {
+		case err == nil && failed(m.Rcode):
+			if poor == nil {
+				poor = m
+			}
+			continue
+		case err == nil:
 			return m, nil
 		}
 		pe := tunnel.AsProxyError(err)
@@ -92,5 +109,13 @@ func (n *names) exchange(ctx context.Context, q *dns.Msg) (*dns.Msg, error) {
 			break
 		}
 	}
+	if poor != nil {
+		return poor, nil
+	}
 	return nil, last
+}
+
+// failed reports whether an answer speaks of the name server and not of the name.
+func failed(rcode int) bool {
+	return rcode == dns.RcodeServerFailure || rcode == dns.RcodeRefused || rcode == dns.RcodeNotImplemented
 }
