@@ -19,6 +19,13 @@ import (
 // notice of the same type without data.
 const NoticeUnreached = "unreached"
 
+// NoticeLeg is the type of a gateway's notice whose data is a relay, as identity.Node: its leg there is another one than before, and will not be
+// reached by the former one for long.
+const NoticeLeg = "leg"
+
+// mostNewLegs bounds the relays that a gateway may speak of at once.
+const mostNewLegs = 16
+
 // Unreached are resources that a gateway does not reach, by id: the name, and why not.
 type Unreached map[string]string
 
@@ -164,6 +171,21 @@ func (g *gatewayLink) notice(n tunnel.Notice) {
 		g.mu.Unlock()
 	case NoticeDirect:
 		g.direct.answered(g.log, n)
+	case NoticeLeg:
+		var relay identity.Node
+		if err := json.Unmarshal(n.Data, &relay); err != nil {
+			g.log.Debug("notice not understood", "type", n.Type, "err", err)
+			return
+		}
+		g.mu.Lock()
+		if g.newLegs == nil {
+			g.newLegs = map[identity.Node]bool{}
+		}
+		if len(g.newLegs) < mostNewLegs {
+			g.newLegs[relay] = true
+		}
+		g.mu.Unlock()
+		poke(g.wake)
 	case NoticeUnreached:
 		lost := Unreached{}
 		if err := json.Unmarshal(n.Data, &lost); err != nil {

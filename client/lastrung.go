@@ -17,9 +17,13 @@ import (
 
 // When sessions use the last rung, and leave it.
 const (
-	// deadPatience is how long a path may be dead whose leg is up before the last rung is tried: it is then the gateway's network that lets
-	// nothing through.
-	deadPatience = 2 * time.Second
+	// deadPatience is how long all paths may be dead before the last rung is tried: legs over another transport, which are dialled as soon as a leg
+	// doubts its relay, have a start that long. It may be the gateway's network that lets nothing through, and then they come to nothing.
+	deadPatience = 200 * time.Millisecond
+	// provePatience is how long a path that a session was moved to may take to answer while a link of the last rung is ready.
+	provePatience = 250 * time.Millisecond
+	// lastStagger is from the attempt at one relay's last rung to that at the next one's.
+	lastStagger = 250 * time.Millisecond
 	// absentMemory is how long a relay's word that it has no allocation of the gateway makes the last rung worth a try.
 	absentMemory = 10 * time.Second
 	// climbAfter is how long a better rung must have been there before a session is moved up to it. When it does not carry the session after
@@ -37,8 +41,6 @@ type lastRung struct {
 	dead   time.Time                   // since when no active path was alive; zero when the present one is not dead
 	links  []*lastLink
 	trying bool          // an attempt is under way, or its result waits
-	ready  chan struct{} // closed when it has a link
-	asked  time.Time     // when all legs were last asked to check their relays
 	next   time.Time     // of the next climb
 	wait   time.Duration // before the one after it
 }
@@ -99,7 +101,7 @@ func (g *gatewayLink) leaves(p tunnel.PathInfo) bool {
 // lost reports whether a session's active path is lost: it is gone, dead, or a leg that was moved to after that and has not answered either.
 func (g *gatewayLink) lost(p tunnel.PathInfo) bool {
 	_, last := p.Active.Link.(*reverse.Link)
-	return closed(p.Active.Link.Done()) || p.Active.State == tunnel.Dead || (!last && p.Active.State != tunnel.Alive && !g.last.dead.IsZero())
+	return isGone(p.Active) || (!last && p.Active.State != tunnel.Alive && !g.last.dead.IsZero())
 }
 
 // dropLast closes the link of an attempt that nobody waits for any more. It has ended.
@@ -114,21 +116,60 @@ func (g *gatewayLink) dropLast(last <-chan lastDialled) {
 	}
 }
 
-// dialLast tries the last rung of one relay after the other.
+// untilLast is when the last rung is worth a try for dead paths, where that is to come.
+func (g *gatewayLink) untilLast(p tunnel.PathInfo) (wait time.Duration, due bool) {
+	if g.last.trying || g.last.dead.IsZero() || !g.lost(p) {
+		return 0, false
+	}
+	wait = time.Until(g.last.dead.Add(deadPatience))
+	return wait, wait > 0
+}
+
+// dialLast tries the last rung of the relays, each a while after the one before or when that has failed. The first link wins.
 func (g *gatewayLink) dialLast(ctx context.Context, refs []control.RelayRef) lastDialled {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	results := make(chan lastDialled)
+	begun, ended := 0, 0
+	begin := func() {
+		ref := refs[begun]
+		begun++
+		go func() {
+			l, err := g.s.cfg.Legs.Last(ctx, ref.Node, g.node)
+			results <- lastDialled{link: l, info: lastInfo(ref, g.node), err: err}
+		}()
+	}
+	var won lastDialled
 	var errs []error
-	for _, ref := range refs {
-		cctx, cancel := context.WithTimeout(ctx, connectTimeout)
-		l, err := g.s.cfg.Legs.Last(cctx, ref.Node, g.node)
-		cancel()
-		if err == nil {
-			return lastDialled{link: l, info: lastInfo(ref, g.node)}
-		}
-		if !errors.Is(err, legs.ErrNoLastRung) {
-			errs = append(errs, err)
+	turn := time.NewTimer(0)
+	defer turn.Stop()
+	for ended < len(refs) && (won.link == nil || ended < begun) {
+		select {
+		case <-turn.C:
+			if begun < len(refs) && won.link == nil {
+				begin()
+				turn.Reset(lastStagger)
+			}
+		case d := <-results:
+			ended++
+			switch {
+			case d.link != nil && won.link == nil:
+				won = d
+				cancel() // the others give up
+			case d.link != nil:
+				d.link.Close()
+			case !errors.Is(d.err, legs.ErrNoLastRung):
+				errs = append(errs, d.err)
+			}
+			if d.link == nil {
+				turn.Reset(0)
+			}
 		}
 	}
-	if len(errs) == 0 {
+	switch {
+	case won.link != nil:
+		return won
+	case len(errs) == 0:
 		return lastDialled{err: legs.ErrNoLastRung}
 	}
 	return lastDialled{err: errors.Join(errs...)}
@@ -194,8 +235,8 @@ func (g *gatewayLink) legsUp() (n int) {
 	return n
 }
 
-// takeLast moves a session that still needs it to a link of the last rung.
-func (g *gatewayLink) takeLast(ctx context.Context, t *tunnel.Session, d lastDialled) {
+// takeLast moves a session that still needs it to a link of the last rung. It sends d again later where the session has just found another path.
+func (g *gatewayLink) takeLast(ctx context.Context, t *tunnel.Session, d lastDialled, again chan<- lastDialled, tasks *sync.WaitGroup) {
 	g.last.trying = false
 	if d.err != nil {
 		if !errors.Is(d.err, legs.ErrNoLastRung) {
@@ -205,6 +246,18 @@ func (g *gatewayLink) takeLast(ctx context.Context, t *tunnel.Session, d lastDia
 	}
 	p := t.Path()
 	switch {
+	case g.lost(p) && !isGone(p.Active) && time.Since(p.LastMove) < provePatience:
+		g.last.trying = true
+		tasks.Go(func() {
+			wait := time.NewTimer(time.Until(p.LastMove.Add(provePatience)))
+			defer wait.Stop()
+			select {
+			case <-wait.C:
+			case <-ctx.Done():
+			}
+			again <- d
+		})
+		return
 	case g.lost(p):
 	case g.leaves(p):
 		g.leave(ctx, t, d)
@@ -214,8 +267,8 @@ func (g *gatewayLink) takeLast(ctx context.Context, t *tunnel.Session, d lastDia
 		return
 	}
 	reason := "probes are not answered"
-	if closed(p.Active.Link.Done()) {
-		reason = "the leg on the relay is gone"
+	if isGone(p.Active) {
+		reason = lossReason(p.Active)
 	}
 	if err := t.Repoint(d.link, d.info, reason); err != nil {
 		d.link.Close()
@@ -252,34 +305,9 @@ func (g *gatewayLink) noteDead(p tunnel.PathInfo) {
 	switch {
 	case p.Active.State == tunnel.Alive:
 		g.last.dead = time.Time{}
-	case p.Active.State == tunnel.Dead && g.last.dead.IsZero():
+	case isGone(p.Active) && g.last.dead.IsZero():
 		g.last.dead = time.Now()
 	}
-	// Whoever blocks one relay's leg blocks the other's: both must be found out, or they are asked for channels in vain.
-	if !g.last.dead.IsZero() && time.Since(g.last.dead) > deadPatience/2 && time.Since(g.last.asked) > suspectInterval {
-		g.last.asked = time.Now()
-		for _, ref := range g.ref.Load().Relays {
-			if l, _ := g.s.cfg.Legs.Current(ref.Node); l != nil {
-				l.Suspect()
-			}
-		}
-	}
-}
-
-// untilLast bounds a request for a channel, which an attempt at the last rung that has a link ends.
-func (g *gatewayLink) untilLast(ctx context.Context) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout/2)
-	if g.last.trying {
-		ready := g.last.ready
-		go func() {
-			select {
-			case <-ready:
-				cancel()
-			case <-ctx.Done():
-			}
-		}()
-	}
-	return ctx, cancel
 }
 
 // sweepLast closes the links of the last rung that the session has left; all says every one.

@@ -107,6 +107,8 @@ var moveReasons = map[string]string{
 	"the direct path ended":                 "direct_ended",
 	"the relay's path is better":            "direct_worse",
 	"direct paths are not allowed any more": "direct_forbidden",
+	reasonNewLeg:                            "new_leg",
+	reasonPeerLeg:                           "gateway_new_leg",
 }
 
 func newMoves() *prometheus.CounterVec {

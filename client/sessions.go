@@ -22,7 +22,6 @@ import (
 	"sallyway/internal/legs"
 	"sallyway/internal/policy"
 	"sallyway/relay/leg"
-	"sallyway/relay/reverse"
 	"sallyway/tunnel"
 )
 
@@ -225,6 +224,8 @@ func dialVia[T any](ctx context.Context, s *Sessions, route Route, dial func(con
 		if g == nil {
 			continue
 		}
+		g.waiters.Add(1)
+		defer g.waiters.Add(-1)
 		// With another gateway to go to, one that is not there does not get all the time.
 		gctx, cancel := ctx, context.CancelFunc(func() {})
 		if i < len(gateways)-1 {
@@ -290,22 +291,22 @@ func (s *Sessions) Status() []GatewayStatus {
 
 // gatewayLink is the way to one gateway: a session, or the attempts to get one.
 type gatewayLink struct {
-	s           *Sessions
-	node        identity.Node
-	log         *slog.Logger
-	ref         atomic.Pointer[control.GatewayRef]
-	cancel      context.CancelFunc
-	ended       <-chan struct{} // closed when no configuration has the gateway any more, or the sessions end
-	wake        chan struct{}   // 1 place: legs or the configuration changed, or a flow wants a session
-	events      chan struct{}   // 1 place: a path changed
-	wanted      atomic.Bool
-	told        atomic.Int64 // when a configuration last spoke of the gateway, in Unix nanoseconds
-	failed      int          // attempts in a row; of run
-	last        lastRung     // of run
-	direct      directRung
-	single      bool            // the session was opened for one link; of run
-	suspected   tunnel.LinkInfo // whose leg was last asked to check its relay; of run
-	suspectedAt time.Time       // when; of run
+	s       *Sessions
+	node    identity.Node
+	log     *slog.Logger
+	ref     atomic.Pointer[control.GatewayRef]
+	cancel  context.CancelFunc
+	ended   <-chan struct{} // closed when no configuration has the gateway any more, or the sessions end
+	wake    chan struct{}   // 1 place: legs or the configuration changed, or a flow wants a session
+	events  chan struct{}   // 1 place: a path changed
+	wanted  atomic.Bool
+	told    atomic.Int64 // when a configuration last spoke of the gateway, in Unix nanoseconds
+	failed  int          // attempts in a row; of run
+	last    lastRung     // of run
+	direct  directRung
+	single  bool         // the session was opened for one link; of run
+	search  search       // of run
+	waiters atomic.Int32 // flows that are being opened
 
 	mu      sync.Mutex
 	current *tunnel.Session
@@ -315,6 +316,8 @@ type gatewayLink struct {
 	leaving   bool // it drains
 	unreached Unreached
 	silent    bool // its active path was dead, and none has answered since
+	// newLegs are the relays on which the gateway has another leg than before, as it said.
+	newLegs map[identity.Node]bool
 }
 
 // session returns the live session, waiting for one until ctx ends. A gateway's refusal of this node ends the wait.
@@ -353,7 +356,7 @@ func (g *gatewayLink) set(t *tunnel.Session, err error) {
 	defer g.mu.Unlock()
 	g.current, g.lastErr = t, err
 	if t == nil {
-		g.leaving, g.unreached, g.silent = false, nil, false
+		g.leaving, g.unreached, g.silent, g.newLegs = false, nil, false, nil
 	}
 	close(g.changed)
 	g.changed = make(chan struct{})
@@ -390,9 +393,14 @@ func (g *gatewayLink) run(ctx context.Context) {
 				logged = msg
 				g.log.Warn("gateway not reached", "err", err)
 			}
+			delay := reconnectDelay/2 + rand.N(reconnectDelay)
+			if g.waiters.Load() > 0 {
+				g.awaitLegs()
+				delay = min(delay, reconnectDelay)
+			}
 			select {
 			case <-g.wake:
-			case <-time.After(reconnectDelay/2 + rand.N(reconnectDelay)):
+			case <-time.After(delay):
 			case <-ctx.Done():
 			}
 			continue
@@ -471,193 +479,6 @@ func (g *gatewayLink) open(ctx context.Context, l datagram.Link, info tunnel.Lin
 		Link:       l, Info: info, Gateway: g.node, Certificate: g.s.cfg.Certificate, Trust: g.s.cfg.Trust, Logger: g.log,
 		OnPath: g.pathEvent, OnNotice: g.notice,
 	})
-}
-
-func linkInfo(l *leg.Leg, name string, peer identity.Node) tunnel.LinkInfo {
-	return tunnel.LinkInfo{Name: name + " " + string(l.Transport()), Peer: peer}
-}
-
-// maintain keeps a session's paths up until the session is over or ctx ends.
-func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who string) {
-	tick := time.NewTicker(adjustInterval)
-	defer tick.Stop()
-	last := make(chan lastDialled, 1)
-	defer g.dropLast(last)
-	var standby sync.WaitGroup
-	defer standby.Wait()
-	sctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	var busy atomic.Bool
-	var nextStandby time.Time
-	var moves uint64
-	for {
-		p := t.Path()
-		g.s.noteMoves(p, &moves)
-		var standbyDone <-chan struct{}
-		if p.Standby.Link != nil && !closed(p.Standby.Link.Done()) {
-			standbyDone = p.Standby.Link.Done()
-		}
-		activeDone := p.Active.Link.Done()
-		if closed(activeDone) {
-			activeDone = nil
-		}
-		select {
-		case <-t.Done():
-			return
-		case <-ctx.Done():
-			_ = t.Close("the node stops")
-			return
-		case <-g.wake:
-			g.s.cfg.Legs.Want(who, g.ref.Load().Relays)
-		case <-g.events:
-		case <-activeDone:
-		case <-standbyDone:
-		case <-tick.C:
-		case d := <-last:
-			g.takeLast(ctx, t, d)
-		}
-		g.noteDead(t.Path())
-		if refs := g.lastWanted(t.Path()); len(refs) > 0 {
-			ready := make(chan struct{})
-			g.last.trying, g.last.ready = true, ready
-			standby.Go(func() {
-				d := g.dialLast(sctx, refs)
-				last <- d
-				if d.link != nil {
-					close(ready)
-				}
-			})
-		}
-		g.rescue(ctx, t)
-		g.sweepLast(t.Path(), false)
-		g.stepDirect(sctx, t, &standby, &busy)
-		if ref, l := g.better(t.Path()); l != nil && busy.CompareAndSwap(false, true) {
-			g.last.next = time.Now().Add(g.last.wait)
-			g.last.wait = min(2*g.last.wait, climbMost)
-			standby.Go(func() {
-				defer busy.Store(false)
-				g.climb(sctx, t, ref, l)
-			})
-		}
-		if (!g.single || isDirect(t.Path().Active)) && g.standbyMissing(t) && time.Now().After(nextStandby) && busy.CompareAndSwap(false, true) {
-			nextStandby = time.Now().Add(2 * time.Second)
-			standby.Go(func() {
-				defer busy.Store(false)
-				g.addStandby(sctx, t)
-			})
-		}
-	}
-}
-
-// rescue moves a session off an active path that is gone, dead or draining: to the standby, else to whatever relay is up.
-func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session) {
-	p := t.Path()
-	var reason string
-	gone := false
-	switch {
-	case closed(p.Active.Link.Done()) && isDirect(p.Active):
-		reason, gone = "the direct path ended", true
-	case closed(p.Active.Link.Done()):
-		reason, gone = "the leg on the relay is gone", true
-	case p.Active.State == tunnel.Dead:
-		reason, gone = "probes are not answered", true
-		g.suspect(p.Active.Info)
-	case g.draining(p.Active):
-		reason = "the relay is draining"
-	default:
-		return
-	}
-	if p.Standby.Link != nil && !closed(p.Standby.Link.Done()) && p.Standby.State != tunnel.Dead && !g.draining(p.Standby) {
-		if err := t.Failover(reason); err == nil {
-			g.log.Info("path moved", "from", p.Active.Info.Name, "to", p.Standby.Info.Name, "reason", reason)
-			return
-		}
-	}
-	if !gone {
-		return
-	}
-	for _, ref := range g.ref.Load().Relays {
-		l, _ := g.s.cfg.Legs.Current(ref.Node)
-		if l == nil {
-			continue
-		}
-		cctx, cancel := g.untilLast(ctx)
-		ch, err := l.Connect(cctx, g.node)
-		cancel()
-		g.noteAbsent(ref.Node, err)
-		if err != nil || ch == p.Active.Link {
-			continue
-		}
-		info := linkInfo(l, ref.Name, g.node)
-		if err := t.Repoint(ch, info, reason); err != nil {
-			continue
-		}
-		g.log.Info("path moved", "from", p.Active.Info.Name, "to", info.Name, "reason", reason)
-		return
-	}
-}
-
-// suspectInterval is how often a leg under a dead path is asked to check its relay.
-const suspectInterval = 2 * time.Second
-
-// suspect has the leg under a dead path check its relay now instead of at its next keepalive: if it is gone, another one is dialled, by
-// another transport where that works.
-func (g *gatewayLink) suspect(info tunnel.LinkInfo) {
-	if info == g.suspected && time.Since(g.suspectedAt) < suspectInterval {
-		return
-	}
-	g.suspected, g.suspectedAt = info, time.Now()
-	for _, ref := range g.ref.Load().Relays {
-		if l, _ := g.s.cfg.Legs.Current(ref.Node); l != nil && linkInfo(l, ref.Name, g.node) == info {
-			l.Suspect()
-		}
-	}
-}
-
-// draining reports whether a path's relay is being drained.
-func (g *gatewayLink) draining(p tunnel.PathStatus) bool {
-	if last, ok := p.Link.(*reverse.Link); ok {
-		return closed(last.Draining())
-	}
-	info := p.Info
-	for _, ref := range g.ref.Load().Relays {
-		l, _ := g.s.cfg.Legs.Current(ref.Node)
-		if l != nil && linkInfo(l, ref.Name, g.node) == info {
-			return closed(l.Draining())
-		}
-	}
-	return false
-}
-
-func (g *gatewayLink) standbyMissing(t *tunnel.Session) bool {
-	p := t.Path()
-	return (len(g.ref.Load().Relays) > 1 || isDirect(p.Active)) && (p.Standby.Link == nil || closed(p.Standby.Link.Done()) || p.Standby.State == tunnel.Dead)
-}
-
-// addStandby validates a path over another relay than the active one's.
-func (g *gatewayLink) addStandby(ctx context.Context, t *tunnel.Session) {
-	active := t.Path().Active
-	for _, ref := range g.ref.Load().Relays {
-		l, _ := g.s.cfg.Legs.Current(ref.Node)
-		if l == nil || closed(l.Draining()) {
-			continue
-		}
-		info := linkInfo(l, ref.Name, g.node)
-		if info == active.Info {
-			continue
-		}
-		cctx, cancel := context.WithTimeout(ctx, connectTimeout)
-		ch, err := l.Connect(cctx, g.node)
-		if err == nil {
-			err = t.Standby(cctx, ch, info)
-		}
-		cancel()
-		if err == nil {
-			g.log.Info("standby path ready", "path", info.Name)
-			return
-		}
-		g.log.Debug("no standby path", "path", info.Name, "err", err)
-	}
 }
 
 func (g *gatewayLink) status() GatewayStatus {
