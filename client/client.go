@@ -21,6 +21,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent"
+	"sallyway/internal/egress"
 	"sallyway/internal/identity"
 	"sallyway/internal/legs"
 	"sallyway/internal/version"
@@ -41,6 +42,9 @@ type Config struct {
 	Transports []leg.Transport
 	// NoDirect keeps sessions on relays even where the organization allows direct paths; without UDP among Transports they stay there, too.
 	NoDirect bool
+	// Egress dials TCP to relays and platform, perhaps through a proxy; nil dials relays itself, and the platform by the proxy that net/http
+	// finds in the environment.
+	Egress *egress.Dialer
 }
 
 // Client is a node that reaches resources. Its methods may be called concurrently.
@@ -69,9 +73,13 @@ func open(ctx context.Context, cfg Config) (*Client, error) {
 	if c.standby == 0 {
 		c.standby = 1
 	}
-	a, err := agent.Open(ctx, agent.Config{
+	ac := agent.Config{
 		StateDir: cfg.StateDir, Kind: identity.Client, Token: cfg.Token, Version: version.Get().Version, Logger: cfg.Logger, Heartbeat: c.heartbeat,
-	})
+	}
+	if cfg.Egress != nil {
+		ac.DialContext = cfg.Egress.DialContext
+	}
+	a, err := agent.Open(ctx, ac)
 	if err != nil {
 		return nil, err
 	}
@@ -82,7 +90,7 @@ func open(ctx context.Context, cfg Config) (*Client, error) {
 		}
 	}
 	lc := legs.Config{
-		Logger: cfg.Logger, Transports: cfg.Transports, OnMissing: func(identity.Node) { wake() },
+		Logger: cfg.Logger, Transports: cfg.Transports, Dial: RelayDial(cfg.Egress), OnMissing: func(identity.Node) { wake() },
 		OnUp: func(identity.Node, *leg.Leg) { wake() }, OnDown: func(identity.Node, error) { wake() },
 	}
 	if cfg.Transports == nil { // else others were chosen

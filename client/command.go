@@ -21,6 +21,7 @@ import (
 	"sallyway/internal/control/agent"
 	"sallyway/internal/daemon"
 	"sallyway/internal/doctor"
+	"sallyway/internal/egress"
 	"sallyway/internal/legs"
 	"sallyway/tunnel"
 )
@@ -48,6 +49,7 @@ type options struct {
 	standby           int
 	transport         string
 	direct            string
+	egress            EgressFlags
 }
 
 // Command is `sallyway connect` with its sub-commands status, doctor and down.
@@ -84,6 +86,7 @@ Without root the proxies, forwards and --stdio work all the same. The first run 
 	f.IntVar(&o.standby, "standby", 1, "relays held besides the active one, for each gateway")
 	f.StringVar(&o.transport, "transport", "auto", "way to relays: auto (udp, then tls), udp or tls")
 	f.StringVar(&o.direct, "direct", "auto", "paths to gateways without a relay: auto (where the organization allows it) or off")
+	o.egress.Register(cmd)
 	daemon.Bind(cmd)
 	cmd.AddCommand(daemon.StatusCommand(spec), daemon.DoctorCommand(spec), daemon.DownCommand(spec), daemon.InstallCommand(spec), daemon.UninstallCommand(spec))
 	return cmd
@@ -118,6 +121,9 @@ func (o *options) run(cmd *cobra.Command) error {
 	if err != nil {
 		return daemon.Usagef("%w", err)
 	}
+	if err := o.egress.Parse(cmd); err != nil {
+		return err
+	}
 	token, err := program.Token(cmd, &o.Options)
 	if err != nil {
 		return err
@@ -128,8 +134,12 @@ func (o *options) run(cmd *cobra.Command) error {
 		return err
 	}
 	defer sh.Close()
+	if err := o.egress.Keep(sh); err != nil {
+		return err
+	}
 	c, err := open(cmd.Context(), Config{
 		StateDir: sh.State.Dir(), Token: token, Logger: sh.Log, Standby: standby(o.standby), Transports: transports, NoDirect: !direct,
+		Egress: o.egress.Dialer(),
 	})
 	if err != nil {
 		return program.Error(err)
@@ -141,7 +151,7 @@ func (o *options) run(cmd *cobra.Command) error {
 		c.legs.Kick()
 		c.sessions.NetworkChanged()
 	}
-	hc.StateDir, hc.Platform, hc.Logger = sh.State.Dir(), c.agent.PlatformURL(), sh.Log
+	hc.StateDir, hc.Platform, hc.Proxy, hc.Logger = sh.State.Dir(), c.agent.PlatformURL(), o.egress.Dialer().Host(), sh.Log
 	host, err := OpenHost(hc, c.sessions)
 	if err != nil {
 		return daemon.Failf("%w", err)
@@ -158,8 +168,14 @@ func (o *options) run(cmd *cobra.Command) error {
 	if host.dev == nil && len(ls) == 0 && o.stdio == "" {
 		sh.Log.Warn("nothing on this host uses the connection: add --socks, --http or --forward, or run as root for a TUN device")
 	}
-	sh.OnStatus = func(context.Context) (any, error) { return c.status(host, ls), nil }
-	sh.OnDoctor = func(context.Context) []daemon.Check { return c.checks(host) }
+	sh.OnStatus = func(context.Context) (any, error) {
+		st := c.status(host, ls)
+		st.Egress = o.egress.Dialer().Status()
+		return st, nil
+	}
+	sh.OnDoctor = func(ctx context.Context) []daemon.Check {
+		return append(doctor.Egress(ctx, o.egress.Dialer(), c.agent.PlatformURL()), c.checks(host)...)
+	}
 	sh.Handle("GET /stdio", stdioHandler(c.sessions))
 	sh.Handle("GET /bench", benchHandler(c.sessions, sh.Log))
 	return sh.Run(cmd.Context(), func(ctx context.Context) error {
@@ -281,6 +297,7 @@ type Status struct {
 	Resources []string        `json:"resources"`
 	Host      HostStatus      `json:"host"`
 	Serving   []string        `json:"serving,omitempty"`
+	Egress    *egress.Status  `json:"egress,omitempty"` // nil where there is no proxy
 }
 
 func (c *Client) status(h *Host, ls []listener) Status {
@@ -320,6 +337,9 @@ func LegChecks(k *legs.Keeper) []daemon.Check {
 		case !r.Up:
 			row.Result, row.Detail = daemon.Fail, r.Error
 			row.Remedy = fmt.Sprintf("let UDP and TCP port 5349 out to %s, and see that relayd runs there", r.Host)
+			if r.Remedy != "" {
+				row.Remedy = r.Remedy
+			}
 			if r.Refused {
 				row.Remedy = "the relay refuses this node: is it disabled, revoked or deleted? ask an administrator of the organization"
 			}
@@ -357,6 +377,7 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 		return err
 	}
 	agent.Render(w, st.Platform)
+	RenderEgress(w, st.Egress)
 	RenderLegs(w, st.Relays)
 	RenderGateways(w, st.Gateways)
 	for _, r := range st.Resources {

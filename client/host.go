@@ -49,6 +49,8 @@ type HostConfig struct {
 	StateDir string
 	// Platform is the platform's URL, whose address no route may cover.
 	Platform string
+	// Proxy is the host of the egress proxy, which no route may cover either; "" is none.
+	Proxy string
 	// OnNetwork is called when the host's addresses or routes changed; nil is no call.
 	OnNetwork func()
 	Logger    *slog.Logger
@@ -241,7 +243,7 @@ func (h *Host) apply(ctx context.Context, d *control.Dialling) {
 	h.mu.Unlock()
 }
 
-// protected are the addresses of relays and platform, which must stay reachable outside of the TUN. A name that does not resolve now keeps
+// protected are the addresses of relays, platform and egress proxy, which must stay reachable outside of the TUN. A name that does not resolve now keeps
 // the addresses it had: a route over them would cut off the relay, and with it what resolves names.
 func (h *Host) protected(ctx context.Context, d *control.Dialling) []netip.Addr {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
@@ -249,6 +251,9 @@ func (h *Host) protected(ctx context.Context, d *control.Dialling) []netip.Addr 
 	var hosts []string
 	if u, err := url.Parse(h.cfg.Platform); err == nil && u.Hostname() != "" {
 		hosts = append(hosts, u.Hostname())
+	}
+	if h.cfg.Proxy != "" {
+		hosts = append(hosts, h.cfg.Proxy)
 	}
 	for _, g := range d.Gateways {
 		for _, r := range g.Relays {

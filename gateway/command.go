@@ -16,6 +16,7 @@ import (
 	"sallyway/internal/control/agent"
 	"sallyway/internal/daemon"
 	"sallyway/internal/doctor"
+	"sallyway/internal/egress"
 	"sallyway/internal/identity"
 	"sallyway/internal/legs"
 	"sallyway/tunnel"
@@ -41,6 +42,7 @@ type options struct {
 	drain            time.Duration
 	bench            string
 	direct           string
+	egress           client.EgressFlags
 }
 
 // Command is gatewayd.
@@ -75,6 +77,7 @@ everything but this host itself, its links and metadata services.`,
 	f.StringVar(&o.direct, "direct", "auto", "paths to peers without a relay: auto (where the organization allows it) or off")
 	f.StringVar(&o.bench, "bench", "on", "answer sallyway bench to clients that may reach something here: on or off")
 	f.DurationVar(&o.drain, "drain-timeout", DefaultDrain, "how long a stopping gateway lets open connections finish; new ones go by way of other gateways meanwhile")
+	o.egress.Register(up)
 	daemon.Bind(up)
 	root := &cobra.Command{
 		Use: "gatewayd", Short: "Sallyway's gateway: a way into a private network that opens no port",
@@ -89,6 +92,9 @@ func (o *options) run(cmd *cobra.Command) error {
 	if o.bench != string(client.On) && o.bench != string(client.Off) {
 		return daemon.Usagef("--bench %.20q: want on or off", o.bench)
 	}
+	if err := o.egress.Parse(cmd); err != nil {
+		return err
+	}
 	token, err := program.Token(cmd, &o.Options)
 	if err != nil {
 		return err
@@ -99,12 +105,17 @@ func (o *options) run(cmd *cobra.Command) error {
 		return err
 	}
 	defer sh.Close()
+	if err := o.egress.Keep(sh); err != nil {
+		return err
+	}
 	d, err := newGateway(cmd.Context(), o, sh, token)
 	if err != nil {
 		return err
 	}
 	sh.OnStatus = func(context.Context) (any, error) { return d.status(), nil }
-	sh.OnDoctor = func(context.Context) []daemon.Check { return d.checks() }
+	sh.OnDoctor = func(ctx context.Context) []daemon.Check {
+		return append(doctor.Egress(ctx, o.egress.Dialer(), d.agent.PlatformURL()), d.checks()...)
+	}
 	sh.OnDrainBy = d.drainBy
 	return sh.Run(cmd.Context(), d.serve)
 }
@@ -133,6 +144,7 @@ type Status struct {
 	Gateways  []client.GatewayStatus   `json:"gateways"`
 	Host      client.HostStatus        `json:"host"`
 	QUIC      tunnel.ConnStats         `json:"quic"`
+	Egress    *egress.Status           `json:"egress,omitempty"` // nil where there is no proxy
 }
 
 // SessionStatus is one peer's session.
@@ -151,7 +163,7 @@ func (d *gatewayDaemon) status() Status {
 	st := Status{
 		Platform: d.agent.Status(), Relays: d.legs.Status(), LastRung: d.last.status(), Gateways: d.sites.Status(), Host: d.host.Status(), QUIC: d.merged.Stats(),
 		Resources: []string{}, Sessions: []SessionStatus{}, Health: d.health.report(), Draining: d.drainReason(),
-		Direct: d.direct.stats(),
+		Direct: d.direct.stats(), Egress: d.opts.egress.Dialer().Status(),
 	}
 	d.mu.Lock()
 	st.NAT = d.nat
@@ -192,6 +204,7 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 		return err
 	}
 	agent.Render(w, st.Platform)
+	client.RenderEgress(w, st.Egress)
 	client.RenderLegs(w, st.Relays)
 	renderLastRung(w, st.LastRung)
 	if !st.NAT.At.IsZero() {

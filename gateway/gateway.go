@@ -103,19 +103,20 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 	}
 	d.agent, err = agent.Open(ctx, agent.Config{
 		StateDir: sh.State.Dir(), Kind: identity.Gateway, Token: token, Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
+		DialContext: o.egress.Dialer().DialContext,
 	})
 	if err != nil {
 		return nil, program.Error(err)
 	}
 	d.legs = legs.New(legs.Config{
-		Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: transports, Keepalive: servingKeepalive,
-		OnUp: func(identity.Node, *leg.Leg) { d.agent.HeartbeatNow() }, OnDown: func(identity.Node, error) { d.agent.HeartbeatNow() },
+		Logger: sh.Log, OnRendezvous: d.onRendezvous, Transports: transports, Dial: client.RelayDial(o.egress.Dialer()), Keepalive: servingKeepalive,
+		OnUp: d.legUp, OnDown: func(identity.Node, error) { d.agent.HeartbeatNow() }, OnMissing: func(n identity.Node) { d.last.miss(n) },
 	})
-	d.last = &lastRung{d: d, off: transports != nil, tunnels: map[identity.Node]*lastTunnel{}}
+	d.last = &lastRung{d: d, off: transports != nil, missing: make(chan struct{}, 1), tunnels: map[identity.Node]*lastTunnel{}}
 	siteLog := sh.Log.With("as", "site")
 	wake := func() { d.sites.Wake() }
 	lc := legs.Config{
-		Logger: siteLog, Transports: transports, OnMissing: func(identity.Node) { wake() },
+		Logger: siteLog, Transports: transports, Dial: client.RelayDial(o.egress.Dialer()), OnMissing: func(identity.Node) { wake() },
 		OnUp: func(identity.Node, *leg.Leg) { wake() }, OnDown: func(identity.Node, error) { wake() },
 	}
 	if !d.last.off {
@@ -137,7 +138,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		d.siteLegs.Kick()
 		d.sites.NetworkChanged()
 	}
-	hc.StateDir, hc.Platform, hc.Logger = sh.State.Dir(), d.agent.PlatformURL(), sh.Log
+	hc.StateDir, hc.Platform, hc.Proxy, hc.Logger = sh.State.Dir(), d.agent.PlatformURL(), o.egress.Dialer().Host(), sh.Log
 	if d.host, err = client.OpenHost(hc, d.sites); err != nil {
 		return nil, daemon.Failf("%w", err)
 	}

@@ -5,11 +5,13 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
 	"time"
 
+	"sallyway/client"
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/internal/legs"
@@ -29,6 +31,8 @@ const (
 type lastRung struct {
 	d   *gatewayDaemon
 	off bool // another transport was chosen
+	// missing has room for one: a leg can not be had, or doubts its relay.
+	missing chan struct{}
 
 	mu      sync.Mutex // guards what follows
 	refs    []control.RelayRef
@@ -56,19 +60,29 @@ func (l *lastRung) follow(refs []control.RelayRef) {
 	l.refs = slices.Clone(refs)
 }
 
-// run keeps the tunnels until ctx ends.
-func (l *lastRung) run(ctx context.Context) error {
-	if l.off {
-		return nil
+// miss is told of a leg that can not be had, or doubts its relay.
+func (l *lastRung) miss(identity.Node) {
+	select {
+	case l.missing <- struct{}{}:
+	default:
 	}
+}
+
+// run keeps the tunnels, and looks after flows that wait for legs, until ctx ends.
+func (l *lastRung) run(ctx context.Context) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	tick := time.NewTicker(lastTick)
 	defer tick.Stop()
+	var flows flowWatch
 	for {
-		l.adjust(ctx, &running)
+		l.d.watchFlows(&flows)
+		if !l.off {
+			l.adjust(ctx, &running)
+		}
 		select {
 		case <-tick.C:
+		case <-l.missing:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -136,9 +150,21 @@ func (l *lastRung) startLocked(ctx context.Context, ref control.RelayRef, runnin
 	info := func(peer identity.Node) tunnel.LinkInfo {
 		return tunnel.LinkInfo{Name: ref.Name + " " + string(legs.LastSSH), Peer: peer}
 	}
+	// The relay is dialled by name where a proxy may have to resolve it.
+	var dial func(ctx context.Context, network, address string) (net.Conn, error)
+	if client.RelayDial(d.opts.egress.Dialer()) != nil {
+		dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			r := current()
+			_, way, err := d.legs.Way(ctx, r, r.SSHPort)
+			if err != nil {
+				return nil, err
+			}
+			return way(ctx, network, address)
+		}
+	}
 	t := &lastTunnel{name: ref.Name, cancel: cancel, needed: time.Now(), Tunnel: reverse.NewTunnel(reverse.TunnelConfig{
 		Relay: node, Gateway: d.agent.Node(), Logger: d.sh.Log.With("relay", ref.Name),
-		HostCAs: func() []string { return current().SSHCAs },
+		Dial: dial, HostCAs: func() []string { return current().SSHCAs },
 		Resolve: func(ctx context.Context) ([]netip.AddrPort, error) {
 			r := current()
 			addrs, _, err := d.legs.Way(ctx, r, r.SSHPort)

@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,6 +27,7 @@ import (
 	"sallyway/internal/control/agent"
 	"sallyway/internal/control/agent/link"
 	"sallyway/internal/daemon"
+	"sallyway/internal/egress"
 	"sallyway/internal/identity"
 	"sallyway/stun"
 )
@@ -45,12 +47,17 @@ func Network(ctx context.Context, stateDir string) []daemon.Check {
 		}}
 	}
 	refs := relays(c.Config)
-	out := []daemon.Check{names(ctx, c, refs), platform(ctx, c)}
+	d, err := egress.Recall(stateDir, os.Getenv)
+	if err != nil {
+		return []daemon.Check{{Check: egressRow, Result: daemon.Fail, Detail: err.Error(), Remedy: "set it right where the daemon is started, or do without: --egress-proxy none"}}
+	}
+	out := append([]daemon.Check{names(ctx, c, refs, d)}, proxy(ctx, egressRow, d, c.Platform)...)
+	out = append(out, platform(ctx, c, d))
 	// The relays are looked at beside each other: what does not answer takes its time.
 	rows := make([][]daemon.Check, len(refs))
 	var wg sync.WaitGroup
 	for i := range refs {
-		wg.Go(func() { rows[i] = relay(ctx, c.Node.Kind, &refs[i]) })
+		wg.Go(func() { rows[i] = relay(ctx, c.Node.Kind, &refs[i], d) })
 	}
 	wg.Wait()
 	for _, r := range rows {
@@ -104,8 +111,11 @@ func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
 	return ips, nil
 }
 
+// egressRow is the name of the row about the egress proxy.
+const egressRow = "egress proxy"
+
 // names is the row about DNS.
-func names(ctx context.Context, c *agent.Cached, refs []control.RelayRef) daemon.Check {
+func names(ctx context.Context, c *agent.Cached, refs []control.RelayRef, d *egress.Dialer) daemon.Check {
 	row := daemon.Check{Check: "DNS", Result: daemon.Pass}
 	hosts := []string{}
 	if u, err := url.Parse(c.Platform); err == nil {
@@ -114,7 +124,11 @@ func names(ctx context.Context, c *agent.Cached, refs []control.RelayRef) daemon
 	for _, r := range refs {
 		hosts = append(hosts, r.Host)
 	}
+	if d.Host() != "" {
+		hosts = append(hosts, d.Host())
+	}
 	var found, missing []string
+	fatal := false
 	for _, h := range hosts {
 		if _, err := netip.ParseAddr(h); err == nil {
 			continue
@@ -122,6 +136,7 @@ func names(ctx context.Context, c *agent.Cached, refs []control.RelayRef) daemon
 		started := time.Now()
 		if ips, err := lookup(ctx, h); err != nil {
 			missing = append(missing, fmt.Sprintf("%s: %v", h, err))
+			fatal = fatal || h == d.Host() || !d.Resolves(net.JoinHostPort(h, "443"))
 		} else {
 			found = append(found, fmt.Sprintf("%s is %v, %v", h, ips[0], time.Since(started).Round(time.Millisecond)))
 		}
@@ -130,16 +145,19 @@ func names(ctx context.Context, c *agent.Cached, refs []control.RelayRef) daemon
 	if row.Detail == "" {
 		row.Detail = "platform and relays have addresses, no name to resolve"
 	}
-	if len(missing) > 0 {
+	switch {
+	case len(missing) > 0 && !fatal:
+		row.Result, row.Remedy = daemon.Warn, "the proxy resolves these names for TCP; UDP needs them to resolve on this host"
+	case len(missing) > 0:
 		row.Result, row.Remedy = daemon.Fail, "see that the host's resolver works (resolvectl status, /etc/resolv.conf) and that the names are in DNS"
 	}
 	return row
 }
 
 // platform is the row about HTTPS to the platform: reached, by whom, and what its clock says.
-func platform(ctx context.Context, c *agent.Cached) daemon.Check {
+func platform(ctx context.Context, c *agent.Cached, d *egress.Dialer) daemon.Check {
 	row := daemon.Check{Check: "platform from here", Result: daemon.Fail}
-	l, err := link.New(link.Config{URL: c.Platform, Pin: c.Pin, Timeout: patience})
+	l, err := link.New(link.Config{URL: c.Platform, Pin: c.Pin, Timeout: patience, DialContext: d.DialContext})
 	if err != nil {
 		row.Detail, row.Remedy = err.Error(), "enrol the node anew"
 		return row
@@ -152,7 +170,7 @@ func platform(ctx context.Context, c *agent.Cached) daemon.Check {
 	_, answered := errors.AsType[*link.Problem](err)
 	switch {
 	case foreign:
-		row.Detail = fmt.Sprintf("%s shows a certificate of another CA%s: TLS is opened on the way, or the platform has a new CA", c.Platform, shown(ctx, c.Platform))
+		row.Detail = fmt.Sprintf("%s shows a certificate of another CA%s: TLS is opened on the way, or the platform has a new CA", c.Platform, shown(ctx, d, c.Platform))
 		row.Remedy = "exempt the platform from TLS inspection; if its CA is new, enrol with a new token"
 	case err != nil && !answered:
 		row.Detail, row.Remedy = err.Error(), "let TCP port "+portOf(c.Platform)+" out to the platform"
@@ -160,7 +178,7 @@ func platform(ctx context.Context, c *agent.Cached) daemon.Check {
 			row.Remedy = e.Remedy
 		}
 		if _, unknown := errors.AsType[x509.UnknownAuthorityError](err); unknown {
-			row.Detail += shown(ctx, c.Platform)
+			row.Detail += shown(ctx, d, c.Platform)
 			row.Remedy = "exempt the platform from TLS inspection, or give this host the CA that its certificate is from"
 		}
 	default:
@@ -181,13 +199,13 @@ func portOf(u string) string {
 }
 
 // shown names the issuer of the certificate that a server shows, so that who opens TLS on the way has a name.
-func shown(ctx context.Context, base string) string {
+func shown(ctx context.Context, d *egress.Dialer, base string) string {
 	u, err := url.Parse(base)
 	if err != nil {
 		return ""
 	}
 	issuer := ""
-	_, _ = handshake(ctx, net.JoinHostPort(u.Hostname(), portOf(base)), u.Hostname(), func(chain []*x509.Certificate) error {
+	_, _ = handshake(ctx, d, platformAddr(base), u.Hostname(), func(chain []*x509.Certificate) error {
 		issuer = fmt.Sprintf(" (issued by %.80q)", chain[0].Issuer.String())
 		return errSeen
 	})
@@ -198,11 +216,15 @@ func shown(ctx context.Context, base string) string {
 var errSeen = errors.New("seen")
 
 // handshake does a TLS handshake in which judge alone decides about the chain, and returns that.
-func handshake(ctx context.Context, addr, name string, judge func(chain []*x509.Certificate) error) (*x509.Certificate, error) {
+func handshake(ctx context.Context, d *egress.Dialer, addr, name string, judge func(chain []*x509.Certificate) error) (*x509.Certificate, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
+	nc, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, err
+	}
 	var leaf *x509.Certificate
-	d := tls.Dialer{Config: &tls.Config{
+	c := tls.Client(nc, &tls.Config{
 		ServerName: name, MinVersion: tls.VersionTLS12, InsecureSkipVerify: true, //nolint:gosec // VerifyConnection judges
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			if len(cs.PeerCertificates) == 0 {
@@ -211,9 +233,9 @@ func handshake(ctx context.Context, addr, name string, judge func(chain []*x509.
 			leaf = cs.PeerCertificates[0]
 			return judge(cs.PeerCertificates)
 		},
-	}}
-	c, err := d.DialContext(ctx, "tcp", addr)
-	if err != nil {
+	})
+	if err := c.HandshakeContext(ctx); err != nil {
+		_ = nc.Close() // the handshake's error says more
 		return nil, err
 	}
 	return leaf, c.Close()
@@ -227,25 +249,28 @@ type rung struct {
 }
 
 // relay are the rows about one relay, one for each rung.
-func relay(ctx context.Context, kind identity.Kind, ref *control.RelayRef) []daemon.Check {
-	addrs, err := lookup(ctx, ref.Host)
+func relay(ctx context.Context, kind identity.Kind, ref *control.RelayRef, d *egress.Dialer) []daemon.Check {
+	host, err := lookupBy(ctx, d, ref.Host, ref.Port)
 	if err != nil {
 		return []daemon.Check{{
 			Check: "relay " + ref.Name, Result: daemon.Fail, Detail: fmt.Sprintf("%s has no address: %v", ref.Host, err), Remedy: "see that its name is in DNS, or set another: sallyway relay update " + ref.Name + " --host HOST",
 		}}
 	}
-	at := netip.AddrPortFrom(addrs[0], ref.Port)
+	at := netip.AddrPortFrom(host.ip, ref.Port)
 	tests := []rung{
-		{"udp", ref.Port, func(ctx context.Context) (string, error) { return binding(ctx, at) }},
-		{"tls", ref.Port, func(ctx context.Context) (string, error) { return relayTLS(ctx, at, ref) }},
+		{"udp", ref.Port, func(ctx context.Context) (string, error) {
+			if !host.ip.IsValid() {
+				return "", errors.New("its name does not resolve on this host")
+			}
+			return binding(ctx, at)
+		}},
+		{"tls", ref.Port, func(ctx context.Context) (string, error) { return relayTLS(ctx, d, host.at(ref.Port), ref) }},
 	}
 	if port := ref.SSHPort; port != 0 && kind == identity.Gateway {
-		tests = append(tests, rung{"ssh", port, func(ctx context.Context) (string, error) { return banner(ctx, netip.AddrPortFrom(at.Addr(), port)) }})
+		tests = append(tests, rung{"ssh", port, func(ctx context.Context) (string, error) { return banner(ctx, d, host.at(port), port) }})
 	}
 	if port := ref.TLSPort; port != 0 && kind == identity.Client {
-		tests = append(tests, rung{"tls on its own port", port, func(ctx context.Context) (string, error) {
-			return relayTLS(ctx, netip.AddrPortFrom(at.Addr(), port), ref)
-		}})
+		tests = append(tests, rung{"tls on its own port", port, func(ctx context.Context) (string, error) { return relayTLS(ctx, d, host.at(port), ref) }})
 	}
 	rows := make([]daemon.Check, len(tests))
 	var wg sync.WaitGroup
@@ -257,7 +282,10 @@ func relay(ctx context.Context, kind identity.Kind, ref *control.RelayRef) []dae
 			detail, err := t.look(ctx)
 			if row.Detail = detail; err != nil {
 				row.Result, row.Detail = daemon.Warn, plainly(err)
-				row.Remedy = fmt.Sprintf("let %s port %d out to %s (%v)", map[bool]string{true: "UDP", false: "TCP"}[t.name == "udp"], t.port, ref.Host, at.Addr())
+				row.Remedy = host.remedy(t.name == "udp", t.port)
+				if remedy := egress.Remedy(err); remedy != "" {
+					row.Remedy = remedy
+				}
 				if e, ok := errors.AsType[*identityError](err); ok {
 					row.Result, row.Remedy = daemon.Fail, e.remedy
 				}
@@ -312,9 +340,9 @@ type identityError struct{ why, remedy string }
 func (e *identityError) Error() string { return e.why }
 
 // relayTLS does a TLS handshake with a relay and checks who it is.
-func relayTLS(ctx context.Context, at netip.AddrPort, ref *control.RelayRef) (string, error) {
+func relayTLS(ctx context.Context, d *egress.Dialer, at string, ref *control.RelayRef) (string, error) {
 	started := time.Now()
-	leaf, err := handshake(ctx, at.String(), ref.Node.ServerName(), func(chain []*x509.Certificate) error {
+	leaf, err := handshake(ctx, d, at, ref.Node.ServerName(), func(chain []*x509.Certificate) error {
 		roots, err := identity.DecodeCertificates([]byte(ref.Roots))
 		if err != nil {
 			return err
@@ -340,9 +368,8 @@ func relayTLS(ctx context.Context, at netip.AddrPort, ref *control.RelayRef) (st
 }
 
 // banner reads the first line of an SSH server (RFC 4253 §4.2).
-func banner(ctx context.Context, at netip.AddrPort) (string, error) {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "tcp", at.String())
+func banner(ctx context.Context, d *egress.Dialer, at string, port uint16) (string, error) {
+	c, err := d.DialContext(ctx, "tcp", at)
 	if err != nil {
 		return "", err
 	}
@@ -358,7 +385,7 @@ func banner(ctx context.Context, at netip.AddrPort) (string, error) {
 	}
 	line, _, _ := strings.Cut(string(b[:n]), "\r\n")
 	if !strings.HasPrefix(line, "SSH-2.0-") {
-		return "", &identityError{fmt.Sprintf("who answers speaks no SSH: %.40q", line), "something on the way answers in the relay's place: let TCP port " + strconv.Itoa(int(at.Port())) + " through as it is"}
+		return "", &identityError{fmt.Sprintf("who answers speaks no SSH: %.40q", line), "something on the way answers in the relay's place: let TCP port " + strconv.Itoa(int(port)) + " through as it is"}
 	}
 	return "answers as " + line[:min(len(line), 60)], nil
 }

@@ -20,6 +20,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/daemon"
+	"sallyway/internal/egress"
 	"sallyway/internal/identity"
 )
 
@@ -112,7 +113,7 @@ func TestInterception(t *testing.T) {
 }
 
 func TestBanner(t *testing.T) {
-	serve := func(line string) netip.AddrPort {
+	serve := func(line string) string {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
@@ -130,14 +131,14 @@ func TestBanner(t *testing.T) {
 			}
 		}()
 		t.Cleanup(func() { l.Close(); <-done })
-		return netip.MustParseAddrPort(l.Addr().String())
+		return l.Addr().String()
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	if s, err := banner(ctx, serve("SSH-2.0-Go\r\n")); err != nil || !strings.Contains(s, "SSH-2.0-Go") {
+	if s, err := banner(ctx, new(egress.Dialer), serve("SSH-2.0-Go\r\n"), 2222); err != nil || !strings.Contains(s, "SSH-2.0-Go") {
 		t.Errorf("%q, %v", s, err)
 	}
-	if _, err := banner(ctx, serve("HTTP/1.0 400 Bad Request\r\n")); err == nil || !strings.Contains(err.Error(), "no SSH") {
+	if _, err := banner(ctx, new(egress.Dialer), serve("HTTP/1.0 400 Bad Request\r\n"), 2222); err == nil || !strings.Contains(err.Error(), "no SSH") {
 		t.Errorf("%v", err)
 	}
 }

@@ -6,14 +6,14 @@
 //	socks5://HOST:PORT    names are resolved here
 //	socks5h://HOST:PORT   names are resolved by the proxy
 //
-//	cfg, use, err := egress.Settings{URL: flag}.Config(os.Getenv)   // the flag, else HTTPS_PROXY or ALL_PROXY
-//	d, err := egress.New(cfg)
+//	d, err := egress.Settings{URL: flag}.Open(os.Getenv)            // the flag, else HTTPS_PROXY or ALL_PROXY
 //	conn, err := d.DialContext(ctx, "tcp", "relay.example:5349")    // by the proxy, unless NO_PROXY names the host
 //
 // What goes wrong is an *Error that names the proxy, what it said and what to do; never a password.
 package egress
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -61,7 +61,7 @@ type Config struct {
 	Timeout time.Duration
 }
 
-// Dialer dials through a proxy. Its methods may be called concurrently.
+// Dialer dials through a proxy; the zero Dialer has none and dials itself. Its methods may be called concurrently.
 type Dialer struct {
 	cfg    Config
 	scheme string
@@ -98,9 +98,6 @@ func New(cfg Config) (*Dialer, error) {
 	}
 	if cfg.Resolver == nil {
 		cfg.Resolver = net.DefaultResolver
-	}
-	if cfg.Timeout == 0 {
-		cfg.Timeout = Timeout
 	}
 	d := &Dialer{cfg: cfg, scheme: u.Scheme, addr: u.Host}
 	d.uses = (&httpproxy.Config{HTTPSProxy: d.Proxy(), NoProxy: cfg.NoProxy}).ProxyFunc()
@@ -143,17 +140,25 @@ func plainHost(h string) bool {
 	return h != "" && len(h) <= 253 && !strings.ContainsFunc(h, func(r rune) bool { return r <= ' ' || r >= 0x7f || strings.ContainsRune(`/\@?#"<>`, r) })
 }
 
-// Proxy is the proxy's URL without user and password.
-func (d *Dialer) Proxy() string { return d.scheme + "://" + d.addr }
+// Proxy is the proxy's URL without user and password, "" where there is none.
+func (d *Dialer) Proxy() string {
+	if d.addr == "" {
+		return ""
+	}
+	return d.scheme + "://" + d.addr
+}
 
-// Host is the proxy's host.
+// Host is the proxy's host, "" where there is none.
 func (d *Dialer) Host() string {
-	host, _, _ := net.SplitHostPort(d.addr) // parse joined it
+	host, _, _ := net.SplitHostPort(d.addr) // parse joined it, where there is one
 	return host
 }
 
 // Uses reports whether the way to host:port is by the proxy.
 func (d *Dialer) Uses(address string) bool {
+	if d.addr == "" {
+		return false
+	}
 	u, err := d.uses(&url.URL{Scheme: "https", Host: address})
 	return err == nil && u != nil
 }
@@ -161,11 +166,15 @@ func (d *Dialer) Uses(address string) bool {
 // Resolves reports whether the proxy resolves the name in host:port, so that this host need not know it.
 func (d *Dialer) Resolves(address string) bool { return d.scheme != "socks5" && d.Uses(address) }
 
-// Status returns the present state.
-func (d *Dialer) Status() Status {
+// Status returns the present state, nil where there is no proxy.
+func (d *Dialer) Status() *Status {
+	if d.addr == "" {
+		return nil
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.status
+	st := d.status
+	return &st
 }
 
 // DialContext opens a TCP connection to host:port. ctx bounds the attempt, as Timeout does, and not the connection.
@@ -178,7 +187,7 @@ func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.
 	if err != nil || number == 0 {
 		return nil, fmt.Errorf("dial %.80q: no valid port", address)
 	}
-	ctx, cancel := context.WithTimeout(ctx, d.cfg.Timeout)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(d.cfg.Timeout, Timeout))
 	defer cancel()
 	if !d.Uses(address) {
 		return d.socket().DialContext(ctx, network, address)

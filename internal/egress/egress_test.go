@@ -236,7 +236,7 @@ func fails(t *testing.T, d *Dialer, target string, kind Kind, parts ...string) *
 			t.Errorf("%q lacks %q", e, p)
 		}
 	}
-	if strings.Contains(fmt.Sprintf("%v %s %+v", err, e.Remedy, d.Status()), password) {
+	if strings.Contains(fmt.Sprintf("%v %s %+v", err, e.Remedy, *d.Status()), password) {
 		t.Errorf("the password is shown: %v %s", err, e.Remedy)
 	}
 	if st := d.Status(); (st.Error != "") != kind.ofProxy() || st.Failures == 0 || (st.Remedy != "") != kind.ofProxy() {

@@ -93,6 +93,18 @@ func (s Settings) Config(getenv func(string) string) (cfg Config, use bool, err 
 	return cfg, true, nil
 }
 
+// Open makes the Dialer that the settings and the environment say.
+func (s Settings) Open(getenv func(string) string) (*Dialer, error) {
+	cfg, use, err := s.Config(getenv)
+	if err != nil {
+		return nil, err
+	}
+	if !use {
+		return new(Dialer), nil
+	}
+	return New(cfg)
+}
+
 // credentials are a user and a password; no user is none.
 type credentials struct {
 	user, password string
@@ -206,33 +218,25 @@ type saved struct {
 	Credentials string `json:"credentials,omitempty"` // path
 }
 
-// Save encodes StateFile for a daemon that uses d, or none where d is nil.
+// Save encodes StateFile for a daemon that uses d.
 func (d *Dialer) Save() []byte {
-	var s saved
-	if d != nil {
-		s = saved{d.Proxy(), d.cfg.Source, d.cfg.NoProxy, d.cfg.Credentials.Path()}
-	}
-	b, _ := json.Marshal(s) // strings always encode
+	b, _ := json.Marshal(saved{d.Proxy(), d.cfg.Source, d.cfg.NoProxy, d.cfg.Credentials.Path()}) // strings always encode
 	return append(b, '\n')
 }
 
-// Recall makes the Dialer that the daemon of a state folder uses, as far as its StateFile and the environment know it; nil is none.
+// Recall makes the Dialer that the daemon of a state folder uses, as far as its StateFile and the environment know it.
 func Recall(stateDir string, getenv func(string) string) (*Dialer, error) {
 	b, err := os.ReadFile(filepath.Join(stateDir, StateFile))
 	var s saved
 	switch {
 	case errors.Is(err, fs.ErrNotExist): // a daemon that has not run yet
-		cfg, use, err := Settings{}.Config(getenv)
-		if err != nil || !use {
-			return nil, err
-		}
-		return New(cfg)
+		return Settings{}.Open(getenv)
 	case err != nil:
 		return nil, fmt.Errorf("what proxy the daemon uses: %w", err)
 	case json.Unmarshal(b, &s) != nil:
 		return nil, fmt.Errorf("%s: malformed", filepath.Join(stateDir, StateFile))
 	case s.Proxy == "":
-		return nil, nil
+		return new(Dialer), nil
 	}
 	cfg := Config{URL: s.Proxy, Source: s.Source, NoProxy: s.NoProxy}
 	if s.Credentials != "" {
@@ -240,10 +244,8 @@ func Recall(stateDir string, getenv func(string) string) (*Dialer, error) {
 		if err != nil {
 			return nil, err
 		}
-	} else if env, use, err := (Settings{}).Config(getenv); err == nil && use {
-		if d, err := New(env); err == nil && d.Proxy() == s.Proxy {
-			cfg.Credentials = d.cfg.Credentials
-		}
+	} else if env, err := (Settings{}).Open(getenv); err == nil && env.Proxy() == s.Proxy {
+		cfg.Credentials = env.cfg.Credentials
 	}
 	return New(cfg)
 }

@@ -71,19 +71,15 @@ func TestSettings(t *testing.T) {
 		{name: "systemd has another", s: Settings{URL: "p:1"}, env: []string{"CREDENTIALS_DIRECTORY", filepath.Dir(private)}, proxy: "http://p:1", source: Flag},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			cfg, use, err := tc.s.Config(environ(tc.env...))
+			d, err := tc.s.Open(environ(tc.env...))
 			if err != nil {
 				t.Fatal(err)
 			}
-			if use != (tc.proxy != "") {
-				t.Fatalf("a proxy is used: %v", use)
-			}
-			if !use {
+			if tc.proxy == "" {
+				if d.Proxy() != "" {
+					t.Errorf("%s is used", d.Proxy())
+				}
 				return
-			}
-			d, err := New(cfg)
-			if err != nil {
-				t.Fatal(err)
 			}
 			c, err := d.cfg.Credentials.read()
 			if err != nil {
@@ -127,9 +123,9 @@ func TestSettingsRefused(t *testing.T) {
 		{name: "large", s: Settings{URL: "p:1", Credentials: file(t, "u:"+secret+strings.Repeat(long, 5), 0o600)}, part: "larger"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			_, use, err := tc.s.Config(environ(tc.env...))
-			if err == nil || use {
-				t.Fatalf("taken: %v", err)
+			_, err := tc.s.Open(environ(tc.env...))
+			if err == nil {
+				t.Fatal("taken")
 			}
 			if !strings.Contains(err.Error(), tc.part) || strings.Contains(fmt.Sprintf("%v %+v %#v", err, err, err), secret) {
 				t.Errorf("%v, want %q", err, tc.part)
@@ -142,11 +138,10 @@ func TestSettingsRefused(t *testing.T) {
 func TestCredentialsAreReplaced(t *testing.T) {
 	path := file(t, user+":old", 0o600)
 	p := &httpProxy{credentials: user + ":" + password, at: greeter(t, "127.0.0.1:0")}
-	cfg, use, err := Settings{URL: p.start(t), Credentials: path}.Config(environ())
-	if err != nil || !use {
-		t.Fatal(use, err)
+	d, err := Settings{URL: p.start(t), Credentials: path}.Open(environ())
+	if err != nil {
+		t.Fatal(err)
 	}
-	d := dialer(t, cfg)
 	e := fails(t, d, outside, Auth, "does not take")
 	if !strings.Contains(e.Remedy, path) {
 		t.Errorf("the remedy %q does not name the file", e.Remedy)
@@ -190,16 +185,16 @@ func TestRecall(t *testing.T) {
 		}
 		return string(b)
 	}
-	save(nil)
-	if d, err := Recall(dir, environ("HTTPS_PROXY", "http://p:1")); d != nil || err != nil {
+	save(new(Dialer))
+	if d, err := Recall(dir, environ("HTTPS_PROXY", "http://p:1")); err != nil || d.Proxy() != "" || d.Uses("192.0.2.1:1") || d.Status() != nil {
 		t.Errorf("a daemon without a proxy: %v, %v", d, err)
 	}
+	works(t, new(Dialer), greeter(t, "127.0.0.1:0"))
 	path := file(t, user+":"+password, 0o600)
-	cfg, _, err := Settings{URL: "socks5h://p:1", Credentials: path, NoProxy: "10.0.0.0/8"}.Config(environ())
-	if err != nil {
+	if d, err = (Settings{URL: "socks5h://p:1", Credentials: path, NoProxy: "10.0.0.0/8"}).Open(environ()); err != nil {
 		t.Fatal(err)
 	}
-	save(dialer(t, cfg))
+	save(d)
 	d, err = Recall(dir, environ("HTTPS_PROXY", "http://other"))
 	if err != nil || d.Proxy() != "socks5h://p:1" || d.Uses("10.1.1.1:1") {
 		t.Fatalf("%v, %v", d, err)
@@ -208,11 +203,10 @@ func TestRecall(t *testing.T) {
 		t.Errorf("as %q", c.user)
 	}
 	env := environ("HTTPS_PROXY", "http://alice:hunter2@p:1")
-	cfg, _, err = Settings{}.Config(env)
-	if err != nil {
+	if d, err = (Settings{}).Open(env); err != nil {
 		t.Fatal(err)
 	}
-	if text := save(dialer(t, cfg)); strings.Contains(text, "hunter2") || strings.Contains(text, "alice") {
+	if text := save(d); strings.Contains(text, "hunter2") || strings.Contains(text, "alice") {
 		t.Error(text)
 	}
 	if d, err = Recall(dir, env); err != nil {

@@ -35,6 +35,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyway/internal/control"
+	"sallyway/internal/egress"
 	"sallyway/internal/identity"
 	"sallyway/relay/leg"
 )
@@ -135,6 +136,7 @@ type Status struct {
 	LastMove string `json:"last_move,omitempty"`
 	Tries    int    `json:"tries,omitempty"`
 	Error    string `json:"error,omitempty"`
+	Remedy   string `json:"remedy,omitempty"` // of Error, where an egress proxy is to blame
 	// Refused says that the relay was reached and does not take this node: 401 or 403.
 	Refused bool `json:"refused,omitempty"`
 }
@@ -345,7 +347,7 @@ func (r *relay) status() Status {
 	defer r.mu.Unlock()
 	s := Status{Relay: r.ref.Node, Name: r.ref.Name, Host: r.ref.Host, Up: r.current != nil, Since: r.since, Tries: r.tries}
 	if r.lastErr != nil {
-		s.Error = r.lastErr.Error()
+		s.Error, s.Remedy = r.lastErr.Error(), egress.Remedy(r.lastErr)
 		if e, ok := errors.AsType[*leg.Error](r.lastErr); ok {
 			s.Refused = e.Code == leg.CodeUnauthorized || e.Code == leg.CodeForbidden
 		}

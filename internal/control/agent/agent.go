@@ -70,7 +70,7 @@ type Config struct {
 	Heartbeat func() control.Heartbeat
 	// EnrolTimeout is how long Open tries to reach the platform; zero is DefaultEnrolTimeout.
 	EnrolTimeout time.Duration
-	// DialContext opens connections to the platform; nil is a net.Dialer.
+	// DialContext opens connections to the platform, perhaps through a proxy; nil is a net.Dialer, and the proxy that net/http finds in the environment.
 	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
 	// Now tells the time; nil is time.Now.
 	Now func() time.Time

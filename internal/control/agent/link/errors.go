@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"sallyway/internal/control"
+	"sallyway/internal/egress"
 	"sallyway/internal/identity"
 )
 
@@ -30,6 +31,7 @@ const (
 	Timeout     Kind = "timeout"
 	Broken      Kind = "broken"       // the connection ended within an answer
 	NotPlatform Kind = "not platform" // something else answered
+	Proxy       Kind = "proxy"        // the egress proxy does not lead there
 )
 
 const checkURL = "check that the URL is the platform's"
@@ -105,6 +107,7 @@ func (l *Link) explain(ctx context.Context, err error) error {
 	cause := context.Cause(ctx)
 	var (
 		dns     *net.DNSError
+		proxy   *egress.Error
 		pin     *PinError
 		invalid x509.CertificateInvalidError
 		unknown x509.UnknownAuthorityError
@@ -117,6 +120,8 @@ func (l *Link) explain(ctx context.Context, err error) error {
 		return &Error{Kind: Timeout, Reason: fmt.Sprintf("the platform at %s did not answer within %s", host, l.cfg.Timeout), Remedy: reachRemedy(host), Err: err}
 	case cause != nil:
 		return cause
+	case errors.As(err, &proxy):
+		return &Error{Kind: Proxy, Reason: proxy.Error(), Remedy: proxy.Remedy, Err: err}
 	case errors.As(err, &pin):
 		return &Error{
 			Kind:   Pin,

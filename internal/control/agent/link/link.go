@@ -48,7 +48,7 @@ type Config struct {
 	UserAgent string
 	// Timeout bounds a request that is not a stream; zero is DefaultTimeout.
 	Timeout time.Duration
-	// DialContext opens connections; nil is a net.Dialer.
+	// DialContext opens connections, perhaps through a proxy; nil is a net.Dialer, and the proxy that net/http finds in the environment.
 	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
 	// Now tells the time; nil is time.Now.
 	Now func() time.Time
@@ -89,15 +89,16 @@ func New(cfg Config) (*Link, error) {
 	if l.cfg.Timeout == 0 {
 		l.cfg.Timeout = DefaultTimeout
 	}
-	dial := cfg.DialContext
+	dial, proxy := cfg.DialContext, (func(*http.Request) (*url.URL, error))(nil)
 	if dial == nil {
+		proxy = http.ProxyFromEnvironment
 		dial = (&net.Dialer{Timeout: dialTimeout, KeepAlive: 15 * time.Second}).DialContext
 	}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	l.client = &http.Client{
 		Transport: &http.Transport{
-			Proxy:                  http.ProxyFromEnvironment,
+			Proxy:                  proxy,
 			DialContext:            dial,
 			TLSClientConfig:        l.tlsConfig(),
 			TLSHandshakeTimeout:    dialTimeout,
