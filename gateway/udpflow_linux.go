@@ -6,6 +6,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"sallyway/internal/datagram"
 )
 
 // segmentSpace is how long the control message of a segmented write is, bytes.
@@ -14,14 +16,15 @@ const segmentSpace = 24
 // udpBuffer is the kernel's receive buffer, bytes: a few runs, of which a program may send several at once.
 const udpBuffer = 1 << 20
 
-// offload asks the kernel for runs, both ways, and for room for some.
+// offload asks the kernel for runs, both ways, where they are allowed, and for room for some.
 func (u *udpFlow) offload() {
 	raw, err := u.SyscallConn()
 	if err != nil {
 		return // closed: the first use says so
 	}
 	_ = raw.Control(func(fd uintptr) { // the same
-		if unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil {
+		runs := datagram.OffloadAllowed()
+		if runs && unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil {
 			u.oob = make([]byte, unix.CmsgSpace(4))
 		}
 		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, udpBuffer) != nil {
@@ -29,7 +32,7 @@ func (u *udpFlow) offload() {
 		}
 		// Reading the option succeeds from Linux 4.18 on, where writes understand it.
 		_, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT)
-		u.segmented = err == nil
+		u.segmented = runs && err == nil
 	})
 }
 

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
 )
@@ -119,5 +120,41 @@ func TestUDPFlowReadThenRun(t *testing.T) {
 	}
 	if n, size, err := f.ReadRun(b); string(b[:n]) != "ccd" || size != 2 || err != nil {
 		t.Fatalf("%q of %d, %v", b[:n], size, err)
+	}
+}
+
+// The switch for all offloads takes runs from a flow, and nothing else.
+func TestUDPFlowWithoutOffload(t *testing.T) {
+	t.Setenv(datagram.NoOffload, "1")
+	f, server := udpPair(t)
+	if f.segmented || f.oob != nil {
+		t.Fatal("the kernel is asked for runs")
+	}
+	data := make([]byte, 2500)
+	rand.NewChaCha8([32]byte{5}).Read(data)
+	if err := f.WriteRun(data, 1000); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 65535)
+	var there []byte
+	for range 3 {
+		n, err := server.Read(b)
+		if err != nil || n > 1000 {
+			t.Fatal(n, err)
+		}
+		there = append(there, b[:n]...)
+	}
+	if !bytes.Equal(there, data) {
+		t.Error("other bytes arrived")
+	}
+	for range 3 {
+		if _, err := server.WriteTo(data[:1000], f.LocalAddr()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 3 {
+		if n, size, err := f.ReadRun(b); err != nil || n != 1000 || size != 1000 {
+			t.Fatalf("%d bytes of %d, %v, want one datagram", n, size, err)
+		}
 	}
 }

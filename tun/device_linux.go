@@ -15,6 +15,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	wgtun "golang.zx2c4.com/wireguard/tun"
+
+	"sallyway/internal/datagram"
 )
 
 const (
@@ -98,11 +100,14 @@ func openFD(name string) (fd, headerLen int, err error) {
 		unix.Close(fd)
 		return -1, 0, fmt.Errorf("interface name %q: %w", name, err)
 	}
-	headerLen = vnetHeaderLen
-	ifr.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
-	err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
+	err = unix.EINVAL
+	if datagram.OffloadAllowed() {
+		headerLen = vnetHeaderLen
+		ifr.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
+	}
 	if errors.Is(err, unix.EINVAL) {
-		// No vnet header here (an emulated kernel, or a persistent device without): packet by packet then.
+		// No vnet header here (an emulated kernel, or a persistent device without), or none wanted: packet by packet then.
 		headerLen = 0
 		ifr.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
 		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)

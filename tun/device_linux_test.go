@@ -19,6 +19,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"sallyway/internal/datagram"
 )
 
 // inNamespace runs f on a thread in a network namespace of its own, with loopback up.
@@ -181,6 +183,61 @@ func TestPacketsPass(t *testing.T) {
 		}
 		if _, err := d.WriteParts(slices.Repeat(parts, maxParts)); !errors.Is(err, unix.EMSGSIZE) {
 			t.Error(err)
+		}
+	})
+}
+
+// The switch for all offloads gives packets as they would be on a wire: no header, none larger than the MTU, sums complete.
+func TestWithoutOffload(t *testing.T) {
+	t.Setenv(datagram.NoOffload, "1")
+	inNamespace(t, func() {
+		d := open(t)
+		defer d.Close()
+		if d.HeaderLen() != 0 || d.EnableUDPSegments() {
+			t.Errorf("a header of %d bytes, or runs of UDP", d.HeaderLen())
+		}
+		if err := d.SetAddresses(prefixes("10.77.0.1/32")); err != nil {
+			t.Error(err)
+		}
+		if _, err := d.SetRoutes(prefixes("10.99.0.0/16"), nil); err != nil {
+			t.Error(err)
+		}
+		c, err := net.Dial("udp", "10.99.0.1:9")
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer c.Close()
+		raw, err := c.(*net.UDPConn).SyscallConn()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		var errno error
+		if err := raw.Control(func(fd uintptr) { errno = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, 1000) }); err != nil || errno != nil {
+			t.Error(err, errno)
+		}
+		if _, err := c.Write(make([]byte, 2500)); err != nil { // a program's own run
+			t.Error(err)
+		}
+		d.SetReadDeadline(time.Now().Add(10 * time.Second))
+		b := make([]byte, 70000)
+		for _, size := range []int{1000, 1000, 500} {
+			n, err := d.Read(b)
+			if err != nil || n != 20+8+size {
+				t.Errorf("a packet of %d bytes, %v, want %d of payload", n, err, size)
+				return
+			}
+			sum := uint32(17 + n - 20) // the pseudo header: protocol and length, then the addresses (RFC 768)
+			for i := 12; i < n; i += 2 {
+				sum += uint32(b[i])<<8 | uint32(b[i+1])
+			}
+			for sum>>16 != 0 {
+				sum = sum&0xffff + sum>>16
+			}
+			if sum != 0xffff || b[26] == 0 && b[27] == 0 {
+				t.Errorf("sum %#x with checksum %x", sum, b[26:28])
+			}
 		}
 	})
 }

@@ -2,7 +2,7 @@
 //
 // On Linux the device has a vnet header (IFF_VNET_HDR) with checksum and TCP segmentation offload, so one Read yields one
 // packet of up to 64 KiB with the ten bytes of struct virtio_net_hdr in front of it (fields in host byte order), and one
-// WriteParts takes the same. Where the kernel refuses the header, HeaderLen is 0 and packets are at most the MTU.
+// WriteParts takes the same. Where the kernel refuses the header, or datagram.NoOffload is set, HeaderLen is 0 and packets are at most the MTU.
 //
 //	d, err := tun.Open(tun.Config{Name: "sally0", MTU: 1500})
 //	if errors.Is(err, tun.ErrUnavailable) { … say what err says, and go on without }

@@ -8,7 +8,7 @@
 //	err = c.Write(buf[:m.N], m.Segment, m.ECN, udpio.Peer{Addr: m.From})
 //
 // What the kernel can not do is done in user space: without UDP_SEGMENT every datagram is a write of its own. The environment
-// variable SALLYWAY_NO_GSO (any value but "" and "0") turns both offloads off.
+// can turn both offloads off: datagram.NoOffload.
 package udpio
 
 import (
@@ -16,7 +16,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"sync/atomic"
 	"syscall"
 
@@ -44,7 +43,7 @@ type Config struct {
 	PacketInfo bool
 	// ReusePort lets several sockets share the port (SO_REUSEPORT); only Listen uses it.
 	ReusePort bool
-	// NoOffload turns GRO and GSO off for this socket, as SALLYWAY_NO_GSO does for all.
+	// NoOffload turns GRO and GSO off for this socket, as datagram.NoOffload does for all.
 	NoOffload bool
 }
 
@@ -77,12 +76,6 @@ type Conn struct {
 	gso  atomic.Bool
 	oob  []byte // control messages of the read under way
 	info bool
-}
-
-// offloadAllowed is false when SALLYWAY_NO_GSO says so.
-func offloadAllowed() bool {
-	v := os.Getenv("SALLYWAY_NO_GSO")
-	return v == "" || v == "0"
 }
 
 // Listen opens a UDP socket on addr. An unspecified IPv6 address takes IPv4, too. warnings are for the log: what could not be set

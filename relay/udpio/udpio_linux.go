@@ -62,7 +62,7 @@ func (c *Conn) setup(cfg Config) (warnings []string, err error) {
 		}
 		warnings = append(warnings, growBuffer(fd, "receive", "net.core.rmem_max", cfg.ReadBuffer, unix.SO_RCVBUF, unix.SO_RCVBUFFORCE)...)
 		warnings = append(warnings, growBuffer(fd, "send", "net.core.wmem_max", cfg.WriteBuffer, unix.SO_SNDBUF, unix.SO_SNDBUFFORCE)...)
-		if cfg.NoOffload || !offloadAllowed() {
+		if cfg.NoOffload || !datagram.OffloadAllowed() {
 			return
 		}
 		c.gro = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil

@@ -96,12 +96,12 @@ func TestRunKeepsBoundariesAndECN(t *testing.T) {
 }
 
 func TestEnvironmentTurnsOffloadOff(t *testing.T) {
-	t.Setenv("SALLYWAY_NO_GSO", "1")
+	t.Setenv(datagram.NoOffload, "1")
 	c := listen(t, "127.0.0.1:0", Config{})
 	if c.GRO() || c.GSO() {
 		t.Errorf("GRO %v, GSO %v, want both off", c.GRO(), c.GSO())
 	}
-	t.Setenv("SALLYWAY_NO_GSO", "0")
+	t.Setenv(datagram.NoOffload, "0")
 	if c := listen(t, "127.0.0.1:0", Config{}); !c.GRO() || !c.GSO() {
 		t.Errorf("GRO %v, GSO %v, want both on", c.GRO(), c.GSO())
 	}
