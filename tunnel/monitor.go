@@ -109,7 +109,7 @@ func (m *monitor) status() pathstate.Status {
 }
 
 // step tells the machine what there is, and returns what it wants done, and when it wants to be called again. standby may be nil.
-func (ms *monitors) step(now time.Time, active, standby *monitor, busy bool, heard time.Duration, load pathstate.Load) ([]pathstate.Action, time.Duration) {
+func (ms *monitors) step(now time.Time, active, standby *monitor, busy bool, load pathstate.Load) ([]pathstate.Action, time.Duration) {
 	ms.mu.Lock()
 	defer ms.mu.Unlock()
 	var other *pathstate.Path
@@ -119,7 +119,6 @@ func (ms *monitors) step(now time.Time, active, standby *monitor, busy bool, hea
 	m := ms.machine
 	m.Roles(now, active.path, other)
 	m.Busy(now, busy)
-	m.Heard(now, heard)
 	if busy {
 		m.Load(now, load)
 	}

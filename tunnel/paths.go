@@ -407,11 +407,7 @@ func (s *Session) step(now time.Time, busy bool, load pathstate.Load) time.Durat
 	if standby != nil {
 		other = standby.mon
 	}
-	last := int64(0)
-	for _, sl := range s.slots {
-		last = max(last, sl.src.last.Load())
-	}
-	actions, wait := s.monitors.step(now, active.mon, other, busy, max(sinceEpoch()-time.Duration(last), 0), load)
+	actions, wait := s.monitors.step(now, active.mon, other, busy, load)
 	for _, a := range actions {
 		l, role := active, RoleActive
 		if standby != nil && a.Path == standby.mon.path {

@@ -7,7 +7,7 @@
 //	actions, wait := m.Step(now) // do the actions, call again after wait, or sooner when told to
 //
 // Life of a path is an answered probe of ours. A path is suspect when a probe is late, or somebody doubts it, which has more sent in quick succession;
-// it is dead when none of these is answered though something else was heard meanwhile, or after longer if nothing was. An answer to a probe that
+// it is dead when none of these is answered though one on another path is that went out later, or after longer if nothing at all was heard. An answer to a probe that
 // was sent after its death makes it alive again: one that was held back or played back does not.
 //
 // A Machine's owner may itself be woken late. What the owner slept beyond its time does not count as time that an answer took.
@@ -39,7 +39,7 @@ const (
 	// suspectInterval is between the probes to a suspect path, and the least between any two. After silence silentProbes decide, so that random loss
 	// does not; after a doubt that has a reason doubtProbes do.
 	suspectInterval = 20 * time.Millisecond
-	silentProbes    = 4
+	silentProbes    = 5
 	doubtProbes     = 3
 	// leastLate and mostLate bound after how long a probe is late; in between it is the path's round-trip time and four deviations, or what
 	// an answer took of late, as far as slowLate.
@@ -48,7 +48,7 @@ const (
 	mostLate  = time.Second
 	// deadInterval is between probes to a dead path.
 	deadInterval = time.Second
-	// unheard is for how long a path must be silent if nothing at all was heard meanwhile: then it may be this host, or its access.
+	// unheard is for how long a path must be silent if no probe that went out since was answered on any path: then it may be this host, or its access.
 	unheard = 400 * time.Millisecond
 	// overslept is by how much the owner may be late without notice. When it was later, no path dies for as long again, mostExcuse at most: answers may
 	// still lie in a socket. A suspicion is put off for mostSuspicion in all.
@@ -128,7 +128,7 @@ type Machine struct {
 	active, standby *Path
 	busy            bool
 	busySince       time.Time // virtual, as all times below
-	heard           time.Time // when anything last was
+	heard           time.Time // when the last probe went out, on any path, that was answered
 	hold            time.Time // no path dies before
 	moved           time.Time // when the active path last changed; zero: never
 	asked           time.Time // when a move was last asked for
@@ -188,12 +188,15 @@ func (m *Machine) Packet(now time.Time, p *Path, b []byte) (ok, wake bool) {
 	if !ok {
 		return false, false
 	}
-	m.heard = v
+	asked := v.Add(-a.RTT)
+	if asked.After(m.heard) {
+		m.heard = asked
+	}
 	p.slow.note(v, a.RTT)
 	switch {
 	case p.gone:
 		return true, false
-	case p.state == Dead && v.Add(-a.RTT).Before(p.died):
+	case p.state == Dead && asked.Before(p.died):
 		p.soon = true // what was under way when it died proves nothing now
 		return true, true
 	}
@@ -201,13 +204,6 @@ func (m *Machine) Packet(now time.Time, p *Path, b []byte) (ok, wake bool) {
 	changed := p.state != Alive
 	m.set(now, p, Alive)
 	return true, changed
-}
-
-// Heard says that a packet of any kind came over any of the paths, ago before now.
-func (m *Machine) Heard(now time.Time, ago time.Duration) {
-	if at := m.advance(now).Add(-ago); at.After(m.heard) {
-		m.heard = at
-	}
 }
 
 // Doubt has a path probed at once, for a reason such as a refusal by ICMP.

@@ -26,8 +26,8 @@ const (
 	stalledPackets = 6
 	sunkShare      = 0.25
 	sunkPackets    = 100
-	sunkPeriod     = 3 * time.Second
-	sunkTimes      = 2
+	sunkPeriod     = 2 * time.Second
+	sunkTimes      = 3
 	// settle is how long after a move, and after flows began to move, nothing is left for being bad.
 	settle = 3 * time.Second
 	// A path that was left for being bad is not gone to for holdLeast, or twice as long as the last time, holdMost at most; for each holdDecay
@@ -64,7 +64,7 @@ type quality struct {
 	load    Load
 	loadAt  time.Time
 	rate    float64 // bytes of flows a second, smoothed
-	came    Load    // when a packet last was received
+	came    Load    // when a packet last was received, or none had been sent since
 	cameAt  time.Time
 	sunk    Load // at the begin of the period
 	sunkAt  time.Time
@@ -132,7 +132,7 @@ func (m *Machine) Load(now time.Time, l Load) {
 	}
 	q.rate += (float64(l.Bytes-q.load.Bytes)/took.Seconds() - q.rate) * min(took.Seconds(), 1)
 	q.load, q.loadAt = l, v
-	if q.cameAt.IsZero() || l.Received != q.came.Received {
+	if q.cameAt.IsZero() || l.Received != q.came.Received || l.Sent == q.came.Sent {
 		q.came, q.cameAt = l, v
 	}
 	switch {
