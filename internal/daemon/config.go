@@ -140,8 +140,8 @@ func note(flags *pflag.FlagSet, f *pflag.Flag, source string) {
 	_ = flags.SetAnnotation(f.Name, sourceNote, []string{source}) // the flag exists: no error is possible
 }
 
-// checkKeys refuses keys that no command of the program knows.
-func (b *Binding) checkKeys(path string, file map[string]*yaml.Node) error {
+// keysOfProgram are the flags of every command of a program and the keys that only its files have. flags says to leave the latter out.
+func keysOfProgram(root *cobra.Command, flags bool) map[string]bool {
 	known := make(map[string]bool)
 	var walk func(c *cobra.Command)
 	walk = func(c *cobra.Command) {
@@ -153,13 +153,21 @@ func (b *Binding) checkKeys(path string, file map[string]*yaml.Node) error {
 		c.Flags().VisitAll(add)
 		c.PersistentFlags().VisitAll(add)
 		for _, k := range strings.Fields(c.Annotations[fileKeysNote]) {
-			known[k] = true
+			if !flags {
+				known[k] = true
+			}
 		}
 		for _, sub := range c.Commands() {
 			walk(sub)
 		}
 	}
-	walk(b.cmd.Root())
+	walk(root)
+	return known
+}
+
+// checkKeys refuses keys that no command of the program knows.
+func (b *Binding) checkKeys(path string, file map[string]*yaml.Node) error {
+	known := keysOfProgram(b.cmd.Root(), false)
 	for key, n := range file {
 		if !known[key] {
 			return Usagef("%s:%d: unknown key %q%s", path, n.Line, key, didYouMean(key, keysOf(known)))

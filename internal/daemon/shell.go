@@ -26,11 +26,14 @@ type Options struct {
 	MetricsListen string   // address of /healthz, /readyz and /metrics; empty is off
 	MetricsHosts  []string // names besides IP addresses and localhost that these answer to
 	Token         TokenFlags
+
+	cmd *cobra.Command // that has the flags
 }
 
 // Register adds the flags to a start command, with the defaults that spec implies. Fields that are set before are the
 // defaults instead.
 func (o *Options) Register(cmd *cobra.Command, spec Spec) {
+	o.cmd = cmd
 	f := cmd.Flags()
 	if o.State == "" {
 		o.State = DefaultStateDir(spec.stateName())
@@ -91,6 +94,9 @@ func Open(spec Spec, opts *Options, w io.Writer) (*Shell, error) {
 	log, err := NewLogger(w, opts.LogLevel, opts.LogFormat)
 	if err != nil {
 		return nil, err
+	}
+	if opts.cmd != nil {
+		warnUnknown(log, opts.cmd, os.Environ())
 	}
 	state, err := openState(opts.State, spec.Name, spec.stateFlag())
 	if err != nil {

@@ -14,6 +14,14 @@ import (
 
 // didYouMean returns ` (did you mean "x"?)` for the name nearest to got, or "" where none is near.
 func didYouMean(got string, names []string) string {
+	if best := nearest(got, names); best != "" {
+		return fmt.Sprintf(" (did you mean %q?)", best)
+	}
+	return ""
+}
+
+// nearest returns the one of names, in lower case, that is nearest to got, or "" where none is near. It sorts names.
+func nearest(got string, names []string) string {
 	best, distance := "", 3 // more than two edits is another word
 	slices.Sort(names)
 	for _, n := range names {
@@ -30,10 +38,7 @@ func didYouMean(got string, names []string) string {
 			}
 		}
 	}
-	if best == "" {
-		return ""
-	}
-	return fmt.Sprintf(" (did you mean %q?)", best)
+	return best
 }
 
 // edits is the Levenshtein distance of two short names, in bytes.
