@@ -12,6 +12,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
+	"sallyway/relay/leg"
 	"sallyway/tunnel"
 )
 
@@ -142,6 +143,9 @@ func (g *gatewayLink) pathEvent(e tunnel.PathEvent) {
 		g.mu.Lock()
 		g.silent = e.State == tunnel.Dead
 		g.mu.Unlock()
+	}
+	if ch, ok := e.Link.(*leg.Channel); ok && e.Role == tunnel.RoleActive && e.State == tunnel.Dead {
+		ch.Leg().Suspect() // the session may have left it before anybody looks
 	}
 	poke(g.events)
 }

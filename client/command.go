@@ -414,6 +414,7 @@ func RenderGateways(w io.Writer, gs []GatewayStatus) {
 		default:
 			fmt.Fprintf(w, "gateway    %s no session yet\n", g.Name)
 		}
+		renderPaths(w, g)
 		renderDirect(w, g.Name, g.Direct)
 		if g.Draining {
 			fmt.Fprintf(w, "           %s is draining: new connections go by way of others\n", g.Name)

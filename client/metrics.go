@@ -8,6 +8,7 @@ import (
 	"sallyway/internal/legs"
 	"sallyway/relay/leg"
 	"sallyway/tunnel"
+	"sallyway/tunnel/pathstate"
 )
 
 // The metrics of a node's ways to relays and gateways.
@@ -119,18 +120,29 @@ func newMoves() *prometheus.CounterVec {
 	for _, r := range moveReasons {
 		v.WithLabelValues(r)
 	}
+	for _, r := range moveCauses {
+		v.WithLabelValues(r)
+	}
 	return v
 }
 
-// noteMoves counts the moves since it was last called for the session, of which seen says how many there had been.
-func (s *Sessions) noteMoves(p tunnel.PathInfo, seen *uint64) {
-	if p.Moves == *seen {
-		return
+// moveCauses are the metric's words for moves that sessions made by themselves.
+var moveCauses = map[tunnel.MoveCause]string{
+	pathstate.CauseDead: "unanswered", pathstate.CauseGone: "leg_gone", pathstate.CauseLoss: "lossy", pathstate.CauseRTT: "slow", pathstate.CauseStalled: "stalled",
+	pathstate.CauseBack: "good_again",
+}
+
+// noteMoves counts the moves since it was last called for the session, when seen were its paths.
+func (s *Sessions) noteMoves(p tunnel.PathInfo, seen *tunnel.PathInfo) {
+	for cause, reason := range moveCauses {
+		s.moves.WithLabelValues(reason).Add(float64(p.Causes[cause] - seen.Causes[cause]))
 	}
-	reason := moveReasons[p.LastReason]
-	if reason == "" {
-		reason = "other"
+	if n := p.Causes[pathstate.CauseOwner] - seen.Causes[pathstate.CauseOwner]; n > 0 {
+		reason := moveReasons[p.LastReason]
+		if reason == "" {
+			reason = "other"
+		}
+		s.moves.WithLabelValues(reason).Add(float64(n))
 	}
-	s.moves.WithLabelValues(reason).Add(float64(p.Moves - *seen))
-	*seen = p.Moves
+	*seen = p
 }

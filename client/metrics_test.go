@@ -11,6 +11,7 @@ import (
 
 	"sallyway/internal/legs"
 	"sallyway/tunnel"
+	"sallyway/tunnel/pathstate"
 )
 
 // metricsOf gathers metrics as name{labels by name} → value.
@@ -58,10 +59,13 @@ func TestMetrics(t *testing.T) {
 		"sallyway_path_moves_total{reason=draining}":              0,
 		"sallyway_path_moves_total{reason=other}":                 0,
 	})
-	var seen uint64
-	h.noteMoves(tunnel.PathInfo{Moves: 2, LastReason: "the relay is draining"}, &seen)
-	h.noteMoves(tunnel.PathInfo{Moves: 2, LastReason: "the relay is draining"}, &seen)
-	h.noteMoves(tunnel.PathInfo{Moves: 3, LastReason: "whatever 17"}, &seen)
+	var seen tunnel.PathInfo
+	owner := func(n uint64) map[tunnel.MoveCause]uint64 {
+		return map[tunnel.MoveCause]uint64{pathstate.CauseOwner: n}
+	}
+	h.noteMoves(tunnel.PathInfo{Causes: owner(2), LastReason: "the relay is draining"}, &seen)
+	h.noteMoves(tunnel.PathInfo{Causes: owner(2), LastReason: "the relay is draining"}, &seen)
+	h.noteMoves(tunnel.PathInfo{Causes: owner(3), LastReason: "whatever 17"}, &seen)
 	want(map[string]float64{"sallyway_path_moves_total{reason=draining}": 2, "sallyway_path_moves_total{reason=other}": 1})
 	h.Sessions.gateways[gateway1].set(nil, nil)
 	if got := metricsOf(t, h.Metrics()...); got["sallyway_path_active{gateway=office,relay=memory,rung=}"] != 0 {

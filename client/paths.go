@@ -79,7 +79,7 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 	defer cancel()
 	var busy atomic.Bool
 	var nextStandby time.Time
-	var moves uint64
+	var moves tunnel.PathInfo
 	for {
 		p := t.Path()
 		g.s.noteMoves(p, &moves)

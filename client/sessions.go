@@ -268,10 +268,13 @@ type GatewayStatus struct {
 	RTT     time.Duration   `json:"rtt_ns,omitempty"`
 	Moves   uint64          `json:"moves"`
 	// LastMove says why the path last moved.
-	LastMove string `json:"last_move,omitempty"`
-	Sent     uint64 `json:"sent_bytes"`
-	Received uint64 `json:"received_bytes"`
-	Error    string `json:"error,omitempty"`
+	LastMove   string    `json:"last_move,omitempty"`
+	LastMoveAt time.Time `json:"last_move_at,omitzero"`
+	// Paths are the active path and the standby.
+	Paths    []PathReport `json:"paths,omitempty"`
+	Sent     uint64       `json:"sent_bytes"`
+	Received uint64       `json:"received_bytes"`
+	Error    string       `json:"error,omitempty"`
 	// Draining says that the gateway takes no new flows; Unreached are resources that it does not reach, by id.
 	Draining  bool         `json:"draining,omitempty"`
 	Unreached Unreached    `json:"unreached,omitempty"`
@@ -496,6 +499,7 @@ func (g *gatewayLink) status() GatewayStatus {
 	p, stats := t.Path(), t.Stats()
 	st.Since, st.Path, st.Standby, st.RTT, st.State = stats.Since, p.Active.Info.Name, p.Standby.Info.Name, stats.RTT, p.Active.State
 	st.Moves, st.LastMove, st.Sent, st.Received = p.Moves, p.LastReason, stats.Sent, stats.Received
+	st.LastMoveAt, st.Paths = p.LastMove, reportPaths(p)
 	return st
 }
 
