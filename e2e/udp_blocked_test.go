@@ -71,3 +71,58 @@ func TestUDPBlocked(t *testing.T) {
 	gap, _ = pulse.LongestGap(blocked)
 	t.Logf("UDP blocked under an open connection: longest silence %v", gap.Round(time.Millisecond))
 }
+
+// mostSilence bounds the silence of an open connection when one way to the relays stops passing and another one works. It is what such a move
+// takes, several times over: this tells whether it happens at all by what notices, not how quick this machine is.
+const mostSilence = 3 * time.Second
+
+// TestUDPBlockedInFlow: UDP stops passing under an open connection, at one end or at both. It goes on over TLS, and back over UDP within a minute
+// of its return.
+func TestUDPBlockedInFlow(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true}, nil)
+	check(t, err)
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.echo.Addr, 20*time.Second)
+	healthy(t, s)
+	transports(t, s.Laptop, "udp", resume)
+	pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
+	defer pulse.Stop()
+	check(t, pulse.WaitBeats(within(t, 10*time.Second), 300))
+	for _, where := range []struct {
+		name  string
+		hosts []*lab.Host
+		nodes []*lab.Node
+	}{
+		{"the client's network", []*lab.Host{l.Client}, []*lab.Node{s.Laptop}},
+		{"the gateway's network", []*lab.Host{l.Gateway}, []*lab.Node{s.GatewayA}},
+		{"both networks", []*lab.Host{l.Client, l.Gateway}, []*lab.Node{s.Laptop, s.GatewayA}},
+	} {
+		t.Run(where.name, func(t *testing.T) {
+			from := time.Now()
+			check(t, l.BlockUDPOf(where.hosts...))
+			check(t, pulse.WaitBeats(within(t, 30*time.Second), 50))
+			gap, _ := pulse.LongestGap(from)
+			t.Logf("blocked: longest silence %v", gap.Round(time.Millisecond))
+			if gap > mostSilence {
+				t.Errorf("silence of %v", gap)
+			}
+			for _, n := range where.nodes {
+				transports(t, n, "tls", resume)
+			}
+			check(t, pulse.WaitBeats(within(t, 30*time.Second), 200))
+			gap, _ = pulse.LongestGap(from)
+			t.Logf("until all legs are on TLS: longest silence %v", gap.Round(time.Millisecond))
+			from = time.Now()
+			check(t, l.BlockUDPOf())
+			for _, n := range where.nodes {
+				transports(t, n, "udp", time.Minute)
+			}
+			took := time.Since(from)
+			overPath(t, s.Laptop, "udp", time.Minute-took)
+			check(t, pulse.WaitBeats(within(t, 30*time.Second), 500))
+			gap, _ = pulse.LongestGap(from)
+			t.Logf("unblocked: back on UDP after %v, longest silence %v", took.Round(time.Millisecond), gap.Round(time.Millisecond))
+		})
+	}
+}
