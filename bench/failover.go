@@ -35,7 +35,7 @@ type Failover struct {
 
 // FailoverDefaults are the runs that figures are taken from.
 func FailoverDefaults() Failover {
-	return Failover{Runs: 20, Window: 1200 * time.Millisecond, Labs: 6, PeerRuns: 3}
+	return Failover{Runs: 20, Window: time.Second, Labs: 8, PeerRuns: 3}
 }
 
 // FailoverQuick is one run of each.
@@ -100,6 +100,10 @@ type Try struct {
 	// wants them counted.
 	Dropped       map[string]uint64 `json:"dropped,omitempty"`
 	DroppedBefore map[string]uint64 `json:"dropped_before,omitempty"`
+
+	// Whole is how long the run waited for everything to be whole after the last one, Turn for its turn to be measured.
+	Whole float64 `json:"waited_for_whole_ms"`
+	Turn  float64 `json:"waited_for_turn_ms"`
 
 	gaps []time.Duration // undisturbed, between answers
 }
@@ -253,7 +257,11 @@ func (t *failoverTurns) work(ctx context.Context) {
 			var err error
 			if bed == nil || bed.way.name != j.way {
 				bed.close()
-				if bed, err = newFailoverBed(ctx, t.cfg, j.way); err != nil && j.way != Sallyway && ctx.Err() == nil {
+				// That takes both cores, so it has the turn.
+				turn := take(&t.turn)
+				bed, err = newFailoverBed(ctx, t.cfg, j.way)
+				turn.give()
+				if err != nil && j.way != Sallyway && ctx.Err() == nil {
 					t.forget(j.way, err)
 					break
 				}
@@ -309,6 +317,7 @@ func (t Try) String() string {
 	if t.Silent {
 		s += ", never again"
 	}
+	s += fmt.Sprintf(", waited %.1f + %.1f s", t.Whole/1000, t.Turn/1000)
 	if t.Path != "" {
 		s += ", " + t.Path + " → " + t.After
 	}

@@ -34,10 +34,12 @@ func (r *FailoverResult) markdown(base string) string {
 			last = row.Cause
 		}
 		lost := fmt.Sprintf("%d of %d", row.Lost, row.Open)
+		stall, more := &row.Stall, &row.Excess
 		if row.Expect {
 			lost += " (by its nature)"
+			stall, more, row.Bulk, row.BulkExcess = nil, nil, nil, nil
 		}
-		fmt.Fprintf(&b, "| %s | %s | %d | %s | %s | %s | %s | %s | %s | %d | %s |\n", row.Way, row.Load, row.Runs, &row.Stall, &row.Excess, row.Bulk, row.BulkExcess, &row.New, lost, row.Bytes/1e6, row.more())
+		fmt.Fprintf(&b, "| %s | %s | %d | %s | %s | %s | %s | %s | %s | %d | %s |\n", row.Way, row.Load, row.Runs, stall, more, row.Bulk, row.BulkExcess, &row.New, lost, row.Bytes/1e6, row.more())
 	}
 	head := "\nNot measured:\n\n"
 	for _, m := range r.Missing {

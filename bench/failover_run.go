@@ -38,9 +38,11 @@ func (t *measuring) give() { t.once.Do(t.mu.Unlock) }
 // run makes one run of a job. An error is a run that could not be made; the bed is not to be used again then.
 func (b *failoverBed) run(ctx context.Context, turns *failoverTurns, j failoverJob, n int) (Try, error) {
 	try := Try{Way: j.way, Cause: j.cause.name, Load: j.load, Run: n, Expect: j.cause.ends}
+	start := time.Now()
 	if err := b.whole(ctx); err != nil {
 		return try, err
 	}
+	try.Whole = ms(time.Since(start))
 	if err := b.hold(ctx); err != nil {
 		return try, err
 	}
@@ -125,8 +127,10 @@ func (r *failoverRun) begin(ctx context.Context) error {
 
 // measure watches undisturbed, disturbs, and watches again. The cause goes on, unless everything was away.
 func (r *failoverRun) measure(ctx context.Context, mu *sync.Mutex) (*disturbance, error) {
+	start := time.Now()
 	turn := take(mu)
 	defer turn.give()
+	r.try.Turn = ms(time.Since(start))
 	fresh := r.dial(ctx)
 	defer func() { fresh.end() }()
 	select {

@@ -26,6 +26,7 @@ func startSSH(ctx context.Context, l *lab.Lab) (way, error) {
 		return append([]string{
 			ssh, "-N", "-F", "none", "-i", sshd.Key, "-p", fmt.Sprint(hub.Port()), "-o", "UserKnownHostsFile=" + sshd.KnownHosts,
 			"-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes",
+			"-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "-o", "ConnectTimeout=5",
 		}, append(more, "root@"+hub.Addr().String())...)
 	}
 	remote, local := "-R", "-L"

@@ -164,8 +164,11 @@ func TurnAgent(ctx context.Context, cfg TurnConfig) error {
 		return err
 	}
 	defer c.Close()
-	if err := c.CreatePermission(net.UDPAddrFromAddrPort(netip.AddrPortFrom(cfg.Client, 0))); err != nil {
-		return err
+	// The lab's client has one of two addresses.
+	for _, a := range []netip.Addr{cfg.Client, cfg.Client.Next()} {
+		if err := c.CreatePermission(net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, 0))); err != nil {
+			return err
+		}
 	}
 	return serveStreams(ctx, cfg, relayed)
 }
@@ -196,8 +199,20 @@ func serveStreams(ctx context.Context, cfg TurnConfig, conn net.PacketConn) erro
 		return err
 	}
 	fmt.Println("ready")
+	// A client that is silent for so long may have lost the relay. The agent ends then, and whoever keeps it running gives it a new allocation.
+	taking, silent := context.WithCancelCause(ctx)
+	defer silent(nil)
+	lost := func(err error) {
+		var idle *quic.IdleTimeoutError
+		if errors.As(err, &idle) {
+			silent(err)
+		}
+	}
 	for {
-		session, err := ln.Accept(ctx)
+		session, err := ln.Accept(taking)
+		if err != nil && ctx.Err() == nil && taking.Err() != nil {
+			return context.Cause(taking)
+		}
 		if err != nil {
 			return ignoreEnd(ctx, err)
 		}
@@ -205,6 +220,7 @@ func serveStreams(ctx context.Context, cfg TurnConfig, conn net.PacketConn) erro
 			for {
 				s, err := session.AcceptStream(ctx)
 				if err != nil {
+					lost(err)
 					return
 				}
 				go serveStream(ctx, cfg.Target, s)
