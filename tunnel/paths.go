@@ -127,7 +127,7 @@ func (s *Session) prepareSpare() {
 	s.validating.Lock()
 	defer s.validating.Unlock()
 	s.mu.Lock()
-	i := s.freeLocked() // the one that is not validated, if there is one
+	i, _ := s.freeLocked() // the one that is not validated, if there is one
 	over := s.slots[s.active].to.Load()
 	if s.standby >= 0 {
 		over = s.slots[s.standby].to.Load()
@@ -155,12 +155,10 @@ func (s *Session) Standby(ctx context.Context, l datagram.Link, info LinkInfo) e
 	}
 	s.validating.Lock()
 	defer s.validating.Unlock()
-	s.mu.Lock()
-	if s.err != nil {
-		defer s.mu.Unlock()
-		return s.err
+	i, err := s.lockFree(ctx)
+	if err != nil {
+		return fmt.Errorf("standby %s: %w", info.Name, err)
 	}
-	i := s.freeLocked()
 	s.pointLocked(i, l, info)
 	s.mu.Unlock()
 	if err := s.validate(ctx, i); err != nil {
@@ -194,10 +192,36 @@ func (s *Session) Standby(ctx context.Context, l datagram.Link, info LinkInfo) e
 	return nil
 }
 
+// lockFree picks the slot for a standby and returns with mu held, unless it fails. If the answer never comes the slot is not validated any more,
+// and where that was the last one there is no way out of a dead path but QUIC's own timer, backed off to seconds. So while the only other
+// slot still receives what was under way before the last move, it waits for the end of that.
+func (s *Session) lockFree(ctx context.Context) (int, error) {
+	for start := time.Now(); ; {
+		s.mu.Lock()
+		if s.err != nil {
+			defer s.mu.Unlock()
+			return 0, s.err
+		}
+		i, last := s.freeLocked()
+		if !last || time.Since(start) > emptied*5 {
+			return i, nil
+		}
+		s.mu.Unlock()
+		select {
+		case <-time.After(emptied / 10):
+		case <-s.ctx.Done(): // err follows
+			<-s.conn.Context().Done()
+			return 0, sessionError(context.Cause(s.conn.Context()))
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
+	}
+}
+
 // freeLocked picks a slot that is neither active nor standby: rather not the one that was active a moment ago, rather one that was not
-// validated yet.
-func (s *Session) freeLocked() int {
-	free := -1
+// validated yet. It also says whether it is the last one beside the active that is.
+func (s *Session) freeLocked() (free int, last bool) {
+	free = -1
 	for i, sl := range s.slots {
 		if i == s.active || i == s.standby {
 			continue
@@ -206,15 +230,23 @@ func (s *Session) freeLocked() int {
 			free = i
 		}
 	}
-	return free
+	last = s.slots[free].validated
+	for i, sl := range s.slots {
+		last = last && (i == s.active || i == free || !sl.validated)
+	}
+	return free, last
 }
 
-// emptying is how long packets may still arrive on a path after the session moved away from it.
-const emptying = 3 * time.Second
+// emptying is how long packets may still arrive on a path after the session moved away from it, and emptied after how long without one they do not.
+const emptying, emptied = 3 * time.Second, 100 * time.Millisecond
 
 // emptyingLocked reports whether packets may still arrive at slot i from before the last move.
 func (s *Session) emptyingLocked(i int) bool {
-	return i == s.former && !s.lastMove.IsZero() && time.Since(s.lastMove) < emptying
+	if i != s.former || s.lastMove.IsZero() {
+		return false
+	}
+	moved := time.Since(s.lastMove)
+	return moved < emptied || moved < emptying && sinceEpoch()-time.Duration(s.slots[i].src.last.Load()) < emptied
 }
 
 // Failover moves the session to the standby path at once. It returns ErrNoStandby when there is none. The old path goes on receiving
@@ -290,13 +322,24 @@ func (s *Session) Repoint(l datagram.Link, info LinkInfo, reason string) error {
 			i = j
 		}
 	}
-	if i < 0 {
-		s.pointLocked(s.active, l, info)
-		s.movedLocked(reason, pathstate.CauseOwner)
-		return nil
+	if i >= 0 {
+		s.pointLocked(i, l, info)
+		return s.switchLocked(i, reason, pathstate.CauseOwner)
 	}
-	s.pointLocked(i, l, info)
-	return s.switchLocked(i, reason, pathstate.CauseOwner)
+	for j, sl := range s.slots {
+		// The answer to a validation that was given up may have come since.
+		if j == s.active || sl.path == nil {
+			continue
+		}
+		s.pointLocked(j, l, info)
+		if s.switchLocked(j, reason, pathstate.CauseOwner) == nil {
+			sl.validated = true
+			return nil
+		}
+	}
+	s.pointLocked(s.active, l, info)
+	s.movedLocked(reason, pathstate.CauseOwner)
+	return nil
 }
 
 // Suspect has the paths on l probed at once: what a refusal by ICMP or a leg's doubt is worth.

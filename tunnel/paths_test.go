@@ -313,6 +313,49 @@ func TestPathStates(t *testing.T) {
 	}
 }
 
+// Standbys that are given up, right after a move and while the active path is dead, leave a way to move.
+func TestStandbysGivenUp(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	a, b, c, d := w.link("a"), w.link("b"), w.link("c"), w.link("d")
+	s := w.dial(a, nil)
+	came, finish := busyFlow(t, s)
+	if err := s.Standby(timeout(t, 5*time.Second), b, LinkInfo{Name: "b"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Failover("once"); err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range []*fakeLink{a, b, c} {
+		cut(l, true)
+	}
+	for range 4 {
+		ctx, cancel := context.WithTimeout(t.Context(), 150*time.Millisecond)
+		if err := s.Standby(ctx, c, LinkInfo{Name: "c"}); err == nil {
+			t.Fatal("a dead link answered")
+		}
+		cancel()
+	}
+	s.mu.Lock()
+	usable := 0
+	for i, sl := range s.slots {
+		if i != s.active && sl.validated {
+			usable++
+		}
+	}
+	s.mu.Unlock()
+	if usable == 0 {
+		t.Error("no slot is left that can be switched to")
+	}
+	before, start := came(), time.Now()
+	if err := s.Repoint(d, LinkInfo{Name: "d"}, "all lost"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "traffic on the fourth link", func() bool { return came() > before+64<<10 })
+	t.Logf("64 KiB further after %v", time.Since(start))
+	finish()
+}
+
 func TestStandbyThatDoesNotAnswer(t *testing.T) {
 	w := newWorld(t, nil)
 	s := w.dial(w.link("a"), nil)
