@@ -19,9 +19,10 @@ bench)
 	packages+=(
 		dnsutils openssl systemd                                          # tools
 		postgresql postgresql-client openssh-server openssh-client coturn # real servers and clients
+		tinyproxy-bin microsocks                                           # egress proxies
 		gcc libc6-dev                                                      # the race detector
 	)
-	tools+=(dig psql ssh sshd turnutils_uclient openssl gcc)
+	tools+=(dig psql ssh sshd turnutils_uclient openssl tinyproxy microsocks gcc)
 	;;
 *)
 	echo "usage: $0 [demo|bench]" >&2

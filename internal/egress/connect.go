@@ -40,27 +40,27 @@ func (d *Dialer) connect(c io.ReadWriter, target string, creds credentials) erro
 	switch {
 	case a.status/100 == 2:
 		return nil
-	case a.status == http.StatusProxyAuthRequired:
+	case a.status == http.StatusProxyAuthRequired, a.status == http.StatusUnauthorized: // tinyproxy says 401 to a wrong password
 		return d.unauthorized(a, creds)
-	case a.status == http.StatusForbidden, a.status == http.StatusUnauthorized, a.status == http.StatusMethodNotAllowed,
-		a.status == http.StatusNotImplemented, a.status == http.StatusUnavailableForLegalReasons:
+	case a.status == http.StatusForbidden, a.status == http.StatusMethodNotAllowed, a.status == http.StatusNotImplemented,
+		a.status == http.StatusUnavailableForLegalReasons:
 		return &Error{Kind: Refused, Proxy: d.Proxy(), Reason: fmt.Sprintf("does not let this host connect to %s: %s", target, said), Remedy: "have the proxy allow CONNECT to " + target}
 	}
 	return &Error{Kind: NoWay, Proxy: d.Proxy(), Reason: fmt.Sprintf("does not lead to %s: %s", target, said), Remedy: "have the proxy's owner see whether it reaches " + target}
 }
 
-// unauthorized explains a 407.
+// unauthorized explains a 407 or 401.
 func (d *Dialer) unauthorized(a answer, creds credentials) error {
 	e := &Error{Kind: Auth, Proxy: d.Proxy(), Remedy: credentialsRemedy}
 	schemes, basic := a.schemes()
 	switch {
 	case len(schemes) > 0 && !basic:
-		e.Reason = fmt.Sprintf("wants to be authenticated to by %s, and Basic alone is spoken here (407)", strings.Join(schemes, ", "))
+		e.Reason = fmt.Sprintf("wants to be authenticated to by %s, and Basic alone is spoken here (%d)", strings.Join(schemes, ", "), a.status)
 		e.Remedy = "have the proxy's owner allow Basic, or exempt this host; or run a local proxy that authenticates to this one, and name that"
 	case creds.user == "":
-		e.Reason = "wants a user and a password, and none are set (407)"
+		e.Reason = fmt.Sprintf("wants a user and a password, and none are set (%d)", a.status)
 	default:
-		e.Reason = fmt.Sprintf("does not take user %.80q with this password (407)", creds.user)
+		e.Reason = fmt.Sprintf("does not take user %.80q with this password (%d)", creds.user, a.status)
 		e.Remedy = "correct user and password: " + creds.source
 	}
 	return e

@@ -323,6 +323,7 @@ func TestConnectRefusals(t *testing.T) {
 		{"no reason", "HTTP/1.1 503\r\n\r\n", NoWay, "503"},
 		{"redirect", "HTTP/1.1 302 Found\r\nLocation: http://portal\r\n\r\n", NoWay, "302"},
 		{"other authentication", "HTTP/1.1 407 No\r\nProxy-Authenticate: NTLM\r\nProxy-Authenticate: Negotiate x\r\n\r\n", Auth, "by NTLM, Negotiate"},
+		{"401 in its place", "HTTP/1.0 401 Unauthorized\r\n\r\n", Auth, "none are set (401)"},
 		{"garbage", "SSH-2.0-OpenSSH_9.2\r\n", NotProxy, "no proxy of this kind"},
 		{"not a status", "HTTP/1.1 2x0 OK\r\n\r\n", NotProxy, "status line"},
 		{"HTTP/2", "HTTP/2 200 OK\r\n\r\n", NotProxy, "HTTP/1"},

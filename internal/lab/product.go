@@ -148,6 +148,7 @@ type NodeSpec struct {
 	Host   *Host
 	Create []string // more arguments of `sallyway KIND create`
 	Args   []string // more arguments of the daemon
+	Env    []string // more of its environment
 	UID    uint32   // the daemon's user; 0 is root
 }
 
@@ -212,7 +213,7 @@ func (l *Lab) StartDaemon(n *Node, s NodeSpec) error {
 		}
 	}
 	args := append([]string{bin, start[1], "--token-file", n.Token, "--state", n.State}, s.Args...)
-	n.Proc, err = s.Host.Start(Spec{Name: s.Name, Args: args, UID: s.UID})
+	n.Proc, err = s.Host.Start(Spec{Name: s.Name, Args: args, Env: s.Env, UID: s.UID})
 	return err
 }
 
@@ -295,6 +296,7 @@ type SiteConfig struct {
 	NoClient     bool     // no client
 	RelayArgs    []string // of both relays
 	GatewayArgs  []string // of both gateways
+	GatewayEnv   []string
 	ClientArgs   []string
 	PlatformArgs []string
 	RelayCreate  []string // more arguments of `sallyway relay create`
@@ -348,11 +350,11 @@ func (s *Site) build(ctx context.Context, cfg SiteConfig, tell func(string)) err
 		}
 	}
 	tell("gatewayd enrols and dials out from the private network")
-	if s.GatewayA, err = s.StartNode(ctx, NodeSpec{Kind: identity.Gateway, Name: Office, Host: s.Gateway, Args: cfg.GatewayArgs}); err != nil {
+	if s.GatewayA, err = s.StartNode(ctx, NodeSpec{Kind: identity.Gateway, Name: Office, Host: s.Gateway, Args: cfg.GatewayArgs, Env: cfg.GatewayEnv}); err != nil {
 		return err
 	}
 	if !cfg.NoBranch {
-		if s.GatewayB, err = s.StartNode(ctx, NodeSpec{Kind: identity.Gateway, Name: Branch, Host: s.Gateway2, Args: cfg.GatewayArgs}); err != nil {
+		if s.GatewayB, err = s.StartNode(ctx, NodeSpec{Kind: identity.Gateway, Name: Branch, Host: s.Gateway2, Args: cfg.GatewayArgs, Env: cfg.GatewayEnv}); err != nil {
 			return err
 		}
 	}

@@ -28,7 +28,7 @@ var packages = map[string]string{
 	"curl": "curl", "dig": "bind9-dnsutils", "iperf3": "iperf3", "initdb": "postgresql", "openssl": "openssl", "ping": "iputils-ping",
 	"postgres": "postgresql", "psql": "postgresql-client", "ssh": "openssh-client", "ssh-keygen": "openssh-client",
 	"sshd": "openssh-server", "turnserver": "coturn", "turnutils_peer": "coturn", "turnutils_uclient": "coturn",
-	"wg": "wireguard-tools", "nebula-cert": "nebula",
+	"tinyproxy": "tinyproxy-bin", "wg": "wireguard-tools", "nebula-cert": "nebula",
 }
 
 // Program finds a program, also where only root's PATH or Debian's PostgreSQL has it. The error is a *MissingError.
