@@ -178,6 +178,7 @@ type stream struct {
 	sent     atomic.Int64
 	received atomic.Int64
 	ended    chan error // 2 places: of either end
+	forget   func()     // has its number forgotten; nil is nothing
 }
 
 // streams is the private host's end of streams.
@@ -234,6 +235,11 @@ func (s *streams) start(c net.Conn, down bool) (*stream, error) {
 	n := s.last
 	s.open[n] = x
 	s.mu.Unlock()
+	x.forget = func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.open, n)
+	}
 	if _, err := c.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil {
 		return nil, err
 	}
@@ -301,8 +307,8 @@ const streamEnd = 20 * time.Second
 func (x *stream) finish(ctx context.Context) (int64, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, streamEnd, errors.New("the rest of the stream does not arrive"))
 	defer cancel()
-	defer x.conn.Close()
-	x.once.Do(func() { close(x.stopped) })
+	defer x.abandon()
+	x.stop()
 	var errs error
 	for range 2 {
 		select {
@@ -323,6 +329,12 @@ func (x *stream) finish(ctx context.Context) (int64, error) {
 
 // abandon closes the stream without looking at what is left.
 func (x *stream) abandon() {
-	x.once.Do(func() { close(x.stopped) })
+	x.stop()
 	x.conn.Close()
+	if x.forget != nil {
+		x.forget()
+	}
 }
+
+// stop has the sender stop.
+func (x *stream) stop() { x.once.Do(func() { close(x.stopped) }) }

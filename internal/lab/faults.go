@@ -1,9 +1,11 @@
 package lab
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -52,7 +54,7 @@ func chance(percent int) []expr.Any {
 
 // Unplug takes a host's link to the router down at the host's end, as when its cable is drawn or its power fails: the router sees the link
 // without a carrier, and says so to nobody before it has given up on finding the host. Plugged undoes it, with the addresses and routes that
-// the kernel removed meanwhile, and is called once.
+// the kernel removed meanwhile, returns when the link has its carrier, and is called once.
 func (h *Host) Unplug() (plugged func() error, err error) {
 	var addrs []netlink.Addr
 	var routes []netlink.Route
@@ -95,11 +97,32 @@ func (h *Host) Unplug() (plugged func() error, err error) {
 			}
 			return errs
 		})
+		if err == nil {
+			err = h.carried()
+		}
 		if err != nil {
 			return fmt.Errorf("plug %s in again: %w", h.Name, err)
 		}
 		return nil
 	}, nil
+}
+
+// carrierWait bounds how long the kernel takes to find that a link has its carrier again; it looks once a second at most.
+const carrierWait = 5 * time.Second
+
+// carried waits until the host's link works.
+func (h *Host) carried() error {
+	ctx, cancel := context.WithTimeout(context.Background(), carrierWait)
+	defer cancel()
+	return Until(ctx, 5*time.Millisecond, func() error {
+		return h.Do(func() error {
+			link, err := netlink.LinkByName("eth0")
+			if err == nil && link.Attrs().OperState != netlink.OperUp {
+				err = fmt.Errorf("eth0 is %v", link.Attrs().OperState)
+			}
+			return err
+		})
+	})
 }
 
 // KillAll ends the process and everything that descends from it at once. Servers such as sshd have children in sessions of their own.
