@@ -40,7 +40,9 @@ func TestProbesPlayedBack(t *testing.T) {
 	for range times {
 		b.Send(probe, 0, 0)
 	}
-	eventually(t, "probes at the gateway", func() bool { return b.pending.Load() == 0 && b.peer.pending.Load() == 0 && w.merged.Stats().Probes >= probes+times })
+	eventually(t, "probes at the gateway", func() bool {
+		return b.pending.Load() == 0 && b.peer.pending.Load() == 0 && w.merged.Stats().Probes >= probes+times
+	})
 	if n := b.peer.sent.Load() - before; n != 0 {
 		t.Errorf("%d answers on the other link", n)
 	}

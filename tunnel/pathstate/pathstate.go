@@ -33,19 +33,24 @@ const (
 
 // Times of probing.
 const (
-	// BusyInterval is between probes while flows move, IdleInterval while none do.
-	BusyInterval = 100 * time.Millisecond
-	IdleInterval = 15 * time.Second
+	// BusyInterval is between probes while flows move, IdleInterval while none do, streamInterval on the active path while they move streamRate bytes
+	// a second or more.
+	BusyInterval   = 100 * time.Millisecond
+	IdleInterval   = 15 * time.Second
+	streamInterval = 50 * time.Millisecond
+	streamRate     = 1 << 20
 	// suspectInterval is between the probes to a suspect path, and the least between any two. After silence silentProbes decide, so that random loss
 	// does not; after a doubt that has a reason doubtProbes do.
 	suspectInterval = 20 * time.Millisecond
 	silentProbes    = 5
 	doubtProbes     = 3
-	// leastLate and mostLate bound after how long a probe is late; in between it is the path's round-trip time and four deviations, or what
-	// an answer took of late, as far as slowLate.
-	leastLate = 50 * time.Millisecond
-	slowLate  = 150 * time.Millisecond
+	// leastLate and mostLate bound after how long a probe is late; in between it is the path's round-trip time and four deviations.
+	leastLate = 30 * time.Millisecond
 	mostLate  = time.Second
+	// leastSilent and mostSilent bound for how long a path must be silent to be dead without a doubt that has a reason; in between it is half as long
+	// again as what any answer took of late.
+	leastSilent = 150 * time.Millisecond
+	mostSilent  = 300 * time.Millisecond
 	// deadInterval is between probes to a dead path.
 	deadInterval = time.Second
 	// unheard is for how long a path must be silent if no probe that went out since was answered on any path: then it may be this host, or its access.
@@ -54,7 +59,7 @@ const (
 	// still lie in a socket. A suspicion is put off for mostSuspicion in all.
 	overslept     = 5 * time.Millisecond
 	mostExcuse    = 250 * time.Millisecond
-	mostSuspicion = time.Second
+	mostSuspicion = 500 * time.Millisecond
 	// retryMove is after how long a move that the owner could not make is asked for again.
 	retryMove = 100 * time.Millisecond
 	// leastWait is the least that Step has its owner wait.
@@ -257,7 +262,11 @@ func (m *Machine) Step(now time.Time) (actions []Action, wait time.Duration) {
 		}
 	}
 	for _, p := range pair {
-		if p != nil {
+		switch {
+		case p == nil:
+		case p == m.active && m.busy && m.quality.rate >= streamRate:
+			wait = min(wait, m.probe(v, p, streamInterval))
+		default:
 			wait = min(wait, m.probe(v, p, interval))
 		}
 	}
@@ -273,7 +282,7 @@ func (m *Machine) judge(now, v time.Time, p *Path) bool {
 	if p.prober == nil || p.gone {
 		return false
 	}
-	late := p.late(v)
+	late := p.late()
 	lost := p.prober.Expire(v, late)
 	switch p.state {
 	case Dead:
@@ -311,12 +320,16 @@ func (m *Machine) isDead(v time.Time, p *Path) bool {
 	if v.Before(m.hold) && v.Sub(p.suspect) < mostSuspicion {
 		return false
 	}
-	return p.reason || m.heard.After(p.silent) || v.Sub(p.silent) >= unheard
+	silent := v.Sub(p.silent)
+	return p.reason || silent >= p.deadAfter(v) && m.heard.After(p.silent) || silent >= unheard
 }
 
 // late is after how long a probe on the path is.
-func (p *Path) late(v time.Time) time.Duration {
-	return max(p.prober.Timeout(leastLate, mostLate), min(p.slow.most(v)*5/4, slowLate))
+func (p *Path) late() time.Duration { return p.prober.Timeout(leastLate, mostLate) }
+
+// deadAfter is how long the path must be silent.
+func (p *Path) deadAfter(v time.Time) time.Duration {
+	return min(max(p.slow.most(v)*3/2, leastSilent), mostSilent)
 }
 
 // probe sends what is due on a path, and returns when there is more to do for it.
@@ -324,7 +337,7 @@ func (m *Machine) probe(v time.Time, p *Path, interval time.Duration) time.Durat
 	if p.prober == nil || p.gone {
 		return IdleInterval
 	}
-	late, since := p.late(v), v.Sub(p.sent)
+	late, since := p.late(), v.Sub(p.sent)
 	switch {
 	case p.soon:
 		interval = suspectInterval

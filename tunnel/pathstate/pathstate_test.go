@@ -37,11 +37,32 @@ func TestSilentCut(t *testing.T) {
 					worst = max(worst, s.moves[0].at-cut)
 				}
 				t.Logf("left after %v at most", worst)
-				if worst > 300*ms+5*max(rtt-40*ms, 0) {
+				if worst > 280*ms+3*max(rtt-40*ms, 0) {
 					t.Errorf("left after %v", worst)
 				}
 			})
 		}
+	}
+}
+
+// While much moves the active path is probed more often, and its death is noticed sooner.
+func TestSilentCutOfAStream(t *testing.T) {
+	var sum time.Duration
+	const runs = 20
+	for i := range runs {
+		s := newSim(t, uint64(i), near(5*ms))
+		s.load = steady(10000, 0)
+		s.run(10*time.Second + time.Duration(i)*7*ms)
+		cut := s.elapsed()
+		s.cut(0, true, true)
+		s.run(time.Second)
+		if len(s.moves) != 1 {
+			t.Fatalf("moves %+v", s.moves)
+		}
+		sum += s.moves[0].at - cut
+	}
+	if mean := sum / runs; mean > 190*ms {
+		t.Errorf("left after %v on average", mean)
 	}
 }
 

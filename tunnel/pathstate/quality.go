@@ -13,7 +13,7 @@ const (
 	// badLoss is the share of probes whose loss makes a path bad, if the standby loses a third of it at most, for lossFor. leastDecided probes must be
 	// decided on both.
 	badLoss      = 0.12
-	lossFor      = 3 * time.Second
+	lossFor      = 4 * time.Second
 	leastDecided = 30
 	// A round trip is bad that is twice the standby's and badRTT longer, for rttFor, unless it may be a queue of this session's own: what the
 	// session moves in that time is ownQueue bytes or more.
