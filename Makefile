@@ -63,8 +63,13 @@ unit: ## run the unit tests alone
 	packages=$(UNIT)
 	CGO_ENABLED=1 "$$go" test -json -race -shuffle=on -vet=off -timeout 15m $(TEST_EXEC) $$packages | $(REPORT)
 
+# The suite runs some daemons with the race detector in them, which needs a C compiler.
 e2e: build ## run the end-to-end suite alone (root by sudo)
 	@$(find_go)
+	if command -v gcc >/dev/null; then
+		CGO_ENABLED=1 $(AS_CALLER) "$$go" build -race -trimpath -buildvcs=false -o bin/race/ ./cmd/...
+		export SALLYWAY_RACE_BIN=$(CURDIR)/bin/race
+	fi
 	"$$go" test -json -count=1 -vet=off -timeout 30m $(TEST_EXEC) ./e2e/... | $(REPORT)
 
 prerequisites: ## install the Debian packages that the tests use (root by sudo)
