@@ -38,9 +38,9 @@ const (
 type behindProxy struct {
 	*lab.Site
 	full, last, socks *lab.Proc
-	addr             netip.Addr
-	client, gateway  lab.NodeSpec
-	file             string // of the client's credentials
+	addr              netip.Addr
+	client, gateway   lab.NodeSpec
+	file              string // of the client's credentials
 }
 
 // url is a proxy's.

@@ -401,8 +401,8 @@ func TestProxyNotReached(t *testing.T) {
 			t.Error(e.Remedy)
 		}
 	}
-	d := dialer(t, Config{URL: "http://proxy.invalid:3128"})
-	fails(t, d, outside, Unreached)
+	// A label is longer than it may be, so that no resolver is asked.
+	fails(t, dialer(t, Config{URL: "http://" + strings.Repeat("x", 64) + ".test:3128"}), outside, Unreached, "does not resolve")
 }
 
 // TestStatusRecovers: the status follows the proxy, and since says when it last changed.

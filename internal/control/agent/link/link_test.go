@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"sallyway/internal/control"
+	"sallyway/internal/egress"
 	"sallyway/internal/identity"
 )
 
@@ -183,6 +184,7 @@ func TestDialErrors(t *testing.T) {
 		{&net.OpError{Op: "dial", Err: errors.New("odd")}, Connect},
 		{context.DeadlineExceeded, Timeout},
 		{errors.New("odd"), Connect},
+		{&egress.Error{Kind: egress.Auth, Proxy: "http://p:1", Reason: "407", Remedy: "another password"}, Proxy},
 	} {
 		l, err := New(Config{URL: "https://platform.example", DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, tt.err }})
 		if err != nil {
@@ -192,6 +194,25 @@ func TestDialErrors(t *testing.T) {
 		if err := l.Do(t.Context(), Request{Method: "GET", Path: "/", Bearer: "hunter2"}, nil); !errors.As(err, &e) || e.Kind != tt.kind || e.Remedy == "" || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("dial error %v: %v (%+v), want kind %s", tt.err, err, e, tt.kind)
 		}
+	}
+}
+
+// Who is given connections to use looks for no proxy in the environment: they may lead through one already, or are to lead through none.
+func TestDialerBeatsTheEnvironment(t *testing.T) {
+	t.Setenv("HTTPS_PROXY", "http://192.0.2.80:3128") // net/http reads it once in a process
+	var asked string
+	l, err := New(Config{URL: "https://platform.example", DialContext: func(_ context.Context, _, address string) (net.Conn, error) {
+		asked = address
+		return nil, errors.New("enough")
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if proxy := l.client.Transport.(*http.Transport).Proxy; proxy != nil {
+		t.Error("the environment's proxy may be used")
+	}
+	if err := l.Do(t.Context(), Request{Method: "GET", Path: "/"}, nil); err == nil || asked != "platform.example:443" {
+		t.Errorf("%s was dialled, %v", asked, err)
 	}
 }
 
