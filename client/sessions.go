@@ -279,6 +279,8 @@ type GatewayStatus struct {
 	Draining  bool         `json:"draining,omitempty"`
 	Unreached Unreached    `json:"unreached,omitempty"`
 	Direct    DirectStatus `json:"direct"`
+	// QUIC is what QUIC counts at the client's end of the session.
+	QUIC tunnel.QUICStats `json:"quic,omitzero"`
 }
 
 // Status lists the gateways.
@@ -499,7 +501,7 @@ func (g *gatewayLink) status() GatewayStatus {
 	p, stats := t.Path(), t.Stats()
 	st.Since, st.Path, st.Standby, st.RTT, st.State = stats.Since, p.Active.Info.Name, p.Standby.Info.Name, stats.RTT, p.Active.State
 	st.Moves, st.LastMove, st.Sent, st.Received = p.Moves, p.LastReason, stats.Sent, stats.Received
-	st.LastMoveAt, st.Paths = p.LastMove, reportPaths(p)
+	st.LastMoveAt, st.Paths, st.QUIC = p.LastMove, reportPaths(p), t.QUIC()
 	return st
 }
 

@@ -157,6 +157,8 @@ type SessionStatus struct {
 	Sent     uint64           `json:"sent_bytes"`
 	Received uint64           `json:"received_bytes"`
 	RTT      time.Duration    `json:"rtt_ns"`
+	// QUIC is what QUIC counts at the gateway's end.
+	QUIC tunnel.QUICStats `json:"quic"`
 }
 
 func (d *gatewayDaemon) status() Status {
@@ -172,7 +174,8 @@ func (d *gatewayDaemon) status() Status {
 		st.Resources = append(st.Resources, resources(s)...)
 	}
 	for _, s := range d.srv.Sessions() {
-		st.Sessions = append(st.Sessions, SessionStatus{s.Peer.Node, s.Peer.Key, s.Since, s.Path.Name, s.Flows, s.Sent, s.Received, s.RTT})
+		q, _, _ := d.srv.QUIC(s.Peer.Session) // nothing of one that has just ended
+		st.Sessions = append(st.Sessions, SessionStatus{s.Peer.Node, s.Peer.Key, s.Since, s.Path.Name, s.Flows, s.Sent, s.Received, s.RTT, q})
 	}
 	return st
 }
