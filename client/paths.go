@@ -177,14 +177,18 @@ func isGone(p tunnel.PathStatus) bool { return closed(p.Link.Done()) || p.State 
 func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session, tasks *sync.WaitGroup) {
 	p := t.Path()
 	lost := isGone(p.Active)
-	if !lost && !g.draining(p.Active) {
+	if !lost && g.unproved(p) {
+		g.lookAround(ctx, tasks)
+		return
+	}
+	if !lost && !closed(drainingOf(p.Active)) {
 		clear(g.search.left)
 		return
 	}
 	if lost {
 		g.suspect(p)
 	}
-	if p.Standby.Link != nil && !isGone(p.Standby) && !g.draining(p.Standby) {
+	if p.Standby.Link != nil && !isGone(p.Standby) && !closed(drainingOf(p.Standby)) {
 		reason := lossReason(p.Active)
 		if err := t.Failover(reason); err == nil {
 			g.log.Info("path moved", "from", p.Active.Info.Name, "to", p.Standby.Info.Name, "reason", reason)
@@ -196,16 +200,23 @@ func (g *gatewayLink) rescue(ctx context.Context, t *tunnel.Session, tasks *sync
 	}
 }
 
+// unproved reports whether a session was moved from a dead path to one that has not answered either, so far. Until it does another one may: the
+// relay may have led to a leg of the gateway's that is not there any more, before it knew of the next.
+func (g *gatewayLink) unproved(p tunnel.PathInfo) bool {
+	_, ok := p.Active.Link.(*leg.Channel)
+	return ok && !isGone(p.Active) && p.Active.State != tunnel.Alive && !g.last.dead.IsZero()
+}
+
 func lossReason(p tunnel.PathStatus) string {
 	switch {
 	case closed(p.Link.Done()) && isDirect(p):
 		return "the direct path ended"
 	case closed(p.Link.Done()):
 		return "the leg on the relay is gone"
-	case p.State == tunnel.Dead:
-		return "probes are not answered"
+	case p.State != tunnel.Dead && closed(drainingOf(p)):
+		return "the relay is draining"
 	}
-	return "the relay is draining"
+	return "probes are not answered"
 }
 
 // suspect has the legs under dead paths check their relays now instead of at the next keepalive, all of them where no path is left: whoever
@@ -258,8 +269,13 @@ func (g *gatewayLink) takeFound(t *tunnel.Session, f foundPath) {
 	delete(s.trying, f.l)
 	g.noteAbsent(f.ref.Node, f.err)
 	p := t.Path()
-	if f.err != nil || !isGone(p.Active) || f.ch == p.Active.Link || time.Since(s.left[f.ch]) < leaveAlone {
+	if f.err != nil || f.ch == p.Active.Link || time.Since(s.left[f.ch]) < leaveAlone {
 		return
+	}
+	if !isGone(p.Active) {
+		if !g.unproved(p) || (p.Active.Link.(*leg.Channel).Leg().Relay() != f.ref.Node && time.Since(p.LastMove) < provePatience) {
+			return
+		}
 	}
 	reason, info := lossReason(p.Active), linkInfo(f.l, f.ref.Name, g.node)
 	if err := t.Repoint(f.ch, info, reason); err != nil {
@@ -269,15 +285,15 @@ func (g *gatewayLink) takeFound(t *tunnel.Session, f foundPath) {
 	g.log.Info("path moved", "from", p.Active.Info.Name, "to", info.Name, "reason", reason)
 }
 
-// draining reports whether a path's relay is being drained.
-func (g *gatewayLink) draining(p tunnel.PathStatus) bool {
+// drainingOf is closed when a path's relay is being drained; nil where there is none.
+func drainingOf(p tunnel.PathStatus) <-chan struct{} {
 	switch l := p.Link.(type) {
 	case *reverse.Link:
-		return closed(l.Draining())
+		return l.Draining()
 	case *leg.Channel:
-		return closed(l.Leg().Draining())
+		return l.Leg().Draining()
 	}
-	return false
+	return nil
 }
 
 // newLeg finds the leg that took the place of the one under a session's active path, at this end or, as the gateway said, at the other.

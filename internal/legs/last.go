@@ -99,8 +99,9 @@ func (k *Keeper) Last(ctx context.Context, relay, peer identity.Node) (*reverse.
 		if len(k.refused) > maxRefused {
 			clear(k.refused)
 		}
-		wait := min(max(2*k.refused[key].wait, refusedRest), k.retry)
-		k.refused[key] = refusal{wait, time.Now().Add(jitter(wait))}
+		n := k.refused[key].n + 1
+		wait := min(refusedRest<<min(max(n-refusedOften, 0), 8), k.retry)
+		k.refused[key] = refusal{n, time.Now().Add(jitter(wait))}
 		k.mu.Unlock()
 		return nil, fmt.Errorf("%s over %s: %w", ref.Name, LastTLS, err)
 	}
@@ -110,15 +111,18 @@ func (k *Keeper) Last(ctx context.Context, relay, peer identity.Node) (*reverse.
 	return l, nil
 }
 
-// refusal is when a peer was last refused: how long it rests for that, and until when.
+// refusal is how often in a row a peer was refused, and until when it rests for that.
 type refusal struct {
-	wait  time.Duration
+	n     int
 	until time.Time
 }
 
-// refusedRest is how long a peer rests at first at whose relay the last rung did not lead to it, for the gateway to make its connection
-// there. It doubles up to RetryInterval.
-const refusedRest = 400 * time.Millisecond
+// refusedRest is how long a peer rests at a relay whose last rung did not lead to it: the gateway may be about to make its connection there. After
+// refusedOften times it doubles, up to RetryInterval.
+const (
+	refusedRest  = 400 * time.Millisecond
+	refusedOften = 6
+)
 
 // maxRefused bounds the pairs of relay and peer whose last refusal is remembered.
 const maxRefused = 4096

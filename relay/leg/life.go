@@ -17,11 +17,13 @@ const (
 	// retryRefresh is the longest wait before a Refresh refused for its credential is tried again.
 	retryRefresh = 30 * time.Second
 	// A leg over which datagrams came in most of the last steadyTicks ticks of listenTick, and in none of the silentTicks after them, is one
-	// whose relay is asked: on a leg in use there are ten probes a second at least. idleTick is the tick of a leg that is not in use.
+	// whose relay is asked: on a leg in use there are ten probes a second at least. idleTick is the tick of a leg that is not in use, which it is when
+	// idleMost datagrams come in one.
 	listenTick  = 100 * time.Millisecond
 	steadyTicks = 10
 	silentTicks = 3
-	idleTick    = time.Second
+	idleTick    = 500 * time.Millisecond
+	idleMost    = 4
 	// leastLifetime is what an allocation's lifetime is taken for when the relay grants less, or does not say.
 	leastLifetime = 10 * time.Second
 )
@@ -127,7 +129,10 @@ func (l *Leg) listen() {
 	tick := idleTick
 	for l.sleep(tick) {
 		n := l.stats.ReceivedDatagrams.Load()
-		if heard.tick(n != before) {
+		switch {
+		case tick == idleTick && n-before > idleMost:
+			heard = steady
+		case heard.tick(n != before):
 			l.suspect(errSilent)
 		}
 		before = n
@@ -140,9 +145,12 @@ func (l *Leg) listen() {
 // silence has a bit for each of the last ticks, the latest lowest: whether something came.
 type silence uint32
 
+// steady is that something came in every tick.
+const steady silence = 1<<(steadyTicks+silentTicks) - 1
+
 // tick notes another tick and reports whether it is the one that ends a steady stream.
 func (s *silence) tick(came bool) bool {
-	*s = *s << 1 & (1<<(steadyTicks+silentTicks) - 1)
+	*s = *s << 1 & steady
 	if came {
 		*s |= 1
 	}
