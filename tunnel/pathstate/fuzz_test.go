@@ -197,7 +197,7 @@ func live(t *testing.T, life []byte) {
 
 // TestRandomLives is a short walk through what FuzzPaths looks for, the same each time.
 func TestRandomLives(t *testing.T) {
-	n := 120
+	n := 60
 	if testing.Short() {
 		n = 20
 	}

@@ -198,7 +198,7 @@ func TestSuspended(t *testing.T) {
 		slept = true
 		return time.Hour
 	}
-	s.run(2 * time.Hour)
+	s.run(70 * time.Minute)
 	if !slept || len(s.moves) != 0 || len(s.died) != 0 {
 		t.Fatalf("slept %v, moves %+v, died %+v", slept, s.moves, s.died)
 	}
