@@ -100,6 +100,9 @@ type Try struct {
 	// wants them counted.
 	Dropped       map[string]uint64 `json:"dropped,omitempty"`
 	DroppedBefore map[string]uint64 `json:"dropped_before,omitempty"`
+	// Resent are packets that QUIC declared lost at either end, and sent again, in the same windows.
+	Resent       uint64 `json:"quic_lost_packets,omitempty"`
+	ResentBefore uint64 `json:"quic_lost_packets_before,omitempty"`
 
 	// Whole is how long the run waited for everything to be whole after the last one, Turn for its turn to be measured.
 	Whole float64 `json:"waited_for_whole_ms"`

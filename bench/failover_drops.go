@@ -64,13 +64,34 @@ func (c *dropCounter) stop() {
 	<-c.done
 }
 
-// result stops and returns what was dropped after the mark and before it, by counter, without those that stand still.
-func (c *dropCounter) result(ctx context.Context) (after, before map[string]uint64) {
+// quicLost begins the names of the counters of packets that QUIC declared lost.
+const quicLost = "QUIC's lost packets, "
+
+// drops are what was dropped by relays and legs, by counter, without those that stand still, and what QUIC declared lost and sent again.
+type drops struct {
+	dropped map[string]uint64
+	lost    uint64
+}
+
+func newDrops(counters map[string]uint64) drops {
+	d := drops{dropped: make(map[string]uint64)}
+	for name, n := range counters {
+		if strings.HasPrefix(name, quicLost) {
+			d.lost += n
+		} else {
+			d.dropped[name] = n
+		}
+	}
+	return d
+}
+
+// result stops and returns what was dropped after the mark and before it.
+func (c *dropCounter) result(ctx context.Context) (drops, drops) {
 	c.read(ctx)
 	c.stop()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	after, before = make(map[string]uint64), make(map[string]uint64)
+	after, before := make(map[string]uint64), make(map[string]uint64)
 	for k, v := range c.latest {
 		name, _, _ := strings.Cut(k, " since ")
 		at, known := c.marked[k]
@@ -84,7 +105,7 @@ func (c *dropCounter) result(ctx context.Context) (after, before map[string]uint
 			before[name] += at - c.first[k]
 		}
 	}
-	return after, before
+	return newDrops(after), newDrops(before)
 }
 
 // read takes all counters that can be had now.
@@ -108,13 +129,20 @@ func (c *dropCounter) read(ctx context.Context) {
 			}
 		}
 	}
+	// What QUIC declares lost it sends again. The count falls when such a packet arrives after all.
 	var cs client.Status
 	if c.b.site.Laptop.Status(ctx, &cs) == nil {
 		leg("client", cs.Relays)
+		for _, g := range cs.Gateways {
+			now[fmt.Sprintf("%sclient since %d", quicLost, g.Since.UnixNano())] = g.QUIC.PacketsLost
+		}
 	}
 	var gs gateway.Status
 	if c.b.site.GatewayA.Status(ctx, &gs) == nil {
 		leg("gateway", gs.Relays)
+		for _, s := range gs.Sessions {
+			now[fmt.Sprintf("%sgateway since %d", quicLost, s.Since.UnixNano())] = s.QUIC.PacketsLost
+		}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -72,7 +72,7 @@ func (row FailoverRow) more() string {
 		add("undisturbed p99.9 %.1f of %d answers", row.Undisturbed, row.Gaps)
 	}
 	if row.Cause == CauseDrain {
-		add("dropped by relays and legs %d (%d before)", row.Dropped, row.Before)
+		add("dropped by relays and legs %d (%d before), sent again by QUIC %d (%d before)", row.Dropped, row.Before, row.Resent, row.ResentBefore)
 	}
 	if row.Never > 0 {
 		add("not everything works again in %d", row.Never)

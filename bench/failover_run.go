@@ -201,7 +201,8 @@ func (r *failoverRun) measure(ctx context.Context, mu *sync.Mutex) (*disturbance
 		r.try.After, r.try.Moves = after, now-moves
 	}
 	if r.counts != nil {
-		r.try.Dropped, r.try.DroppedBefore = r.counts.result(ctx)
+		after, before := r.counts.result(ctx)
+		r.try.Dropped, r.try.DroppedBefore, r.try.Resent, r.try.ResentBefore = after.dropped, before.dropped, after.lost, before.lost
 		r.counts = nil
 	}
 	r.finish(ctx)

@@ -33,15 +33,17 @@ type FailoverRow struct {
 	Undisturbed float64 `json:"undisturbed_p999_ms,omitempty"`
 	Gaps        int     `json:"undisturbed_answers,omitempty"`
 
-	Open    int   `json:"connections"`
-	Lost    int   `json:"connections_lost"`
-	Expect  bool  `json:"end_is_expected,omitempty"`
-	Never   int   `json:"runs_never_again,omitempty"`
-	Bytes   int64 `json:"bytes_checked"`
-	Wrong   int   `json:"runs_with_wrong_bytes"`
-	Dropped int   `json:"dropped,omitempty"`        // in the disturbed windows, by relays and legs
-	Before  int   `json:"dropped_before,omitempty"` // in the undisturbed ones
-	Early   int   `json:"needless_moves,omitempty"` // in the undisturbed windows
+	Open         int   `json:"connections"`
+	Lost         int   `json:"connections_lost"`
+	Expect       bool  `json:"end_is_expected,omitempty"`
+	Never        int   `json:"runs_never_again,omitempty"`
+	Bytes        int64 `json:"bytes_checked"`
+	Wrong        int   `json:"runs_with_wrong_bytes"`
+	Dropped      int   `json:"dropped,omitempty"`        // in the disturbed windows, by relays and legs
+	Before       int   `json:"dropped_before,omitempty"` // in the undisturbed ones
+	Resent       int   `json:"quic_lost_packets,omitempty"`
+	ResentBefore int   `json:"quic_lost_packets_before,omitempty"`
+	Early        int   `json:"needless_moves,omitempty"` // in the undisturbed windows
 }
 
 // atRank is the value that a share of the sorted values, between 0 and 1, is not above: the nearest rank.
@@ -121,6 +123,7 @@ func sumTries(tries []Try) FailoverRow {
 		row.Open, row.Lost, row.Bytes = row.Open+t.Open, row.Lost+t.Lost, row.Bytes+t.Bytes
 		row.Expect = row.Expect || t.Expect
 		row.Early += int(t.Early)
+		row.Resent, row.ResentBefore = row.Resent+int(t.Resent), row.ResentBefore+int(t.ResentBefore)
 		if t.Silent {
 			row.Never++
 		}

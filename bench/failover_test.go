@@ -206,7 +206,7 @@ func failoverSample() *FailoverResult {
 			{Way: Sallyway, Cause: CauseUDP, Load: LoadDown, Stall: 1400, New: 1410, Open: 7, Back: 30_000, Climb: 90, Bytes: 3e6},
 			{Way: Sallyway, Cause: CauseBothKill, Load: LoadIdle, Stall: 11_000, New: 11_100, Resumed: 900, Open: 5},
 			{
-				Way: Sallyway, Cause: CauseDrain, Load: LoadIdle, Stall: 20, Before: 12, New: 3, Open: 5, Dropped: map[string]uint64{"relay-1 unbound": 2, "x": 1}, DroppedBefore: map[string]uint64{"x": 4},
+				Way: Sallyway, Cause: CauseDrain, Load: LoadIdle, Stall: 20, Before: 12, New: 3, Open: 5, Dropped: map[string]uint64{"relay-1 unbound": 2, "x": 1}, DroppedBefore: map[string]uint64{"x": 4}, Resent: 7,
 				gaps: []time.Duration{10 * time.Millisecond, 30 * time.Millisecond},
 			},
 		},
@@ -257,7 +257,7 @@ func TestFailoverMarkdown(t *testing.T) {
 		"| TCP connections lost, of those that may live on | ≤ 0 | 0 | holds |",
 		"| – | – | – | – | 333 / 333 / 333 | 5 of 5 (by its nature) |",
 		"back on UDP after 30000 / 30000 / 30000, stall meanwhile 90 / 90 / 90",
-		"dropped by relays and legs 3 (4 before)",
+		"dropped by relays and legs 3 (4 before), sent again by QUIC 7 (0 before)",
 		"- " + Nebula + ": nebula is not installed\n",
 		"- Sallyway, x: not whole again\n",
 		"![Longest stall of an open connection, load up](x-cdf-up.svg)",
