@@ -22,6 +22,10 @@ func TestProtectedOutlivesTheResolver(t *testing.T) {
 	if now := h.protected(failing, d); !slices.Equal(now, before) {
 		t.Errorf("%v are protected, were %v", now, before)
 	}
+	h.cfg.Proxy = "192.0.2.80"
+	if now := h.protected(failing, d); !slices.Contains(now, addrs("192.0.2.80")[0]) {
+		t.Errorf("the egress proxy is not protected: %v", now)
+	}
 	if now := h.protected(failing, &control.Dialling{}); slices.Contains(now, addrs("198.51.100.7")[0]) {
 		t.Errorf("a relay that is not configured any more is protected: %v", now)
 	}

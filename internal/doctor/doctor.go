@@ -48,10 +48,12 @@ func Network(ctx context.Context, stateDir string) []daemon.Check {
 	}
 	refs := relays(c.Config)
 	d, err := egress.Recall(stateDir, os.Getenv)
+	out := []daemon.Check{names(ctx, c, refs, d)}
 	if err != nil {
-		return []daemon.Check{{Check: egressRow, Result: daemon.Fail, Detail: err.Error(), Remedy: "set it right where the daemon is started, or do without: --egress-proxy none"}}
+		out = append(out, daemon.Check{Check: egressRow, Result: daemon.Fail, Detail: err.Error(), Remedy: "set it right where the daemon is started, or do without: --egress-proxy none"})
+	} else {
+		out = append(out, proxy(ctx, egressRow, d, c.Platform)...)
 	}
-	out := append([]daemon.Check{names(ctx, c, refs, d)}, proxy(ctx, egressRow, d, c.Platform)...)
 	out = append(out, platform(ctx, c, d))
 	// The relays are looked at beside each other: what does not answer takes its time.
 	rows := make([][]daemon.Check, len(refs))

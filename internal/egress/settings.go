@@ -224,28 +224,35 @@ func (d *Dialer) Save() []byte {
 	return append(b, '\n')
 }
 
-// Recall makes the Dialer that the daemon of a state folder uses, as far as its StateFile and the environment know it.
+// Recall makes the Dialer that the daemon of a state folder uses, as far as its StateFile and the environment know it. Beside an error it is
+// what is left of that: without user and password, or without a proxy.
 func Recall(stateDir string, getenv func(string) string) (*Dialer, error) {
 	b, err := os.ReadFile(filepath.Join(stateDir, StateFile))
 	var s saved
 	switch {
 	case errors.Is(err, fs.ErrNotExist): // a daemon that has not run yet
-		return Settings{}.Open(getenv)
+		d, err := Settings{}.Open(getenv)
+		if err != nil {
+			d = new(Dialer)
+		}
+		return d, err
 	case err != nil:
-		return nil, fmt.Errorf("what proxy the daemon uses: %w", err)
+		return new(Dialer), fmt.Errorf("what proxy the daemon uses: %w", err)
 	case json.Unmarshal(b, &s) != nil:
-		return nil, fmt.Errorf("%s: malformed", filepath.Join(stateDir, StateFile))
+		return new(Dialer), fmt.Errorf("%s: malformed", filepath.Join(stateDir, StateFile))
 	case s.Proxy == "":
 		return new(Dialer), nil
 	}
 	cfg := Config{URL: s.Proxy, Source: s.Source, NoProxy: s.NoProxy}
+	var missing error
 	if s.Credentials != "" {
-		cfg.Credentials, err = readCredentials(s.Credentials, filepath.Base(s.Credentials) != systemdCredential)
-		if err != nil {
-			return nil, err
-		}
+		cfg.Credentials, missing = readCredentials(s.Credentials, filepath.Base(s.Credentials) != systemdCredential)
 	} else if env, err := (Settings{}).Open(getenv); err == nil && env.Proxy() == s.Proxy {
 		cfg.Credentials = env.cfg.Credentials
 	}
-	return New(cfg)
+	d, err := New(cfg)
+	if err != nil {
+		d = new(Dialer)
+	}
+	return d, errors.Join(missing, err)
 }

@@ -202,6 +202,12 @@ func TestRecall(t *testing.T) {
 	if c, _ := d.cfg.Credentials.read(); c.password != password {
 		t.Errorf("as %q", c.user)
 	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = Recall(dir, environ()); err == nil || d.Proxy() != "socks5h://p:1" {
+		t.Errorf("a file of credentials that is gone: %v, %v", d.Proxy(), err)
+	}
 	env := environ("HTTPS_PROXY", "http://alice:hunter2@p:1")
 	if d, err = (Settings{}).Open(env); err != nil {
 		t.Fatal(err)
@@ -224,7 +230,10 @@ func TestRecall(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, StateFile), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Recall(dir, environ()); err == nil {
+	if d, err := Recall(dir, environ()); err == nil || d.Proxy() != "" {
 		t.Error("a malformed file is taken")
+	}
+	if d, err := Recall(t.TempDir(), environ("HTTPS_PROXY", "socks4://p")); err == nil || d.Proxy() != "" {
+		t.Error("a malformed variable is taken")
 	}
 }
