@@ -68,7 +68,7 @@ func (g *gatewayLink) lastDue(ref control.RelayRef) bool {
 }
 
 func lastInfo(ref control.RelayRef, peer identity.Node) tunnel.LinkInfo {
-	return tunnel.LinkInfo{Name: ref.Name + " " + string(legs.LastTLS), Peer: peer}
+	return tunnel.LinkInfo{Name: ref.Name + " " + string(legs.LastTLS), Peer: peer, Rank: rankLast}
 }
 
 // lastDialled is what came of an attempt at the last rung.

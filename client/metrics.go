@@ -129,7 +129,7 @@ func newMoves() *prometheus.CounterVec {
 // moveCauses are the metric's words for moves that sessions made by themselves.
 var moveCauses = map[tunnel.MoveCause]string{
 	pathstate.CauseDead: "unanswered", pathstate.CauseGone: "leg_gone", pathstate.CauseLoss: "lossy", pathstate.CauseRTT: "slow", pathstate.CauseStalled: "stalled",
-	pathstate.CauseBack: "good_again",
+	pathstate.CauseBack: "good_again", pathstate.CauseRung: "better_rung",
 }
 
 // noteMoves counts the moves since it was last called for the session, when seen were its paths.

@@ -412,6 +412,17 @@ func (g *gatewayLink) addStandby(ctx context.Context, t *tunnel.Session) {
 	}
 }
 
+// Ranks of rungs: a session that has a better one as its standby goes there when that has been good for a while. Direct paths, which are tried with
+// measures of their own, rank as UDP.
+const (
+	rankTLS  = 1
+	rankLast = 2
+)
+
 func linkInfo(l *leg.Leg, name string, peer identity.Node) tunnel.LinkInfo {
-	return tunnel.LinkInfo{Name: name + " " + string(l.Transport()), Peer: peer}
+	info := tunnel.LinkInfo{Name: name + " " + string(l.Transport()), Peer: peer}
+	if l.Transport() != leg.UDP {
+		info.Rank = rankTLS
+	}
+	return info
 }

@@ -77,6 +77,7 @@ const (
 	CauseRTT     Cause = "rtt"
 	CauseStalled Cause = "stalled"
 	CauseBack    Cause = "back"
+	CauseRung    Cause = "rung"
 	CauseOwner   Cause = "owner"
 )
 

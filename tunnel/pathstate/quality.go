@@ -190,6 +190,8 @@ func (m *Machine) judgeQuality(v time.Time) (Cause, string) {
 		return CauseStalled, fmt.Sprintf("left %s: packets are lost, though probes are answered", a.name)
 	case slow:
 		return CauseRTT, fmt.Sprintf("left %s: round trip %v, %s %v", a.name, on.RTT.Round(time.Millisecond), b.name, other.RTT.Round(time.Millisecond))
+	case better && b.rank < a.rank:
+		return CauseRung, fmt.Sprintf("%s is a better rung than %s, and was good for %v", b.name, a.name, backFor)
 	case better:
 		return CauseBack, fmt.Sprintf("back to %s: good for %v, %.0f %% of probes lost, round trip %v", b.name, backFor, 100*other.Loss, other.RTT.Round(time.Millisecond))
 	}

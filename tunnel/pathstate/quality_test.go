@@ -144,7 +144,7 @@ func TestRank(t *testing.T) {
 		t.Fatalf("moved at once: %+v", s.moves)
 	}
 	s.run(12 * time.Second)
-	if len(s.moves) != 1 || s.moves[0].cause != CauseBack {
+	if len(s.moves) != 1 || s.moves[0].cause != CauseRung || s.moves[0].reason != "net-1 is a better rung than net-0, and was good for 10s" {
 		t.Fatalf("moves %+v", s.moves)
 	}
 }
