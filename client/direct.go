@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyway/direct"
+	"sallyway/internal/control"
 	"sallyway/internal/legs"
 	"sallyway/internal/policy"
 	"sallyway/tunnel"
@@ -72,12 +74,25 @@ func (s *Sessions) newDirect() *direct.Endpoint {
 	})
 }
 
-// RelayAddrs are the addresses of the relays that a node has legs to.
+// familyLookup bounds the look-up of relays' addresses of the other family.
+const familyLookup = time.Second
+
+// RelayAddrs are the addresses of the relays that a node has legs to, each followed by the relay's one of the other family: a leg needs one
+// of them, but where a NAT is in the way of one family, there may be none in that of the other.
 func RelayAddrs(k *legs.Keeper) []netip.AddrPort {
+	ctx, cancel := context.WithTimeout(context.Background(), familyLookup)
+	defer cancel()
 	var out []netip.AddrPort
 	for _, st := range k.Status() {
-		if l, _ := k.Current(st.Relay); l != nil && l.RemoteAddr().IsValid() { // else only a proxy knows it
-			out = append(out, l.RemoteAddr())
+		l, _ := k.Current(st.Relay)
+		if l == nil || !l.RemoteAddr().IsValid() { // only a proxy knows it
+			continue
+		}
+		at := l.RemoteAddr()
+		out = append(out, at)
+		all, _ := k.Addrs(ctx, control.RelayRef{Name: st.Name, Host: st.Host}, at.Port()) // what is not found is not asked
+		if i := slices.IndexFunc(all, func(a netip.AddrPort) bool { return a.Addr().Is4() != at.Addr().Unmap().Is4() }); i >= 0 {
+			out = append(out, all[i])
 		}
 	}
 	return out
@@ -101,6 +116,9 @@ func (s *Sessions) directAllowed() bool {
 
 // NetworkChanged has sessions try direct paths at once: the host's addresses or routes are others now.
 func (s *Sessions) NetworkChanged() {
+	if s.direct != nil {
+		s.direct.NetworkChanged()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, g := range s.gateways {
@@ -209,6 +227,9 @@ func (g *gatewayLink) stepDirect(ctx context.Context, t *tunnel.Session, tasks *
 				d.wait = directWait
 			}
 			d.failLocked("it ended: " + p.LastReason)
+			if d.fresh.After(d.since) && d.left.Sub(d.fresh) < directRenew { // with the network that it was found in: another one may be there
+				d.next, d.wait = now, directWait
+			}
 		case on && !allowed:
 			g.leaveDirect(t, p, "direct paths are not allowed any more")
 		case on && d.worseLocked(p, now):

@@ -345,6 +345,13 @@ func (e *Endpoint) openLocked(ctx context.Context) error {
 	return nil
 }
 
+// NetworkChanged forgets where relays saw the socket: the host's addresses are others now.
+func (e *Endpoint) NetworkChanged() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.seen = nil
+}
+
 // gather finds out where the socket may be reached.
 func (e *Endpoint) gather(ctx context.Context) ([]netip.AddrPort, error) {
 	e.gathering.Lock()

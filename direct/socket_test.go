@@ -6,7 +6,9 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -20,10 +22,10 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// relay answers Binding requests on loopback.
-func relay(t *testing.T) netip.AddrPort {
+// relay answers Binding requests on a loopback address.
+func relay(t *testing.T, at netip.Addr) netip.AddrPort {
 	t.Helper()
-	conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	conn, err := net.ListenUDP("udp", &net.UDPAddr{IP: at.AsSlice()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,9 +58,14 @@ func relay(t *testing.T) netip.AddrPort {
 // endpoint runs an endpoint on loopback.
 func endpoint(t *testing.T, cfg Config) *Endpoint {
 	t.Helper()
-	server := relay(t)
-	cfg.Servers = func() []netip.AddrPort { return []netip.AddrPort{server} }
-	cfg.listen, cfg.loopback = netip.MustParseAddrPort("127.0.0.1:0"), true
+	if !cfg.listen.IsValid() {
+		cfg.listen = netip.MustParseAddrPort("127.0.0.1:0")
+	}
+	if cfg.Servers == nil {
+		server := relay(t, cfg.listen.Addr())
+		cfg.Servers = func() []netip.AddrPort { return []netip.AddrPort{server} }
+	}
+	cfg.loopback = true
 	e := New(cfg)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -470,5 +477,51 @@ func TestPrivateCandidates(t *testing.T) {
 		if a.Port() != own[0].Port() {
 			t.Errorf("%v is of another socket than %v", a, own[0])
 		}
+	}
+}
+
+// TestIPv6: a link over IPv6 carries runs with their ECN field; where relays are asked over both families, both are told, and one that the
+// other end does not have costs nothing.
+func TestIPv6(t *testing.T) {
+	v4, v6 := netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()
+	r4, r6 := relay(t, v4), relay(t, v6)
+	both := func() []netip.AddrPort { return []netip.AddrPort{r4, r6} }
+	a := open(t, endpoint(t, Config{listen: netip.MustParseAddrPort("[::]:0"), Servers: both}), testKeys(8), true)
+	b := open(t, endpoint(t, Config{listen: netip.MustParseAddrPort("[::1]:0")}), testKeys(8).Swap(), false)
+	if len(a.own) != 2 || a.own[0].Addr() == a.own[1].Addr() || len(b.own) != 1 || b.own[0].Addr() != v6 {
+		t.Fatalf("candidates %v and %v", a.own, b.own)
+	}
+	b.p.Punch(a.own)
+	a.p.Punch(b.own)
+	la, lb := a.linked(t), b.linked(t)
+	if la.Addr() != b.own[0] || lb.Addr().Addr() != v6 || !slices.Contains(a.own, lb.Addr()) {
+		t.Errorf("links to %v and %v", la.Addr(), lb.Addr())
+	}
+	var got sink
+	lb.SetReceiver(&got)
+	run := bytes.Repeat([]byte{0x40}, 10*1200+300)
+	la.Send(run, 1200, datagram.ECT0)
+	until(t, func() bool { return got.count() == 11 })
+	got.mu.Lock()
+	defer got.mu.Unlock()
+	if !bytes.Equal(bytes.Join(got.all, nil), run) || got.ecn != datagram.ECT0 {
+		t.Errorf("ECN %v, or other bytes arrived than were sent", got.ecn)
+	}
+}
+
+// TestNetworkChanged: where relays saw the socket is asked anew after a change of the host's addresses, and not before.
+func TestNetworkChanged(t *testing.T) {
+	var asked atomic.Int32
+	server := relay(t, netip.MustParseAddr("127.0.0.1"))
+	e := endpoint(t, Config{Servers: func() []netip.AddrPort { asked.Add(1); return []netip.AddrPort{server} }})
+	open(t, e, testKeys(1), true)
+	open(t, e, testKeys(2), true)
+	if n := asked.Load(); n != 1 {
+		t.Errorf("asked %d times within %v", n, reuse)
+	}
+	e.NetworkChanged()
+	open(t, e, testKeys(3), true)
+	if n := asked.Load(); n != 2 {
+		t.Errorf("asked %d times, want once more", n)
 	}
 }

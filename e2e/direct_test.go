@@ -4,13 +4,21 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
 	"sallyway/client"
 	"sallyway/gateway"
 	"sallyway/internal/lab"
+	"sallyway/internal/legs"
 )
 
 // onPath waits until the client's session with its gateway runs over a direct path, or over none.
@@ -283,4 +291,150 @@ func TestDirectIdle(t *testing.T) {
 	}
 	onPath(t, s.Laptop, false, time.Second)
 	shows(s.Client, `sallyway_path_moves_total{reason="unanswered"} 1`)
+}
+
+// binds waits until a relay answers a Binding request (RFC 8489 §5) of a host.
+func binds(t *testing.T, h *lab.Host, relay netip.AddrPort) {
+	t.Helper()
+	c := must(h.Dial(within(t, 5*time.Second), "udp", relay.String()))(t)
+	defer c.Close()
+	request := append([]byte{0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42}, make([]byte, 12)...)
+	check(t, lab.Until(within(t, 20*time.Second), time.Millisecond, func() error {
+		if _, err := c.Write(request); err != nil {
+			return err
+		}
+		if err := c.SetReadDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+			return err
+		}
+		_, err := c.Read(make([]byte, 1500))
+		return err
+	}))
+}
+
+// TestDirectIPv6: nodes find a direct path over IPv6, whether their relays are reached over it or not.
+func TestDirectIPv6(t *testing.T) {
+	// Where the relays' names lead: the relays themselves and the platform always know both families.
+	const both, six = "both families", "IPv6 alone"
+	for _, names := range []string{both, six} {
+		t.Run(names, func(t *testing.T) {
+			l := newLab(t, lab.Config{Direct: true})
+			v6 := func(n int) string { return fmt.Sprintf("2001:db8:%x::2", n) } // of a host's site, as its IPv4 address 203.0.113.(16n+2)
+			relays := map[string]int{"relay-1.test": 3, "relay-2.test": 4}
+			for _, h := range []*lab.Host{l.Client, l.Gateway, l.Relay1, l.Relay2, l.Platform} {
+				var lines strings.Builder
+				lines.WriteString("127.0.0.1 localhost\n::1 localhost\n")
+				for name, n := range relays {
+					fmt.Fprintf(&lines, "%s %s\n", v6(n), name)
+					if end := h == l.Client || h == l.Gateway; names == both || !end {
+						fmt.Fprintf(&lines, "203.0.113.%d %s\n", 16*n+2, name)
+					}
+				}
+				check(t, os.WriteFile(filepath.Join(h.Dir(), "hosts"), []byte(lines.String()), 0o644))
+			}
+			s := must(l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true, RelayArgs: []string{"--listen-ip", "::"}}, nil))(t)
+			org := func(args ...string) { t.Helper(); must(s.Sallyway(within(t, 20*time.Second), args...))(t) }
+			org("organization", "update", "--direct", "off")
+			for name := range relays {
+				org("relay", "update", strings.TrimSuffix(name, ".test"), "--host", name)
+			}
+			p := servePrivate(t, s)
+			reach(t, s.Client, p.echo.Addr, 30*time.Second)
+			for _, n := range []*lab.Node{s.Laptop, s.GatewayA} {
+				for name := range relays { // the neighbours are found by then
+					binds(t, n.Host, netip.AddrPortFrom(netip.MustParseAddr(v6(relays[name])), 5349))
+				}
+				check(t, n.Proc.Restart()) // a leg that works stays where it is
+				check(t, n.WaitReady(within(t, 30*time.Second)))
+				ctx := within(t, 30*time.Second)
+				check(t, lab.Until(ctx, 100*time.Millisecond, func() error {
+					var st struct{ Relays []legs.Status }
+					if err := n.Status(ctx, &st); err != nil {
+						return err
+					}
+					for _, r := range st.Relays {
+						if !strings.HasSuffix(r.Host, ".test") || !r.Up || r.Reflexive.Addr().Is6() != (names == six) {
+							return fmt.Errorf("%s has %+v", n.Name, r)
+						}
+					}
+					return nil
+				}))
+			}
+			reach(t, s.Client, p.echo.Addr, 30*time.Second)
+			if names == both { // what a NAT in the way of IPv4 does
+				for _, h := range []struct {
+					*lab.Host
+					site int
+				}{{s.Client, 5}, {s.Gateway, 1}} {
+					check(t, h.Do(func() error {
+						return netlink.RouteAdd(&netlink.Route{
+							Dst: &net.IPNet{IP: net.IPv4(203, 0, 113, byte(16*h.site)).To4(), Mask: net.CIDRMask(28, 32)}, Type: unix.RTN_BLACKHOLE,
+						})
+					}))
+				}
+			}
+			pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
+			defer pulse.Stop()
+			org("organization", "update", "--direct", "on")
+			took, st := onPath(t, s.Laptop, true, 30*time.Second)
+			if !strings.HasPrefix(st.Path, "direct ["+v6(5)+"]:") {
+				t.Errorf("over %s", st.Path)
+			}
+			check(t, pulse.WaitBeats(within(t, 20*time.Second), 100))
+			onPath(t, s.Laptop, true, time.Second)
+			gap, _ := pulse.LongestGap(time.Time{})
+			t.Logf("over %s, RTT %v, %v after it was allowed; longest silence %v", st.Path, st.RTT, took.Round(time.Millisecond), gap.Round(time.Millisecond))
+		})
+	}
+}
+
+// TestDirectNetworkChange: a client that changes networks goes on over its relays, and finds a new direct path by itself.
+func TestDirectNetworkChange(t *testing.T) {
+	for name, nat := range map[string]bool{"its own address": false, "its NAT's address": true} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t, lab.Config{NAT: nat, Direct: true}, lab.SiteConfig{NoBranch: true})
+			p := servePrivate(t, s)
+			reach(t, s.Client, p.echo.Addr, 30*time.Second)
+			pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
+			defer pulse.Stop()
+			_, st := onPath(t, s.Laptop, true, 20*time.Second)
+			moves := st.Moves
+			<-time.After(16 * time.Second) // the first change of network in 15 s is heeded at once
+			began := time.Now()
+			must(s.MoveClient())(t)
+			took, st := onPath(t, s.Laptop, false, 20*time.Second)
+			check(t, pulse.WaitBeats(within(t, 20*time.Second), 50))
+			gap, _ := pulse.LongestGap(began)
+			t.Logf("over %s (%s) after %v, longest silence %v", st.Path, st.LastMove, took.Round(time.Millisecond), gap.Round(time.Millisecond))
+			again := 20 * time.Second // the client sees the change, and tries when it has left the old path
+			if nat {
+				again = time.Minute // it does not
+			}
+			took, st = onPath(t, s.Laptop, true, again)
+			check(t, pulse.WaitBeats(within(t, 20*time.Second), 100))
+			gap, _ = pulse.LongestGap(began)
+			t.Logf("over %s again after %v, longest silence %v", st.Path, took.Round(time.Millisecond), gap.Round(time.Millisecond))
+			if st.Moves < moves+2 {
+				t.Errorf("%d moves, were %d: the session never left its direct path", st.Moves, moves)
+			}
+			onPath(t, s.Laptop, true, time.Second)
+		})
+	}
+}
+
+// TestDirectWorse: a direct path that works and loses much is left for the relay, under load and with nothing lost above it.
+func TestDirectWorse(t *testing.T) {
+	s := newSite(t, lab.Config{Direct: true}, lab.SiteConfig{NoBranch: true})
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.echo.Addr, 30*time.Second)
+	pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 10*time.Millisecond))(t)
+	defer pulse.Stop()
+	onPath(t, s.Laptop, true, 20*time.Second)
+	check(t, s.ImpairDirect(20))
+	took, st := onPath(t, s.Laptop, false, 60*time.Second)
+	check(t, pulse.WaitBeats(within(t, 20*time.Second), 50))
+	t.Logf("over %s (%s) after %v", st.Path, st.LastMove, took.Round(time.Millisecond))
+	check(t, s.ImpairDirect(0))
+	took, st = onPath(t, s.Laptop, true, 3*time.Minute)
+	check(t, pulse.WaitBeats(within(t, 20*time.Second), 50))
+	t.Logf("over %s again %v after it was good again", st.Path, took.Round(time.Millisecond))
 }

@@ -75,6 +75,13 @@ func (x *directPeers) run(ctx context.Context) error {
 	return err
 }
 
+// networkChanged is told that the host's addresses are others now.
+func (x *directPeers) networkChanged() {
+	if x.endpoint != nil {
+		x.endpoint.NetworkChanged()
+	}
+}
+
 func (x *directPeers) stats() direct.Stats {
 	if x.endpoint == nil {
 		return direct.Stats{}

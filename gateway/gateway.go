@@ -137,6 +137,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		d.legs.Kick()
 		d.siteLegs.Kick()
 		d.sites.NetworkChanged()
+		d.direct.networkChanged()
 	}
 	hc.StateDir, hc.Platform, hc.Proxy, hc.Logger = sh.State.Dir(), d.agent.PlatformURL(), o.egress.Dialer().Host(), sh.Log
 	if d.host, err = client.OpenHost(hc, d.sites); err != nil {

@@ -13,6 +13,7 @@ import (
 const (
 	directBlock = "direct-block"
 	directCount = "direct-count"
+	directLoss  = "direct-loss"
 )
 
 // betweenEnds makes or remakes a table of the calling thread's namespace with a rule for UDP each way between the two sites.
@@ -44,18 +45,37 @@ func (l *Lab) BlockDirect(on bool) error {
 		if on {
 			return betweenEnds(directBlock, &expr.Verdict{Kind: expr.VerdictDrop})
 		}
-		c, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		c.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: directBlock})
-		if err := c.Flush(); !errors.Is(err, unix.ENOENT) {
-			return err
-		}
-		return nil
+		return noTable(directBlock)
 	})
 	if err != nil {
 		return fmt.Errorf("block the direct path: %w", err)
+	}
+	return nil
+}
+
+// ImpairDirect has the router drop so many percent of that from now on, at random. A super-packet counts as one.
+func (l *Lab) ImpairDirect(percent int) error {
+	err := l.Router.Do(func() error {
+		if percent > 0 {
+			return betweenEnds(directLoss, append(chance(percent), &expr.Verdict{Kind: expr.VerdictDrop})...)
+		}
+		return noTable(directLoss)
+	})
+	if err != nil {
+		return fmt.Errorf("impair the direct path: %w", err)
+	}
+	return nil
+}
+
+// noTable deletes a table of the calling thread's namespace, if there is one.
+func noTable(name string) error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	c.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: name})
+	if err := c.Flush(); !errors.Is(err, unix.ENOENT) {
+		return err
 	}
 	return nil
 }
