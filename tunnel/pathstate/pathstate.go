@@ -50,13 +50,13 @@ const (
 	// leastSilent and mostSilent bound for how long a path must be silent to be dead without a doubt that has a reason; in between it is half as long
 	// again as what any answer took of late.
 	leastSilent = 150 * time.Millisecond
-	mostSilent  = 300 * time.Millisecond
+	mostSilent  = 250 * time.Millisecond
 	// deadInterval is between probes to a dead path.
 	deadInterval = time.Second
 	// unheard is for how long a path must be silent if no probe that went out since was answered on any path: then it may be this host, or its access.
 	unheard = 400 * time.Millisecond
-	// overslept is by how much the owner may be late without notice. When it was later, no path dies for as long again, mostExcuse at most: answers may
-	// still lie in a socket. A suspicion is put off for mostSuspicion in all.
+	// overslept is by how much the owner may be late without notice. When it was later, no path dies for as long again, mostExcuse at most, unless later
+	// probes were answered on another: answers may still lie in a socket. A suspicion is put off for mostSuspicion in all.
 	overslept     = 5 * time.Millisecond
 	mostExcuse    = 250 * time.Millisecond
 	mostSuspicion = 500 * time.Millisecond
@@ -318,11 +318,14 @@ func (m *Machine) isDead(v time.Time, p *Path) bool {
 	if p.burst < want || p.prober.Stats().Unanswered < lost {
 		return false
 	}
+	silent := v.Sub(p.silent)
+	if m.heard.After(p.silent) {
+		return p.reason || silent >= p.deadAfter(v)
+	}
 	if v.Before(m.hold) && v.Sub(p.suspect) < mostSuspicion {
 		return false
 	}
-	silent := v.Sub(p.silent)
-	return p.reason || silent >= p.deadAfter(v) && m.heard.After(p.silent) || silent >= unheard
+	return p.reason || silent >= unheard
 }
 
 // late is after how long a probe on the path is.
