@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"sallyway/client"
+	"sallyway/gateway"
 	"sallyway/internal/lab"
 	"sallyway/internal/legs"
 )
@@ -125,4 +127,33 @@ func TestUDPBlockedInFlow(t *testing.T) {
 			t.Logf("unblocked: back on UDP after %v, longest silence %v", took.Round(time.Millisecond), gap.Round(time.Millisecond))
 		})
 	}
+}
+
+// TestLossMovesNothing: with two packets in a hundred lost each way nobody leaves UDP, under load.
+func TestLossMovesNothing(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true}, nil)
+	check(t, err)
+	p := servePrivate(t, s)
+	reach(t, s.Client, p.echo.Addr, 20*time.Second)
+	healthy(t, s)
+	transports(t, s.Laptop, "udp", resume)
+	pulse := must(s.Client.StartPulse(within(t, 10*time.Second), p.echo.Addr, 20*time.Millisecond))(t)
+	defer pulse.Stop()
+	check(t, l.Impair(l.Client, 2, 2))
+	from := time.Now()
+	for time.Since(from) < 20*time.Second {
+		upload(t, s, p, 4<<20)
+	}
+	gap, _ := pulse.LongestGap(from)
+	var cs client.Status
+	check(t, s.Laptop.Status(within(t, 5*time.Second), &cs))
+	var gs gateway.Status
+	check(t, s.GatewayA.Status(within(t, 5*time.Second), &gs))
+	for _, r := range append(cs.Relays, gs.Relays...) {
+		if r.Moves != 0 || r.Transport != "udp" {
+			t.Errorf("leg on %s: %d moves, over %s, because %q", r.Name, r.Moves, r.Transport, r.LastMove)
+		}
+	}
+	t.Logf("20 s of load at 2 %% loss: longest silence %v, %d moves of the session: %s", gap.Round(time.Millisecond), cs.Gateways[0].Moves, cs.Gateways[0].LastMove)
 }
