@@ -8,6 +8,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
 	"sallyway/internal/daemon"
@@ -44,12 +45,31 @@ func (e *EgressFlags) Parse(cmd *cobra.Command) error {
 	return nil
 }
 
-// Keep tells the log of the proxy, and the doctor of it by the state folder.
+// Keep tells the log and the metrics of the proxy, and the doctor by the state folder.
 func (e *EgressFlags) Keep(sh *daemon.Shell) error {
-	if st := e.dialer.Status(); st != nil {
+	d := e.Dialer()
+	if st := d.Status(); st != nil {
 		sh.Log.Info("TCP to relays and platform goes through a proxy", "proxy", st.Proxy, "set_by", st.Source, "not_for", st.NoProxy)
+		sh.Metrics.MustRegister(egressMetrics(d)...)
 	}
-	return sh.State.WriteFile(egress.StateFile, e.dialer.Save(), 0o600)
+	return sh.State.WriteFile(egress.StateFile, d.Save(), 0o600)
+}
+
+// egressMetrics are the metrics of a proxy.
+func egressMetrics(d *egress.Dialer) []prometheus.Collector {
+	counter := func(name, help string, f func(*egress.Status) uint64) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return float64(f(d.Status())) })
+	}
+	return []prometheus.Collector{
+		counter("sallyway_egress_connections_total", "Connections opened through the egress proxy.", func(st *egress.Status) uint64 { return st.Connections }),
+		counter("sallyway_egress_failures_total", "Connections that the egress proxy did not open.", func(st *egress.Status) uint64 { return st.Failures }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "sallyway_egress_proxy_usable", Help: "1 when the egress proxy was reached last and took this node's credentials."}, func() float64 {
+			if st := d.Status(); st.Since.IsZero() || st.Error != "" {
+				return 0
+			}
+			return 1
+		}),
+	}
 }
 
 // Dialer is who dials relays and platform: without a proxy before Parse.

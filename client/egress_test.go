@@ -1,12 +1,15 @@
 package client
 
 import (
+	"bufio"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
 	"sallyway/internal/daemon"
@@ -98,5 +101,66 @@ func TestEgressStatusLine(t *testing.T) {
 	d, err := egress.New(egress.Config{URL: "http://p:1"})
 	if err != nil || RelayDial(d) == nil {
 		t.Errorf("legs do not dial by the proxy: %v", err)
+	}
+}
+
+// TestEgressMetrics: what was opened and what was not is counted, and a proxy that nobody has tried, or that does not answer, is not usable.
+func TestEgressMetrics(t *testing.T) {
+	d, err := egress.New(egress.Config{URL: "http://" + strings.Repeat("x", 64) + ".test"}) // a name that no resolver is even asked for
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := func() map[string]float64 {
+		t.Helper()
+		r := prometheus.NewRegistry()
+		r.MustRegister(egressMetrics(d)...)
+		families, err := r.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out := map[string]float64{}
+		for _, f := range families {
+			m := f.GetMetric()[0]
+			out[f.GetName()] = m.GetCounter().GetValue() + m.GetGauge().GetValue()
+		}
+		return out
+	}
+	if got := values(); len(got) != 3 || got["sallyway_egress_proxy_usable"] != 0 || got["sallyway_egress_failures_total"] != 0 {
+		t.Errorf("before the first try: %v", got)
+	}
+	if _, err := d.DialContext(t.Context(), "tcp", "192.0.2.1:1"); err == nil {
+		t.Fatal("it connects")
+	}
+	if got := values(); got["sallyway_egress_proxy_usable"] != 0 || got["sallyway_egress_failures_total"] != 1 || got["sallyway_egress_connections_total"] != 0 {
+		t.Errorf("after a failure: %v", got)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ended := make(chan error, 1)
+	go func() {
+		c, err := l.Accept()
+		if err == nil {
+			_, err = bufio.NewReader(c).ReadString('\n')
+			_, _ = c.Write([]byte("HTTP/1.1 200 OK\r\n\r\n")) // the other end notices
+			c.Close()
+		}
+		ended <- err
+	}()
+	if d, err = egress.New(egress.Config{URL: "http://" + l.Addr().String()}); err != nil {
+		t.Fatal(err)
+	}
+	c, err := d.DialContext(t.Context(), "tcp", "192.0.2.1:1")
+	if err != nil {
+		t.Fatal(err, <-ended)
+	}
+	c.Close()
+	if got := values(); got["sallyway_egress_proxy_usable"] != 1 || got["sallyway_egress_connections_total"] != 1 {
+		t.Errorf("after a success: %v", got)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }

@@ -210,6 +210,38 @@ func TestEgressProxy(t *testing.T) {
 		overPath(t, s.Laptop, string(leg.TLS), 30*time.Second)
 		transports(t, s.GatewayA, string(leg.TLS), 30*time.Second)
 	})
+	t.Run("names that the proxy alone resolves", func(t *testing.T) {
+		const name = "relays.lab.test"
+		resolver := s.Addr(s.Peer).Prev() // the router's address on the proxy's side
+		must(s.Router.DNS(at(resolver, 53), name+". 60 A "+s.Addr(s.Relay1).String()))(t)
+		check(t, s.Peer.SetResolvers(resolver.String()))
+		check(t, s.Platform.SetResolvers(resolver.String()))
+		if r, err := s.Sallyway(within(t, 20*time.Second), "relay", "update", "relay-1", "--host", name); err != nil {
+			t.Fatal(err, r.Stderr)
+		}
+		// The client knows the new name once the platform has told it.
+		check(t, lab.Until(within(t, 20*time.Second), 100*time.Millisecond, func() error {
+			var st client.Status
+			if err := s.Laptop.Status(t.Context(), &st); err != nil {
+				return err
+			}
+			if !slices.ContainsFunc(st.Relays, func(r legs.Status) bool { return r.Host == name }) {
+				return fmt.Errorf("%+v", st.Relays)
+			}
+			return nil
+		}))
+		for scheme, port := range map[string]uint16{"http": anyProxyPort, "socks5h": socksPort} {
+			s.restart(t, s.Laptop, s.client, []string{"--egress-proxy", s.url(scheme, port)}, nil)
+			fetch(t)
+			transports(t, s.Laptop, string(leg.TLS), 30*time.Second)
+		}
+		if !strings.Contains(s.full.Log.Tail(2000), "CONNECT "+name) {
+			t.Error("the proxy has not been asked for the name")
+		}
+		if r, err := s.Sallyway(within(t, 20*time.Second), "relay", "update", "relay-1", "--host", s.Addr(s.Relay1).String()); err != nil {
+			t.Fatal(err, r.Stderr)
+		}
+	})
 	for name, u := range map[string]string{"HTTP": s.url("http", anyProxyPort), "SOCKS5": s.url("socks5h", socksPort)} {
 		t.Run("a wrong password, "+name, func(t *testing.T) {
 			s.credentials(t, proxyUser+":nonsense")
