@@ -53,7 +53,7 @@ func TestWarnUnknown(t *testing.T) {
 
 // A daemon says so when it starts.
 func TestOpenWarnsOfUnknownVariables(t *testing.T) {
-	t.Setenv("SALLYWAY_LOG_LEVLE", "debug")
+	t.Setenv("SALLYWAY_LOGLEVEL", "debug")
 	var o Options
 	start := &cobra.Command{Use: "start"}
 	o.Register(start, Spec{Name: "testd"})
@@ -64,7 +64,7 @@ func TestOpenWarnsOfUnknownVariables(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer sh.Close()
-	if !strings.Contains(out.String(), "name=SALLYWAY_LOG_LEVLE did_you_mean=SALLYWAY_LOG_LEVEL") {
+	if !strings.Contains(out.String(), "name=SALLYWAY_LOGLEVEL did_you_mean=SALLYWAY_LOG_LEVEL") {
 		t.Errorf("%q", out.String())
 	}
 }
