@@ -106,6 +106,9 @@ func listState(dir string) []byte {
 // masked stands in the place of a secret.
 const masked = "(masked)"
 
+// urlPassword is user and password of a URL, such as a proxy's.
+var urlPassword = regexp.MustCompile(`://[^/\s:@"]+:[^/\s@"]+@`)
+
 // masks are what looks like a secret: enrolment and bearer tokens, JWTs, private keys, and values whose name says so.
 var masks = []struct {
 	re   *regexp.Regexp
@@ -117,7 +120,7 @@ var masks = []struct {
 	{regexp.MustCompile(`(?i)bearer +[^\s"]+`), masked},
 	{regexp.MustCompile(`(?i)((?:password|passwd|secret|token|credential|private[_-]?key|api[_-]?key)\\?"?\s*[:=]\s*\\?")([^"\\]+)`), `${1}` + masked}, // quoted, in JSON in JSON too
 	{regexp.MustCompile(`(?i)((?:password|passwd|secret|token|credential|private[_-]?key|api[_-]?key)\s*[:=]\s*)([^\s,}"\\]+)`), `${1}` + masked},
-	{regexp.MustCompile(`://[^/\s:@"]+:[^/\s@"]+@`), "://" + masked + "@"}, // user and password of a URL, such as a proxy's
+	{urlPassword, "://" + masked + "@"},
 }
 
 // mask replaces what looks like a secret.

@@ -82,6 +82,9 @@ func (in *installer) install(ctx context.Context, token Secret, args []string, s
 		if a == "--token" || strings.HasPrefix(a, "--token=") {
 			return Usagef("a token in a unit can be read by everybody\nhand it over with `install --token-file -`")
 		}
+		if urlPassword.MatchString(a) {
+			return Usagef("a password in a unit can be read by everybody\nname the proxy without user and password, and hand these over by `systemctl edit %s`: LoadCredential=egress-proxy:FILE", in.spec.unitName())
+		}
 	}
 	credential := ""
 	if !in.spec.NoToken {

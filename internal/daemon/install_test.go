@@ -119,6 +119,7 @@ func TestInstallRefuses(t *testing.T) {
 		{"no token", nil, "sallyway gateway create"},
 		{"token in the unit", []string{"--token-file", "-", "--", "--token", planted}, "read by everybody"},
 		{"token in the unit, one word", []string{"--token-file", "-", "--", "--token=" + planted}, "read by everybody"},
+		{"a proxy's password in the unit", []string{"--token-file", "-", "--", "--egress-proxy", "http://ida:" + planted + "@proxy:3128"}, "LoadCredential=egress-proxy:"},
 		{"flags before the dashes", []string{"surplus"}, "go after --"},
 		{"line break", []string{"--token-file", "-", "--", "a\nExecStartPost=/bin/sh"}, "line break"},
 	} {
