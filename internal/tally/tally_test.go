@@ -7,13 +7,23 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
 // lines is a log whose lines a test takes.
-type lines struct{ bytes.Buffer }
+type lines struct {
+	mu sync.Mutex // guards b
+	b  bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
 
 func (l *lines) logger() *slog.Logger {
 	return slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
@@ -25,8 +35,10 @@ func (l *lines) logger() *slog.Logger {
 }
 
 func (l *lines) take() []string {
-	out := strings.Split(strings.TrimSpace(l.String()), "\n")
-	l.Reset()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := strings.Split(strings.TrimSpace(l.b.String()), "\n")
+	l.b.Reset()
 	if out[0] == "" {
 		return nil
 	}
