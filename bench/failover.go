@@ -35,7 +35,7 @@ type Failover struct {
 
 // FailoverDefaults are the runs that figures are taken from.
 func FailoverDefaults() Failover {
-	return Failover{Runs: 20, Window: time.Second, Labs: 8, PeerRuns: 3}
+	return Failover{Runs: 20, Window: time.Second, Labs: 10, PeerRuns: 3}
 }
 
 // FailoverQuick is one run of each.
@@ -156,15 +156,29 @@ func RunFailover(ctx context.Context, cfg Failover, out io.Writer) (*FailoverRes
 	return res, errors.Join(failed, context.Cause(ctx))
 }
 
-// failoverJob is a cause with a load, of ours or of a peer.
+// failoverJob is some runs of a cause with a load, of ours or of a peer.
 type failoverJob struct {
 	way   string
 	cause cause
 	load  string
+	first int // number of its first run
 	runs  int
 }
 
-// jobs are all, the longest first, ours before peers'.
+// jobRuns are the most of a job: few, so that no lab is busy for long when the others are done.
+const jobRuns = 5
+
+// split cuts a job into such.
+func (j failoverJob) split() (all []failoverJob) {
+	for end := j.first + j.runs; j.first < end; j.first += jobRuns {
+		j.runs = min(jobRuns, end-j.first)
+		all = append(all, j)
+	}
+	return all
+}
+
+// jobs are all, ours before peers'. Ours that take long take turns with those that are soon done: a lab that becomes whole leaves the cores to
+// others.
 func (f Failover) jobs() ([]failoverJob, error) {
 	all := causes()
 	names := f.Causes
@@ -185,13 +199,13 @@ func (f Failover) jobs() ([]failoverJob, error) {
 			if !slices.Contains(Loads(), l) {
 				return nil, fmt.Errorf("no load %q; there are %q", l, Loads())
 			}
-			own = append(own, failoverJob{Sallyway, all[i], l, f.Runs})
+			own = append(own, failoverJob{Sallyway, all[i], l, 0, f.Runs}.split()...)
 			if l == LoadIdle && all[i].quiet {
-				own = append(own, failoverJob{Sallyway, all[i], LoadQuiet, f.Runs})
+				own = append(own, failoverJob{Sallyway, all[i], LoadQuiet, 0, f.Runs}.split()...)
 			}
 			for _, p := range f.Peers {
 				if all[i].hub != nil {
-					others = append(others, failoverJob{p, all[i], l, f.PeerRuns})
+					others = append(others, failoverJob{p, all[i], l, 0, f.PeerRuns})
 				}
 			}
 		}
@@ -200,7 +214,13 @@ func (f Failover) jobs() ([]failoverJob, error) {
 		own = nil
 	}
 	slices.SortStableFunc(own, func(a, b failoverJob) int { return cmp.Compare(b.cause.takes, a.cause.takes) })
-	return append(own, others...), nil
+	var turns []failoverJob
+	for long, short := 0, len(own)-1; long <= short; long, short = long+1, short-1 {
+		if turns = append(turns, own[long]); long < short {
+			turns = append(turns, own[short])
+		}
+	}
+	return append(turns, others...), nil
 }
 
 // failoverTurns hands out jobs, and the turn to measure.
@@ -256,7 +276,7 @@ func (t *failoverTurns) work(ctx context.Context) {
 			return
 		}
 		failed := 0
-		for run := 0; run < j.runs && ctx.Err() == nil; {
+		for run := j.first; run < j.first+j.runs && ctx.Err() == nil; {
 			var err error
 			if bed == nil || bed.way.name != j.way {
 				bed.close()

@@ -68,7 +68,7 @@ func causes() []cause {
 			hit: killRelay, hub: killHub,
 		},
 		{
-			name: CauseGone, about: "The host of the relay in use loses its link: nobody is told anything until routers give up on finding it.", takes: 8 * time.Second, quiet: true,
+			name: CauseGone, about: "The host of the relay in use loses its link: nobody is told anything until routers give up on finding it.", takes: 25 * time.Second, quiet: true,
 			hit: func(_ context.Context, b *failoverBed, path string) (*disturbance, error) {
 				_, h, err := b.relayOf(path)
 				if err != nil {
@@ -79,19 +79,19 @@ func causes() []cause {
 			hub: func(_ context.Context, b *failoverBed, _ string) (*disturbance, error) { return unplug(b.l.Relay2) },
 		},
 		{
-			name: CauseToRelay, about: "All packets to the relay in use are dropped in silence; those from it pass.", takes: 8 * time.Second,
+			name: CauseToRelay, about: "All packets to the relay in use are dropped in silence; those from it pass.", takes: 25 * time.Second,
 			hit: impair(100, 0),
 		},
 		{
-			name: CauseToNodes, about: "All packets from the relay in use are dropped in silence; those to it pass.", takes: 8 * time.Second,
+			name: CauseToNodes, about: "All packets from the relay in use are dropped in silence; those to it pass.", takes: 25 * time.Second,
 			hit: impair(0, 100),
 		},
 		{
-			name: CauseLoss, about: "30 % of the packets to and from the relay in use are lost; a super-packet counts as one.", takes: 9 * time.Second, window: 3 * time.Second,
+			name: CauseLoss, about: "30 % of the packets to and from the relay in use are lost; a super-packet counts as one.", takes: 25 * time.Second, window: 2 * time.Second,
 			hit: impair(30, 30),
 		},
 		{
-			name: CauseDrain, about: "The relay in use is asked to end (SIGTERM): it drains.", takes: 9 * time.Second, counts: true,
+			name: CauseDrain, about: "The relay in use is asked to end (SIGTERM): it drains.", takes: 25 * time.Second, counts: true,
 			hit: drainRelay,
 		},
 		{
@@ -107,7 +107,7 @@ func causes() []cause {
 			},
 		},
 		{
-			name: CauseAddress, about: "The client's address changes.", takes: 6 * time.Second,
+			name: CauseAddress, about: "The client's address changes.", takes: 40 * time.Second,
 			hit: moveClient, hub: moveClient,
 		},
 		{

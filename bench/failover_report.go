@@ -26,6 +26,7 @@ func (r *FailoverResult) markdown(base string) string {
 			fmt.Fprintf(&b, "\n![%s](%s-%s.svg)\n", p.title, base, p.name)
 		}
 	}
+	r.overview(&b)
 	writeEveryBar(&b, r.bars())
 	last := ""
 	for _, row := range r.Rows {
@@ -56,6 +57,52 @@ func (r *FailoverResult) markdown(base string) string {
 	fmt.Fprintf(&b, "\n%d labs at once, one of them in its windows at a time.\n", r.Labs)
 	(&Result{Machine: r.Machine, Versions: r.Versions, Command: r.Command, Started: r.Started, Took: r.Took}).footer(&b)
 	return b.String()
+}
+
+// row is that of a kind; nil where there is none.
+func (r *FailoverResult) row(way, cause, load string) *FailoverRow {
+	i := slices.IndexFunc(r.Rows, func(o FailoverRow) bool { return o.Way == way && o.Cause == cause && o.Load == load })
+	if i < 0 {
+		return nil
+	}
+	return &r.Rows[i]
+}
+
+// overview is one line per cause and way: the longest stall of the exchanges beside each load, of the streams, and what came of it.
+func (r *FailoverResult) overview(b *strings.Builder) {
+	head := "\n| cause | way | longest stall, up | down | idle | of the stream, up | down | new connection, idle | lost |\n|---|---|---|---|---|---|---|---|---|\n"
+	for _, c := range Causes() {
+		for _, way := range append([]string{Sallyway}, Peers()...) {
+			var stalls, bulks [2]*Quantiles
+			var idle, fresh *Quantiles
+			open, lost, expect := 0, 0, false
+			for i, load := range []string{LoadUp, LoadDown, LoadIdle} {
+				row := r.row(way, c, load)
+				if row == nil {
+					continue
+				}
+				if open, lost = open+row.Open, lost+row.Lost; load == LoadIdle {
+					fresh = &row.New
+				}
+				switch expect = expect || row.Expect; {
+				case row.Expect: // its stalls have no end
+				case load == LoadIdle:
+					idle = &row.Stall
+				default:
+					stalls[i], bulks[i] = &row.Stall, row.Bulk
+				}
+			}
+			if open == 0 {
+				continue
+			}
+			share := fmt.Sprintf("%d of %d", lost, open)
+			if expect {
+				share += " (by its nature)"
+			}
+			fmt.Fprintf(b, "%s| %s | %s | %s | %s | %s | %s | %s | %s | %s |\n", head, c, way, stalls[0], stalls[1], idle, bulks[0], bulks[1], fresh, share)
+			head = ""
+		}
+	}
 }
 
 // more is what a row has beside the usual figures.

@@ -172,18 +172,28 @@ func TestFailoverJobs(t *testing.T) {
 		t.Fatal(err)
 	}
 	count := make(map[string]int)
+	numbers := make(map[int]int)
 	for i, j := range jobs {
-		count[j.way]++
-		count[j.load]++
+		count[j.way] += j.runs
+		count[j.load] += j.runs
 		if i > 0 && jobs[i-1].way != j.way && j.way == Sallyway {
 			t.Error("a peer's job comes before one of ours")
 		}
-		if i > 0 && jobs[i-1].way == Sallyway && j.way == Sallyway && jobs[i-1].cause.takes < j.cause.takes {
-			t.Error("a longer job comes later")
+		for run := j.first; run < j.first+j.runs && j.way == Sallyway; run++ {
+			numbers[run]++
 		}
 	}
-	if n := len(Causes()); count[Sallyway] != 3*n+2 || count[LoadQuiet] != 2 || count[OpenSSH] != 9 {
+	n := len(Causes())
+	if count[Sallyway] != 20*(3*n+2) || count[LoadQuiet] != 2*20 || count[OpenSSH] != 3*9 {
 		t.Errorf("%v", count)
+	}
+	for run := range 20 {
+		if numbers[run] != 3*n+2 {
+			t.Errorf("run %d is made of %d kinds", run, numbers[run])
+		}
+	}
+	if jobs[0].cause.takes <= jobs[1].cause.takes {
+		t.Error("short jobs do not take turns with long ones")
 	}
 	cfg.NoOwn = true
 	if jobs, err = cfg.jobs(); err != nil || len(jobs) != 9 {
@@ -248,6 +258,8 @@ func TestFailoverMarkdown(t *testing.T) {
 	for _, want := range []string{
 		"| " + Sallyway + " | up | 20 | 60 / 69 / 70 | 10 / 19 / 20 | 10 / 19 / 20 | 0 / 0 / 0 | 5 / 5 / 5 | 0 of 120 | 20 |  |",
 		"| " + OpenSSH + " | up | 1 | 10800 / 10800 / 10800 |",
+		"| relay-killed | Sallyway | 60 / 69 / 70 | – | – | 10 / 19 / 20 | – | – | 0 of 120 |\n| relay-killed | " + OpenSSH + " | 10800 / 10800 / 10800 | – | – |",
+		"| gateway-restarted | Sallyway | – | – | – | – | – | 333 / 333 / 333 | 5 of 5 (by its nature) |",
 		"| relay-killed, load up: longest stall, median | ≤ 150 ms | 60 ms | holds |",
 		"| udp-blocked, load down: longest stall, max | ≤ 1500 ms | 1400 ms | holds |",
 		"| udp-blocked, load down: back on UDP, max | ≤ 60000 ms | 30000 ms | holds |",
