@@ -34,6 +34,9 @@ import (
 const (
 	// Timeout bounds an attempt: the connection to the proxy, and what it needs to reach the target.
 	Timeout = 10 * time.Second
+	// authRest is how long credentials that were refused are not shown again, unless they change: legs try every few seconds, and a directory may
+	// lock an account after a few wrong passwords.
+	authRest = 30 * time.Second
 	// keepalive is between TCP keepalives on the socket to the proxy.
 	keepalive = 15 * time.Second
 	// maxTried bounds the addresses of a name that a SOCKS5 proxy is asked for in turn.
@@ -68,8 +71,16 @@ type Dialer struct {
 	addr   string // host:port of the proxy
 	uses   func(*url.URL) (*url.URL, error)
 
-	mu     sync.Mutex // guards what follows
-	status Status
+	mu      sync.Mutex // guards what follows
+	status  Status
+	refused refusal
+}
+
+// refusal is what a proxy last said of credentials.
+type refusal struct {
+	creds credentials
+	until time.Time
+	err   *Error // nil before the first
 }
 
 // Status is what is known of a proxy.
@@ -265,6 +276,9 @@ func (d *Dialer) dialTarget(ctx context.Context, target string) (_ *conn, err er
 	if err != nil {
 		return nil, &Error{Kind: Auth, Proxy: d.Proxy(), Reason: err.Error(), Remedy: credentialsRemedy, Err: err}
 	}
+	if e := d.refusedBefore(creds); e != nil {
+		return nil, e
+	}
 	nc, err := d.socket().DialContext(ctx, "tcp", d.addr)
 	if err != nil {
 		return nil, d.unreached(err)
@@ -289,6 +303,11 @@ func (d *Dialer) dialTarget(ctx context.Context, target string) (_ *conn, err er
 	} else {
 		err = d.connect(c.Conn, target, creds)
 	}
+	if e, ok := errors.AsType[*Error](err); ok && e.Kind == Auth {
+		d.mu.Lock()
+		d.refused = refusal{creds, time.Now().Add(authRest), e}
+		d.mu.Unlock()
+	}
 	if !stop() && err == nil {
 		err = d.silent(target, context.Cause(ctx))
 	}
@@ -299,6 +318,16 @@ func (d *Dialer) dialTarget(ctx context.Context, target string) (_ *conn, err er
 		return nil, err
 	}
 	return c, nil
+}
+
+// refusedBefore is what the proxy said a moment ago of these credentials, nil if nothing.
+func (d *Dialer) refusedBefore(creds credentials) *Error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.refused.err == nil || d.refused.creds != creds || time.Now().After(d.refused.until) {
+		return nil
+	}
+	return d.refused.err
 }
 
 // encrypt does the TLS handshake with an https proxy.

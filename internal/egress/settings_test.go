@@ -143,6 +143,17 @@ func TestCredentialsAreReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	e := fails(t, d, outside, Auth, "does not take")
+	fails(t, d, outside, Auth, "does not take")
+	if n := len(p.targets()); n != 1 {
+		t.Errorf("the proxy was shown the wrong password %d times, want once", n)
+	}
+	d.mu.Lock()
+	d.refused.until = time.Now().Add(-time.Second)
+	d.mu.Unlock()
+	fails(t, d, outside, Auth, "does not take")
+	if n := len(p.targets()); n != 2 {
+		t.Errorf("the proxy was shown the wrong password %d times, want a second time after a rest", n)
+	}
 	if !strings.Contains(e.Remedy, path) {
 		t.Errorf("the remedy %q does not name the file", e.Remedy)
 	}
