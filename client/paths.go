@@ -17,9 +17,12 @@ import (
 
 // How a session's paths are kept.
 const (
-	// searchTimeout bounds a request for a channel while a session has no path; searchInterval is from one on a leg to the next, searchLonger when
-	// there has been none for searchLong.
+	// searchTimeout bounds a request for a channel while a session has no path. From one on a leg to the next is searchSoon for as long as the
+	// other end may be about to dial another leg, then searchInterval, and searchLonger after searchLong. A relay answers five a second, and two
+	// hundred beyond.
 	searchTimeout  = 3 * time.Second
+	searchSoon     = 100 * time.Millisecond
+	searchBriefly  = 2 * time.Second
 	searchInterval = 250 * time.Millisecond
 	searchLong     = 20 * time.Second
 	searchLonger   = time.Second
@@ -91,9 +94,9 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 		if closed(activeDone) {
 			activeDone = nil
 		}
-		var lastTurn <-chan time.Time
-		if wait, due := g.untilLast(p); due {
-			lastTurn = time.After(wait)
+		var look <-chan time.Time
+		if wait := g.lookAgain(p); wait > 0 {
+			look = time.After(wait)
 		}
 		select {
 		case <-t.Done():
@@ -107,7 +110,7 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 		case <-activeDone:
 		case <-standbyDone:
 		case <-tick.C:
-		case <-lastTurn:
+		case <-look:
 		case f := <-g.search.found:
 			g.takeFound(t, f)
 		case d := <-last:
@@ -146,6 +149,18 @@ func (g *gatewayLink) maintain(ctx context.Context, t *tunnel.Session, who strin
 			})
 		}
 	}
+}
+
+// lookAgain is after how long a session's paths are to be looked at without an event, where that is sooner than always; else 0.
+func (g *gatewayLink) lookAgain(p tunnel.PathInfo) time.Duration {
+	var wait time.Duration
+	if !g.last.dead.IsZero() && time.Since(g.last.dead) < searchBriefly && (isGone(p.Active) || g.unproved(p)) {
+		wait = searchSoon
+	}
+	if last, due := g.untilLast(p); due && (wait == 0 || last < wait) {
+		wait = last
+	}
+	return wait
 }
 
 // noteFlows keeps when bytes of flows last moved, and has lost legs dialled soon while flows wait for them.
@@ -241,7 +256,10 @@ func (g *gatewayLink) suspect(p tunnel.PathInfo) {
 func (g *gatewayLink) lookAround(ctx context.Context, tasks *sync.WaitGroup) {
 	s, now := &g.search, time.Now()
 	every := searchInterval
-	if !g.last.dead.IsZero() && now.Sub(g.last.dead) > searchLong {
+	switch lost := now.Sub(g.last.dead); {
+	case lost < searchBriefly:
+		every = searchSoon
+	case lost > searchLong:
 		every = searchLonger
 	}
 	maps.DeleteFunc(s.next, func(_ *leg.Leg, at time.Time) bool { return now.After(at) })
