@@ -27,6 +27,9 @@ const (
 	noticeHello = "hello"
 	// noticePath is the client's after a move: the gateway's QUIC follows on a packet that is no probe (RFC 9000 §9.3).
 	noticePath = "path"
+	// noticeCrowded is the client's when a standby got no answer though the active path lives: the gateway may have no connection ID left for it, since
+	// former standbys hold them all.
+	noticeCrowded = "crowded"
 )
 
 const (

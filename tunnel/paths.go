@@ -164,6 +164,8 @@ func (s *Session) Standby(ctx context.Context, l datagram.Link, info LinkInfo) e
 	if err := s.validate(ctx, i); err != nil {
 		if s.conn.Context().Err() != nil {
 			err = sessionError(context.Cause(s.conn.Context()))
+		} else {
+			s.tellCrowded()
 		}
 		return fmt.Errorf("standby %s: %w", info.Name, err)
 	}
@@ -190,6 +192,18 @@ func (s *Session) Standby(ctx context.Context, l datagram.Link, info LinkInfo) e
 	}
 	s.stepSoon()
 	return nil
+}
+
+// tellCrowded has the gateway free connection IDs, if the active path lives: else there is no use in it.
+func (s *Session) tellCrowded() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if to := s.slots[s.active].to.Load(); to == nil || to.mon.status().State != Alive {
+		return
+	}
+	if err := s.ctrl.send(Notice{Type: noticeCrowded}); err != nil {
+		s.cfg.Logger.Debug("notice not sent", "gateway", s.cfg.Gateway, "err", err)
+	}
 }
 
 // lockFree picks the slot for a standby and returns with mu held, unless it fails. If the answer never comes the slot is not validated any more,

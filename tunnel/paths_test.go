@@ -356,6 +356,39 @@ func TestStandbysGivenUp(t *testing.T) {
 	finish()
 }
 
+// A standby can be replaced again and again without a move between: former ones do not hold the gateway's connection IDs for good.
+func TestStandbysReplaced(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	s := w.dial(w.link("a"), nil)
+	came, finish := busyFlow(t, s)
+	for i := range 5 {
+		name := fmt.Sprint("standby ", i)
+		l := w.link(name)
+		var err error
+		start := time.Now()
+		for ready := false; !ready && time.Since(start) < 20*time.Second; {
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			err = s.Standby(ctx, l, LinkInfo{Name: name})
+			ready = err == nil
+			cancel()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s after %v", name, time.Since(start))
+	}
+	before := came()
+	if err := s.Failover("to the last one"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "traffic on the last one", func() bool { return came() > before+64<<10 })
+	if in := s.Path(); in.Active.Info.Name != "standby 4" || in.Moves != 1 {
+		t.Errorf("paths %+v", in)
+	}
+	finish()
+}
+
 func TestStandbyThatDoesNotAnswer(t *testing.T) {
 	w := newWorld(t, nil)
 	s := w.dial(w.link("a"), nil)

@@ -124,10 +124,18 @@ func (p *peerSession) serveControl(w http.ResponseWriter, r *http.Request) {
 }
 
 func (p *peerSession) receiveNotices(notices *noticeReader) {
+	var freed time.Time
 	for {
 		n, err := notices.next()
 		if err != nil {
 			return
+		}
+		if n.Type == noticeCrowded {
+			// A move has QUIC forget all other paths. It needs a connection ID, which it takes from the oldest path if that is silent.
+			if now := time.Now(); now.Sub(freed) >= crowdedEvery && p.srv.renew(p) {
+				freed = now
+			}
+			continue
 		}
 		if n.Type == noticePath {
 			p.srv.cfg.Logger.Info("peer moved", "peer", p.peer.Node, "session", p.peer.Session, "path", p.info().Path.Name, "reason", n.Reason)

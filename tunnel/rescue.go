@@ -26,6 +26,8 @@ const (
 	// rescueAgain is after how long a session that still sends to an address that was lent is shown the link under a new one. QUIC forgets one of
 	// the paths that hold its connection IDs for the sake of a new path when nothing came on it for 5 s.
 	rescueAgain = 6 * time.Second
+	// crowdedEvery is how often a client may have the link of its active path shown under a new address for the sake of its standby.
+	crowdedEvery = 5 * time.Second
 	// rescueProof is how old the last probe under the session's keys on the link that works may be: of an idle session one comes every 15 s.
 	rescueProof = idleInterval + 5*time.Second
 )
