@@ -181,6 +181,7 @@ func TestFailoverUnderTheRaceDetector(t *testing.T) {
 		stall time.Duration // longest silence that is no failure
 		run   func(t *testing.T)
 	}{
+		{"one relay and no standby", raceStall, s.withoutStandby},
 		{"relay killed", raceStall, func(t *testing.T) {
 			relay, _ := s.relayInUse(t, s.Laptop, lab.Office)
 			relay.Kill()
@@ -234,11 +235,11 @@ func TestFailoverUnderTheRaceDetector(t *testing.T) {
 			check(t, s.WaitPlatform(within(t, resume), s.PlatformD))
 			open.goesOn(t, resume)
 		}},
-		{"both relays lost for a while", lostWhile + 3*raceStall, func(t *testing.T) {
+		{"both relays lost for a while", lostWhile + raceStall, func(t *testing.T) {
 			check(t, s.Cut(s.Relay1, s.Relay2))
 			<-time.After(lostWhile)
 			check(t, s.Cut())
-			open.goesOn(t, 3*raceStall)
+			open.goesOn(t, resume)
 		}},
 		{"UDP blocked, then its port, then neither", raceStall, func(t *testing.T) {
 			check(t, s.BlockUDP(true))
@@ -250,7 +251,6 @@ func TestFailoverUnderTheRaceDetector(t *testing.T) {
 			check(t, s.BlockPort(0))
 			check(t, s.BlockUDP(false))
 		}},
-		{"one relay and no standby", raceStall, s.withoutStandby},
 		{"gateway drains", raceStall, func(t *testing.T) { s.drainOffice(t, open) }},
 	} {
 		ok := t.Run(sc.name, func(t *testing.T) {
@@ -277,13 +277,19 @@ func TestFailoverUnderTheRaceDetector(t *testing.T) {
 // and started again takes their connection up again.
 func (s *raceSite) withoutStandby(t *testing.T) {
 	open := startFlow(t, s.Peer, s.loneEcho)
-	for range 20 {
+	one := func() error {
 		for _, h := range []*lab.Host{s.Gateway2, s.Peer} {
 			if n, table := s.relayConnections(t, h); n != 1 {
-				t.Fatalf("%s has %d connections to relays:\n%s", h.Name, n, table)
+				return fmt.Errorf("%s has %d connections to relays:\n%s", h.Name, n, table)
 			}
 		}
+		return nil
+	}
+	// A gateway whose leg was late in coming up keeps a connection for the last rung for a minute.
+	check(t, lab.Until(within(t, raceSettled), 100*time.Millisecond, one))
+	for range 20 {
 		open.goesOn(t, resume)
+		check(t, one())
 	}
 	relay, _ := s.relayInUse(t, s.loneClient, "lone")
 	relay.Kill()
