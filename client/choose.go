@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"time"
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
@@ -183,10 +184,10 @@ func (g *gatewayLink) notice(n tunnel.Notice) {
 		}
 		g.mu.Lock()
 		if g.newLegs == nil {
-			g.newLegs = map[identity.Node]bool{}
+			g.newLegs = map[identity.Node]time.Time{}
 		}
 		if len(g.newLegs) < mostNewLegs {
-			g.newLegs[relay] = true
+			g.newLegs[relay] = time.Now()
 		}
 		g.mu.Unlock()
 		poke(g.wake)

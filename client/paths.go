@@ -343,11 +343,13 @@ const (
 	reasonPeerLeg = "the gateway has another leg on the relay"
 )
 
-// heedsNewLeg reports whether the gateway spoke of a leg on a relay that was not looked for yet.
+// heedsNewLeg reports whether the gateway spoke of a leg on a relay that was not looked for yet, a while ago: this end may be about to have
+// another one there, too, and QUIC at the gateway takes few new paths at a time.
 func (g *gatewayLink) heedsNewLeg(relay identity.Node) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.newLegs[relay]
+	said := g.newLegs[relay]
+	return !said.IsZero() && time.Since(said) >= followAfter
 }
 
 // sawNewLeg notes that the newest leg of the gateway's on a relay is known.

@@ -321,8 +321,8 @@ type gatewayLink struct {
 	leaving   bool // it drains
 	unreached Unreached
 	silent    bool // its active path was dead, and none has answered since
-	// newLegs are the relays on which the gateway has another leg than before, as it said.
-	newLegs map[identity.Node]bool
+	// newLegs are the relays on which the gateway has another leg than before, as it said, and when it did.
+	newLegs map[identity.Node]time.Time
 }
 
 // session returns the live session, waiting for one until ctx ends. A gateway's refusal of this node ends the wait.
