@@ -129,13 +129,10 @@ func (b *failoverBed) open(ctx context.Context) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	deadline, _ := ctx.Deadline()
-	err = c.SetDeadline(deadline)
-	if err == nil {
-		err = exchangeNumber(c, 0)
-	}
-	if err == nil {
-		err = c.SetDeadline(time.Time{})
+	ended := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Now()) }) // it may be closed
+	err = exchangeNumber(c, 0)
+	if !ended() && err == nil {
+		err = context.Cause(ctx)
 	}
 	if err != nil {
 		c.Close()

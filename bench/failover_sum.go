@@ -162,12 +162,19 @@ const (
 	backMost            = 60_000
 	resumeMost          = 1000
 	allocateMost        = 5000
+	needlessMost        = 1 // in half an hour
 )
 
 // bars are what is wanted of our own rows, with what was measured.
 func (r *FailoverResult) bars() []bar {
 	var out []bar
 	lost, wrong, measured := 0, 0, false
+	early, minutes := 0, 0.0
+	for _, t := range r.Tries {
+		if t.Way == Sallyway && (t.Load == LoadUp || t.Load == LoadDown) {
+			early, minutes = early+int(t.Early), minutes+t.Window/60_000
+		}
+	}
 	for _, row := range r.Rows {
 		if row.Way != Sallyway {
 			continue
@@ -182,7 +189,8 @@ func (r *FailoverResult) bars() []bar {
 	if measured {
 		out = append(out,
 			bar{what: "TCP connections lost, of those that may live on", got: float64(lost), format: "%.0f"},
-			bar{what: "runs with wrong bytes", got: float64(wrong), format: "%.0f"})
+			bar{what: "runs with wrong bytes", got: float64(wrong), format: "%.0f"},
+			bar{what: fmt.Sprintf("needless moves in %.1f minutes of undisturbed windows under load", minutes), got: float64(early), wanted: needlessMost, format: "%.0f"})
 	}
 	return out
 }
