@@ -395,6 +395,12 @@ func RenderLegs(w io.Writer, rs []legs.Status) {
 	for _, r := range rs {
 		if r.Up {
 			fmt.Fprintf(w, "relay      %s (%s) up over %s since %s, seen as %v\n", r.Name, r.Host, r.Transport, r.Since.Local().Format(time.DateTime), r.Reflexive)
+			if r.Doubtful {
+				fmt.Fprintf(w, "           %s is asked for a sign of life\n", r.Name)
+			}
+			if r.Moves > 0 {
+				fmt.Fprintf(w, "           %s moved %d times between udp and tls, the last time because %s\n", r.Name, r.Moves, r.LastMove)
+			}
 		} else {
 			fmt.Fprintf(w, "relay      %s (%s) down, try %d: %s\n", r.Name, r.Host, r.Tries, strings.ReplaceAll(r.Error, "\n", "; "))
 		}

@@ -15,8 +15,10 @@ import (
 var (
 	legsDesc = prometheus.NewDesc("sallyway_legs_up", "Connections to relays that are up, by what they are for and by transport.",
 		[]string{"for", "transport"}, nil)
-	wantedDesc = prometheus.NewDesc("sallyway_legs_wanted", "Relays that the node keeps a connection to, or tries to.", []string{"for"}, nil)
-	pathDesc   = prometheus.NewDesc("sallyway_path_active", "1 for the path that carries the session with a gateway: its rung, and its relay unless it is direct.",
+	wantedDesc   = prometheus.NewDesc("sallyway_legs_wanted", "Relays that the node keeps a connection to, or tries to.", []string{"for"}, nil)
+	legMovesDesc = prometheus.NewDesc("sallyway_leg_moves_total", "Moves of connections to relays from one transport to another, by reason.",
+		[]string{"for", "from", "to", "reason"}, nil)
+	pathDesc = prometheus.NewDesc("sallyway_path_active", "1 for the path that carries the session with a gateway: its rung, and its relay unless it is direct.",
 		[]string{"gateway", "rung", "relay"}, nil)
 	aliveDesc   = prometheus.NewDesc("sallyway_path_alive", "1 while that path answers probes.", []string{"gateway"}, nil)
 	standbyDesc = prometheus.NewDesc("sallyway_path_standby", "1 for the path that is kept ready beside it.", []string{"gateway", "rung", "relay"}, nil)
@@ -26,9 +28,12 @@ var (
 // legTransports are those that a leg may have.
 var legTransports = []leg.Transport{leg.UDP, leg.TLS}
 
+// legReasons are the metric's words for why legs moved.
+var legReasons = map[string]string{legs.WhyLost: "lost", legs.WhyUnanswered: "unanswered", legs.WhyBetter: "better_rung"}
+
 // LegMetrics are the metrics of a node's legs, by what they are for: a gateway serves on some and dials other gateways with others.
 func LegMetrics(by map[string]*legs.Keeper) prometheus.Collector {
-	return collector{[]*prometheus.Desc{legsDesc, wantedDesc}, func(ch chan<- prometheus.Metric) {
+	return collector{[]*prometheus.Desc{legsDesc, wantedDesc, legMovesDesc}, func(ch chan<- prometheus.Metric) {
 		for of, k := range by {
 			all, up := k.Status(), map[leg.Transport]int{}
 			for _, st := range all {
@@ -40,6 +45,9 @@ func LegMetrics(by map[string]*legs.Keeper) prometheus.Collector {
 				ch <- prometheus.MustNewConstMetric(legsDesc, prometheus.GaugeValue, float64(up[t]), of, string(t))
 			}
 			ch <- prometheus.MustNewConstMetric(wantedDesc, prometheus.GaugeValue, float64(len(all)), of)
+			for _, m := range k.Moves() {
+				ch <- prometheus.MustNewConstMetric(legMovesDesc, prometheus.CounterValue, float64(m.Count), of, string(m.From), string(m.To), legReasons[m.Reason])
+			}
 		}
 	}}
 }

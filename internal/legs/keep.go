@@ -3,7 +3,6 @@ package legs
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -262,11 +261,11 @@ func (k *keeping) take(o outcome) {
 	}
 	switch {
 	case k.cur == nil:
-		k.adopt(o.l, "the leg before was lost")
+		k.adopt(o.l, WhyLost)
 	case o.purpose == beside && (k.cur.Doubtful() || over(k.cur)):
-		k.adopt(o.l, fmt.Sprintf("the relay does not answer over %s", k.cur.Transport()))
+		k.adopt(o.l, WhyUnanswered)
 	case o.purpose == upgrade && k.cur.Transport() != r.k.cfg.Transports[0]:
-		k.adopt(o.l, fmt.Sprintf("%s works again", o.l.Transport()))
+		k.adopt(o.l, WhyBetter)
 	default:
 		k.log.Debug("leg not needed", "transport", o.l.Transport())
 		k.tasks.Go(func() { _ = o.l.Close() })

@@ -128,10 +128,10 @@ func TestUDPStopsUnderTraffic(t *testing.T) {
 		t.Error("the leg over TLS stays though nothing comes over it")
 	}
 	moves := p.gateway.Moves()
-	if len(moves) != 2 || moves[0].From != leg.TLS || moves[0].Reason != "udp works again" || moves[1].Reason != "the relay does not answer over udp" {
+	if len(moves) != 2 || moves[0].From != leg.TLS || moves[0].Reason != WhyBetter || moves[1].Reason != WhyUnanswered {
 		t.Errorf("moves %+v", moves)
 	}
-	if st := p.gateway.Status()[0]; st.Moves != 2 || st.LastMove != "udp works again" || st.Doubtful {
+	if st := p.gateway.Status()[0]; st.Moves != 2 || st.LastMove != WhyBetter || st.Doubtful {
 		t.Errorf("status %+v", st)
 	}
 	if n := len(p.j.times(t, "leg lost")); n != 0 {

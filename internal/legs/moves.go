@@ -7,7 +7,14 @@ import (
 	"sallyway/relay/leg"
 )
 
-// moveKey is a kind of move. Reasons are few: what is in them is names of transports.
+// Why legs move from one transport to another, in status, log and MoveCount.
+const (
+	WhyLost       = "the leg before was lost"
+	WhyUnanswered = "the relay does not answer"
+	WhyBetter     = "a better transport works again"
+)
+
+// moveKey is a kind of move.
 type moveKey struct {
 	from, to leg.Transport
 	why      string
