@@ -25,7 +25,8 @@ type failoverBed struct {
 	site    *lab.Site // with our programs; of a peer's bed only Lab is set
 	way     way
 	streams *streams
-	guard   *guard // of a peer's processes
+	guard   *guard               // of a peer's processes
+	carried map[*lab.Host]uint64 // by a peer's hubs; see meter
 	held    []net.Conn
 	said    uint64 // number that was said last on the held connections
 }

@@ -76,7 +76,7 @@ func causes() []cause {
 				}
 				return unplug(h)
 			},
-			hub: func(_ context.Context, b *failoverBed, _ string) (*disturbance, error) { return unplug(b.l.Relay2) },
+			hub: unplugHub,
 		},
 		{
 			name: CauseToRelay, about: "All packets to the relay in use are dropped in silence; those from it pass.", takes: 25 * time.Second,

@@ -69,19 +69,60 @@ func (b *failoverBed) preparePeer(ctx context.Context, name string) error {
 		return err
 	}
 	b.way = w
-	ends := slices.DeleteFunc(slices.Clone(w.procs), func(p *lab.Proc) bool { return p.Host == b.l.Relay2 })
+	ends := slices.DeleteFunc(slices.Clone(w.procs), func(p *lab.Proc) bool { return b.hubs()[p.Host] == p })
 	b.guard = watch(ends)
 	return b.reached(ctx)
 }
 
-// hub is the process of the peer that is in the place of a relay.
-func (b *failoverBed) hub() (*lab.Proc, error) {
+// hubs are the hosts and processes of the peer that are in the place of relays.
+func (b *failoverBed) hubs() map[*lab.Host]*lab.Proc {
+	all := make(map[*lab.Host]*lab.Proc)
 	for _, p := range b.way.procs {
-		if p.Host == b.l.Relay2 {
-			return p, nil
+		if p.Host == b.l.Relay1 || p.Host == b.l.Relay2 {
+			all[p.Host] = p
 		}
 	}
-	return nil, errors.New("no process on the hub's host")
+	return all
+}
+
+// meter notes what the hubs have carried so far.
+func (b *failoverBed) meter() error {
+	b.carried = make(map[*lab.Host]uint64)
+	for h := range b.hubs() {
+		n, err := h.Traffic()
+		if err != nil {
+			return err
+		}
+		b.carried[h] = n
+	}
+	return nil
+}
+
+// hub is the one that has carried most since meter.
+func (b *failoverBed) hub() (used *lab.Proc, err error) {
+	var most uint64
+	for h, p := range b.hubs() {
+		n, err := h.Traffic()
+		if err != nil {
+			return nil, err
+		}
+		if n -= b.carried[h]; used == nil || n > most {
+			used, most = p, n
+		}
+	}
+	if used == nil {
+		return nil, errors.New("the peer has no hub")
+	}
+	return used, nil
+}
+
+// unplugHub draws the cable of the hub in use.
+func unplugHub(_ context.Context, b *failoverBed, _ string) (*disturbance, error) {
+	hub, err := b.hub()
+	if err != nil {
+		return nil, err
+	}
+	return unplug(hub.Host)
 }
 
 // killHub kills a peer's hub; over starts it again.

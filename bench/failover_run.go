@@ -149,6 +149,9 @@ func (r *failoverRun) measure(ctx context.Context, mu *sync.Mutex) (*disturbance
 	if err != nil {
 		return nil, err
 	}
+	if err := r.meter(); err != nil {
+		return nil, err
+	}
 	begin := time.Now()
 	wait(ctx, r.window)
 	path, moves, err := r.paths(ctx)

@@ -9,7 +9,7 @@ import (
 	"sallyway/internal/lab"
 )
 
-// startNebula runs Nebula with a lighthouse and relay on the hub. Its two ends are encrypted to each other. Only addresses
+// startNebula runs Nebula with a lighthouse and relay on the hub, and another on the first relay's host. Its two ends are encrypted to each other. Only addresses
 // at the router are told and tried, so that no other peer's tunnel carries it.
 func startNebula(ctx context.Context, l *lab.Lab) (way, error) {
 	w := way{addr: lab.SSHAddr, iperf: iperfPort, echo: echoPort, packets: true}
@@ -28,31 +28,32 @@ func startNebula(ctx context.Context, l *lab.Lab) (way, error) {
 	if _, err := l.Relay2.Run(ctx, cert, "ca", "-name", "bench", "-out-crt", filepath.Join(ca, "ca.crt"), "-out-key", filepath.Join(ca, "ca.key")); err != nil {
 		return w, err
 	}
-	const hubIP, gatewayIP = "10.77.2.1", "10.77.2.2"
+	const hubIP, gatewayIP, secondIP = "10.77.2.1", "10.77.2.2", "10.77.2.4"
 	private := lab.SSHAddr.String() + "/32"
 	relay := fmt.Sprintf("lighthouse:\n  am_lighthouse: true\nrelay:\n  am_relay: true\n  use_relays: false\nlisten:\n  host: 0.0.0.0\n  port: %d\n", nebulaHubPort)
 	end := fmt.Sprintf(`static_host_map:
-  "%[1]s": ["%[2]s:%[3]d"]
+  "%[1]s": ["%[2]s:%[5]d"]
+  "%[3]s": ["%[4]s:%[5]d"]
 lighthouse:
   am_lighthouse: false
   interval: 5
-  hosts: ["%[1]s"]
+  hosts: ["%[1]s", "%[3]s"]
   local_allow_list:
     "203.0.113.0/24": true
   remote_allow_list:
     "203.0.113.0/24": true
 relay:
   use_relays: true
-  relays: ["%[1]s"]
+  relays: ["%[1]s", "%[3]s"]
 listen:
   host: 0.0.0.0
   port: 0
-`, hubIP, l.Addr(l.Relay2), nebulaHubPort)
+`, hubIP, l.Addr(l.Relay2), secondIP, l.Addr(l.Relay1), nebulaHubPort)
 	route := fmt.Sprintf("  unsafe_routes:\n    - route: %s\n      via: %s\n", private, gatewayIP)
 	for _, n := range []struct {
 		host                 *lab.Host
 		ip, subnets, conf, t string
-	}{{l.Relay2, hubIP, "", relay, ""}, {l.Gateway, gatewayIP, private, end, ""}, {l.Client, "10.77.2.3", "", end, route}} {
+	}{{l.Relay2, hubIP, "", relay, ""}, {l.Relay1, secondIP, "", relay, ""}, {l.Gateway, gatewayIP, private, end, ""}, {l.Client, "10.77.2.3", "", end, route}} {
 		dir, err := peerDir(n.host, "nebula")
 		if err != nil {
 			return w, err

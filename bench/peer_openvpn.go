@@ -10,13 +10,15 @@ import (
 	"encoding/pem"
 	"fmt"
 	"math/big"
+	"net/netip"
 	"path/filepath"
 	"time"
 
 	"sallyway/internal/lab"
 )
 
-// startOpenVPN runs an OpenVPN server on the hub that passes packets between its two clients. The hub sees everything.
+// startOpenVPN runs an OpenVPN server on the hub that passes packets between its two clients, and another on the first relay's host that they
+// turn to when the first does not answer. The hub sees everything.
 func startOpenVPN(_ context.Context, l *lab.Lab) (way, error) {
 	w := way{addr: lab.DNSAddr, iperf: iperfPort, echo: echoPort, packets: true}
 	program, err := lab.Program("openvpn")
@@ -27,24 +29,27 @@ func startOpenVPN(_ context.Context, l *lab.Lab) (way, error) {
 	if err != nil {
 		return w, err
 	}
-	hub := l.Addr(l.Relay2)
+	hub, second := l.Addr(l.Relay2), l.Addr(l.Relay1)
 	const common = "dev tun\nproto udp4\ndata-ciphers AES-256-GCM\npersist-key\npersist-tun\nverb 1\nkeepalive 5 30\n"
-	server := fmt.Sprintf("local %s\nport %d\ntopology subnet\nserver 10.77.3.0 255.255.255.0\nclient-to-client\nclient-config-dir ccd\nroute %s 255.255.255.255\ndh none\n",
-		hub, openvpnHubPort, lab.DNSAddr)
-	end := fmt.Sprintf("client\nremote %s %d\nnobind\nremote-cert-tls server\n", hub, openvpnHubPort)
+	server := func(at netip.Addr) string {
+		return fmt.Sprintf("local %s\nport %d\ntopology subnet\nserver 10.77.3.0 255.255.255.0\nclient-to-client\nclient-config-dir ccd\nroute %s 255.255.255.255\ndh none\n",
+			at, openvpnHubPort, lab.DNSAddr)
+	}
+	end := fmt.Sprintf("client\nremote %s %d\nremote %s %[2]d\nnobind\nremote-cert-tls server\n", hub, openvpnHubPort, second)
 	for _, n := range []struct {
 		host *lab.Host
 		conf string
-	}{{l.Relay2, server}, {l.Gateway, end}, {l.Client, end + fmt.Sprintf("route %s 255.255.255.255\n", lab.DNSAddr)}} {
+	}{{l.Relay2, server(hub)}, {l.Relay1, server(second)}, {l.Gateway, end}, {l.Client, end + fmt.Sprintf("route %s 255.255.255.255\n", lab.DNSAddr)}} {
 		dir, err := peerDir(n.host, "openvpn")
 		if err != nil {
 			return w, err
 		}
-		cert, key, err := ca.issue(n.host.Name, n.host == l.Relay2)
+		serves := n.host == l.Relay2 || n.host == l.Relay1
+		cert, key, err := ca.issue(n.host.Name, serves)
 		if err != nil {
 			return w, err
 		}
-		if n.host == l.Relay2 {
+		if serves {
 			ccd, err := peerDir(n.host, filepath.Join("openvpn", "ccd"))
 			if err != nil {
 				return w, err
