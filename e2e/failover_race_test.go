@@ -69,7 +69,8 @@ type raceSite struct {
 
 func newRaceSite(t *testing.T) *raceSite {
 	t.Helper()
-	l := newLab(t, lab.Config{Bin: racePrograms(t)})
+	l := newLab(t, lab.Config{Bin: racePrograms(t), Direct: true})
+	check(t, l.BlockDirect(true))
 	site, err := l.Build(within(t, 3*time.Minute), lab.SiteConfig{NoBranch: true, RelayArgs: []string{"--drain-timeout", "5s"}}, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -250,6 +251,21 @@ func TestFailoverUnderTheRaceDetector(t *testing.T) {
 			s.over(t, string(legs.LastTLS), raceSettled)
 			check(t, s.BlockPort(0))
 			check(t, s.BlockUDP(false))
+		}},
+		{"a direct path comes and goes", raceStall, func(t *testing.T) {
+			check(t, s.BlockDirect(false))
+			must(s.MoveClient())(t) // a change of network has direct paths tried anew
+			ctx := within(t, raceSettled)
+			check(t, lab.Until(ctx, 50*time.Millisecond, func() error {
+				g, err := session(ctx, s.Laptop, lab.Office)
+				if err == nil && !strings.HasPrefix(g.Path, "direct ") {
+					err = fmt.Errorf("over %q: %+v", g.Path, g.Direct)
+				}
+				return err
+			}))
+			open.goesOn(t, resume)
+			check(t, s.BlockDirect(true))
+			open.goesOn(t, resume)
 		}},
 		{"gateway drains", raceStall, func(t *testing.T) { s.drainOffice(t, open) }},
 	} {
