@@ -230,8 +230,8 @@ func TestEgressProxy(t *testing.T) {
 			}
 			return nil
 		}))
-		for scheme, port := range map[string]uint16{"http": anyProxyPort, "socks5h": socksPort} {
-			s.restart(t, s.Laptop, s.client, []string{"--egress-proxy", s.url(scheme, port)}, nil)
+		for _, u := range []string{s.url("socks5h", socksPort), s.url("http", anyProxyPort)} {
+			s.restart(t, s.Laptop, s.client, []string{"--egress-proxy", u}, nil)
 			fetch(t)
 			transports(t, s.Laptop, string(leg.TLS), 30*time.Second)
 		}
@@ -242,8 +242,9 @@ func TestEgressProxy(t *testing.T) {
 			t.Fatal(err, r.Stderr)
 		}
 	})
-	for name, u := range map[string]string{"HTTP": s.url("http", anyProxyPort), "SOCKS5": s.url("socks5h", socksPort)} {
-		t.Run("a wrong password, "+name, func(t *testing.T) {
+	for _, u := range []string{s.url("http", anyProxyPort), s.url("socks5h", socksPort)} {
+		scheme, _, _ := strings.Cut(u, "://")
+		t.Run("a wrong password, "+scheme, func(t *testing.T) {
 			s.credentials(t, proxyUser+":nonsense")
 			s.restart(t, s.Laptop, s.client, []string{"--egress-proxy", u}, nil)
 			st := egressOf(t, s.Laptop, func(st client.Status) bool { return st.Egress.Error != "" && st.Platform.Error != "" })
@@ -286,7 +287,7 @@ func TestEgressProxy(t *testing.T) {
 				t.Errorf("%s holds the password", log)
 			}
 		}
-		for _, n := range []*lab.Node{s.Laptop, s.GatewayA} {
+		for _, n := range []*lab.Node{s.Laptop, s.GatewayA} { // both have used the SOCKS5 proxy last
 			b := must(os.ReadFile(filepath.Join(n.State, egress.StateFile)))(t)
 			if strings.Contains(string(b), proxyPassword) || !strings.Contains(string(b), "socks5") {
 				t.Errorf("%s: %s", n.Name, b)
