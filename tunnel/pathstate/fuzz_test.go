@@ -145,13 +145,13 @@ func live(t *testing.T, life []byte) {
 		case opDoubt:
 			if p := s.paths[next()%2]; p != nil {
 				s.m.Doubt(p)
-				s.due++
-				s.step()
+				s.wake()
 			}
 		case opIdle:
-			s.m.Busy(s.now, next()%2 == 0)
-			s.due++
-			s.step()
+			if busy := next()%2 == 0; !s.now.Before(s.asleep) {
+				s.m.Busy(s.now, busy)
+				s.wake()
+			}
 		case opGone:
 			i := next() % 2
 			if p := s.paths[i]; p != nil && i != s.active {

@@ -42,7 +42,7 @@ const (
 	// suspectInterval is between the probes to a suspect path, and the least between any two. After silence silentProbes decide, so that random loss
 	// does not; after a doubt that has a reason doubtProbes do.
 	suspectInterval = 20 * time.Millisecond
-	silentProbes    = 5
+	silentProbes    = 4
 	doubtProbes     = 3
 	// leastLate and mostLate bound after how long a probe is late; in between it is the path's round-trip time and four deviations.
 	leastLate = 30 * time.Millisecond
@@ -50,7 +50,7 @@ const (
 	// leastSilent and mostSilent bound for how long a path must be silent to be dead without a doubt that has a reason; in between it is half as long
 	// again as what any answer took of late.
 	leastSilent = 150 * time.Millisecond
-	mostSilent  = 250 * time.Millisecond
+	mostSilent  = 200 * time.Millisecond
 	// deadInterval is between probes to a dead path.
 	deadInterval = time.Second
 	// unheard is for how long a path must be silent if no probe that went out since was answered on any path: then it may be this host, or its access.
@@ -60,6 +60,8 @@ const (
 	overslept     = 5 * time.Millisecond
 	mostExcuse    = 250 * time.Millisecond
 	mostSuspicion = 500 * time.Millisecond
+	// mostMissed bounds the probes to a suspect path that are sent together because the owner was late for them.
+	mostMissed = 2
 	// retryMove is after how long a move that the owner could not make is asked for again.
 	retryMove = 100 * time.Millisecond
 	// leastWait is the least that Step has its owner wait.
@@ -89,6 +91,7 @@ type Path struct {
 
 	state Liveness
 	since time.Time // of state, not virtual
+	quiet time.Time // as silent, not virtual
 	gone  bool
 
 	// Virtual times.
@@ -136,6 +139,7 @@ type Machine struct {
 	busySince       time.Time // virtual, as all times below
 	heard           time.Time // when the last probe went out, on any path, that was answered
 	hold            time.Time // no path dies before
+	missed          int       // probes to suspect paths that the owner was too late for
 	moved           time.Time // when the active path last changed; zero: never
 	asked           time.Time // when a move was last asked for
 	target          *Path     // of that move
@@ -271,6 +275,7 @@ func (m *Machine) Step(now time.Time) (actions []Action, wait time.Duration) {
 			wait = min(wait, m.probe(v, p, interval))
 		}
 	}
+	m.missed = 0
 	wait = min(wait, m.decide(v))
 	wait = max(wait, leastWait)
 	m.clock.due = now.Add(wait)
@@ -289,7 +294,7 @@ func (m *Machine) judge(now, v time.Time, p *Path) bool {
 	case Dead:
 	case Suspect:
 		p.reason = p.reason || p.doubted
-		if m.isDead(v, p) {
+		if m.isDead(now, v, p) {
 			p.died = v
 			m.set(now, p, Dead)
 		}
@@ -297,9 +302,9 @@ func (m *Machine) judge(now, v time.Time, p *Path) bool {
 		if lost == 0 && !p.doubted {
 			break
 		}
-		p.suspect, p.silent, p.reason, p.burst = v, v, p.doubted, 0
+		p.suspect, p.silent, p.quiet, p.reason, p.burst = v, v, now, p.doubted, 0
 		if lost > 0 {
-			p.silent = v.Add(-late)
+			p.silent, p.quiet = v.Add(-late), now.Add(-late)
 		}
 		m.set(now, p, Suspect)
 		p.doubted = false
@@ -310,7 +315,7 @@ func (m *Machine) judge(now, v time.Time, p *Path) bool {
 }
 
 // isDead reports whether a suspect path is dead.
-func (m *Machine) isDead(v time.Time, p *Path) bool {
+func (m *Machine) isDead(now, v time.Time, p *Path) bool {
 	want, lost := silentProbes, silentProbes+1
 	if p.reason {
 		want, lost = doubtProbes, doubtProbes
@@ -318,14 +323,13 @@ func (m *Machine) isDead(v time.Time, p *Path) bool {
 	if p.burst < want || p.prober.Stats().Unanswered < lost {
 		return false
 	}
-	silent := v.Sub(p.silent)
-	if m.heard.After(p.silent) {
-		return p.reason || silent >= p.deadAfter(v)
+	if m.heard.After(p.silent) { // then what this process overslept is no excuse
+		return p.reason || now.Sub(p.quiet) >= p.deadAfter(v)
 	}
 	if v.Before(m.hold) && v.Sub(p.suspect) < mostSuspicion {
 		return false
 	}
-	return p.reason || silent >= unheard
+	return p.reason || v.Sub(p.silent) >= unheard
 }
 
 // late is after how long a probe on the path is.
@@ -367,6 +371,10 @@ func (m *Machine) probe(v time.Time, p *Path, interval time.Duration) time.Durat
 	p.sent, p.soon = v, false
 	if p.state == Suspect {
 		p.burst++
+		for range min(m.missed, silentProbes-p.burst) {
+			m.actions = append(m.actions, Action{Path: p, Probe: p.prober.Probe(v, 0)})
+			p.burst++
+		}
 		return suspectInterval
 	}
 	return min(interval, late)
@@ -427,6 +435,7 @@ func (m *Machine) advance(now time.Time) time.Time {
 	}
 	if late := now.Sub(c.due); late > overslept {
 		c.due = now
+		m.missed = min(m.missed+int(late/suspectInterval), mostMissed)
 		c.virtual = c.virtual.Add(max(passed-late, 0))
 		if hold := c.virtual.Add(min(late, mostExcuse)); hold.After(m.hold) {
 			m.hold = hold

@@ -185,6 +185,14 @@ func (s *sim) sleep(wait time.Duration) {
 	})
 }
 
+// wake has the owner step now, unless nothing of its process runs.
+func (s *sim) wake() {
+	if !s.now.Before(s.asleep) {
+		s.due++
+		s.step()
+	}
+}
+
 func (s *sim) index(p *Path) int {
 	for i, q := range s.paths {
 		if p == q {
