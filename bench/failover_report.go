@@ -19,7 +19,7 @@ func (r *FailoverResult) markdown(base string) string {
 		"Milliseconds, as median / p95 / max of the runs. The stall is the longest time without an answer on one open TCP connection with an exchange every %d ms, the stream's the longest time without "+
 		"a byte at the receiver of one that runs as fast as it goes; both include the time from the last answer before the cause. \"More\" is the stall less the longest one of the undisturbed window of the same "+
 		"length just before, on the same connections. The load quiet is a connection on which nothing was said for %.0f s before and %.0f s after: its stall is the next byte's round trip. A new connection is one "+
-		"begun after the cause, until it has brought an answer.\n",
+		"begun after the cause, until it has brought an answer. The stall of a connection that is lost ends when a new one works.\n",
 		r.Started.Format("2006-01-02 15:04 MST"), failoverPace.Milliseconds(), quietFor.Seconds(), quietAfter.Seconds())
 	for _, p := range r.pictures() {
 		if base != "" {
@@ -42,6 +42,9 @@ func (r *FailoverResult) markdown(base string) string {
 		}
 		fmt.Fprintf(&b, "| %s | %s | %d | %s | %s | %s | %s | %s | %s | %d | %s |\n", row.Way, row.Load, row.Runs, stall, more, row.Bulk, row.BulkExcess, &row.New, lost, row.Bytes/1e6, row.more())
 	}
+	if slices.ContainsFunc(r.Rows, func(row FailoverRow) bool { return row.Way != Sallyway }) {
+		b.WriteString(aboutFailoverPeers)
+	}
 	head := "\nNot measured:\n\n"
 	for _, m := range r.Missing {
 		why, _, _ := strings.Cut(m.Why, "\n")
@@ -58,6 +61,14 @@ func (r *FailoverResult) markdown(base string) string {
 	(&Result{Machine: r.Machine, Versions: r.Versions, Command: r.Command, Started: r.Started, Took: r.Took}).footer(&b)
 	return b.String()
 }
+
+// aboutFailoverPeers says how other products are measured, and what they are not given.
+const aboutFailoverPeers = `
+Other products: what they have in the place of a relay is killed, or its host unplugged, for 10 s, and comes back; a process of either end that gives up is started again after a second, as a
+service manager would. Nebula has two relays and OpenVPN two servers, and the one in use is hit. OpenSSH, wireguard-go and TURN have no second one by design: a tunnel, a peer and an allocation
+are of one server. Not measured, since the bench has no way to install them: Infisical's gateways, Tailscale with a control server of one's own, Firezone, NetBird, OpenZiti, cloudflared, connet,
+frp and chisel.
+`
 
 // row is that of a kind; nil where there is none.
 func (r *FailoverResult) row(way, cause, load string) *FailoverRow {
@@ -160,6 +171,15 @@ type curve struct {
 	name, colour string
 	dashed       bool
 	values       []float64 // sorted
+	lost         int       // connections, of the runs together
+}
+
+// label is the name with the number of runs. The stall of a connection that is lost ends with the next one that works.
+func (c curve) label() string {
+	if c.lost > 0 {
+		return fmt.Sprintf("%s (%d; %d lost)", c.name, len(c.values), c.lost)
+	}
+	return fmt.Sprintf("%s (%d)", c.name, len(c.values))
 }
 
 // pictures are the distributions of the stalls, one for each load, and of peers next to ours.
@@ -183,11 +203,15 @@ func (r *FailoverResult) pictures() []picture {
 		var curves []curve
 		for i, way := range append([]string{Sallyway}, Peers()...) {
 			var v []float64
+			lost := 0
 			for _, load := range Loads() {
 				v = append(v, r.stalls(way, c, load)...)
+				for _, t := range r.tries(way, c, load) {
+					lost += t.Lost
+				}
 			}
 			if slices.Sort(v); len(v) > 0 {
-				curves = append(curves, curve{name: way, colour: curveColours[i%len(curveColours)], values: v, dashed: way != Sallyway})
+				curves = append(curves, curve{name: way, colour: curveColours[i%len(curveColours)], values: v, dashed: way != Sallyway, lost: lost})
 			}
 		}
 		if len(curves) > 1 {
@@ -198,7 +222,7 @@ func (r *FailoverResult) pictures() []picture {
 	return out
 }
 
-// stalls are those of a kind, sorted. A connection that was lost was silent for as long as anybody looked.
+// stalls are those of a kind, sorted.
 func (r *FailoverResult) stalls(way, cause, load string) []float64 {
 	var v []float64
 	for _, t := range r.tries(way, cause, load) {
@@ -213,6 +237,7 @@ const (
 	curveLeft   = 60
 	curveRight  = 640
 	curveBottom = 360
+	curveWidth  = 1000
 )
 
 // distribution draws curves on a logarithmic axis of milliseconds.
@@ -231,10 +256,10 @@ func distribution(title, where string, curves []curve) string {
 	y := func(share float64) float64 { return curveBottom - (curveBottom-plotHead)*share }
 	height := max(curveBottom+48, plotHead+20*len(curves)+20)
 	var b strings.Builder
-	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="%s">`+"\n", plotWidth, height, plotWidth, height, inkText)
+	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="%s">`+"\n", curveWidth, height, curveWidth, height, inkText)
 	b.WriteString(`<rect width="100%" height="100%" fill="white"/>` + "\n")
 	text(&b, 16, 26, "start", `font-size="17" font-weight="bold"`, title)
-	text(&b, plotWidth-16, 26, "end", fmt.Sprintf(`fill=%q font-size="11"`, inkFaint), where)
+	text(&b, curveWidth-16, 26, "end", fmt.Sprintf(`fill=%q font-size="11"`, inkFaint), where)
 	text(&b, 16, 46, "start", fmt.Sprintf(`fill=%q`, inkFaint), "share of the runs whose longest stall was not longer")
 	for _, v := range a.ticks() {
 		fmt.Fprintf(&b, `<line x1="%.1f" x2="%.1f" y1="%d" y2="%d" stroke="%s"/>`+"\n", x(v), x(v), plotHead, curveBottom+4, inkGrid)
@@ -253,7 +278,7 @@ func distribution(title, where string, curves []curve) string {
 		fmt.Fprintf(&b, `<path d="%s" stroke="%s" stroke-width="2" fill="none"%s/>`+"\n", stair(c.values, x, y), c.colour, dash)
 		at := float64(plotHead + 8 + 20*i)
 		fmt.Fprintf(&b, `<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" stroke="%s" stroke-width="3"%s/>`, curveRight+24, curveRight+44, at, at, c.colour, dash)
-		text(&b, curveRight+50, at+4, "start", `font-size="11"`, fmt.Sprintf("%s (%d)", c.name, len(c.values)))
+		text(&b, curveRight+50, at+4, "start", `font-size="11"`, c.label())
 	}
 	b.WriteString("</svg>\n")
 	return b.String()

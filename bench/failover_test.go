@@ -272,6 +272,7 @@ func TestFailoverMarkdown(t *testing.T) {
 		"dropped by relays and legs 3 (4 before), sent again by QUIC 7 (0 before)",
 		"- " + Nebula + ": nebula is not installed\n",
 		"- Sallyway, x: not whole again\n",
+		"OpenSSH, wireguard-go and TURN have no second one by design",
 		"![Longest stall of an open connection, load up](x-cdf-up.svg)",
 		"![Longest stall of an open connection, relay-killed](x-cdf-relay-killed.svg)",
 	} {
