@@ -97,8 +97,8 @@ bench-quick: build ## a short look at every kind of topology, a few minutes (roo
 	@build/prerequisites.sh demo
 	$(AS_ROOT) bin/bench --quick
 
-bench-failover: build ## kill, cut, drain and block what is between open connections, 20 times each: about 40 minutes (root by sudo)
-	@$(AS_ROOT) bin/bench failover
+bench-failover: build peers bench-packages ## kill, cut, drain and block what is between open connections, 20 times each, and peers: about 50 minutes (root by sudo)
+	@$(AS_ROOT) bin/bench failover --peers all
 
 bench-peers: build peers bench-packages ## one short run through a relay next to the peers that can be installed (root by sudo)
 	@$(AS_ROOT) bin/bench --quick --peers --scenario one-relay
