@@ -26,6 +26,8 @@ const (
 	// leastGrace and mostGrace bound how long a doubtful leg has to itself before another is dialled beside it; in between it is two round trips.
 	leastGrace = 50 * time.Millisecond
 	mostGrace  = 300 * time.Millisecond
+	// kickMemory is for how long after a change of the host's network a doubt is taken to come of it.
+	kickMemory = 2 * time.Second
 	// doubtPatience is how long a leg may doubt before the last rung is worth a try.
 	doubtPatience = 300 * time.Millisecond
 	// upgradeFirst is when a leg over TLS first looks whether UDP works. The pause doubles up to UpgradeInterval, and begins where it was when UDP
@@ -371,8 +373,11 @@ func (k *keeping) doubt() {
 	}
 	k.rtt = k.cur.Stats().RTT
 	transports := slices.DeleteFunc(slices.Clone(r.k.cfg.Transports), func(t leg.Transport) bool { return t == k.cur.Transport() })
-	if k.cur.Transport() != r.k.cfg.Transports[0] || len(transports) == 0 {
-		transports = r.k.cfg.Transports
+	r.mu.Lock()
+	kicked := time.Since(r.kicked) < kickMemory
+	r.mu.Unlock()
+	if kicked || k.cur.Transport() != r.k.cfg.Transports[0] || len(transports) == 0 {
+		transports = r.k.cfg.Transports // after a change of network the address may be what is wrong with the leg, not the transport
 	}
 	k.attempt(beside, transports, min(max(2*k.rtt, leastGrace), mostGrace), k.stagger())
 }

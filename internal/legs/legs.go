@@ -114,6 +114,7 @@ type relay struct {
 	missing time.Time // since when there is no leg; zero while there is one
 	failed  bool      // an attempt failed since
 	waited  time.Time // when traffic last waited for a leg
+	kicked  time.Time // when the host's network last changed
 	doubted time.Time // since when current doubts; zero while it does not
 	moves   int       // from transport to transport
 	why     string    // of the last one
@@ -388,8 +389,9 @@ func (k *Keeper) Kick() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, r := range k.relays {
-		poke(r.kick)
 		r.mu.Lock()
+		r.kicked = time.Now()
+		poke(r.kick)
 		if r.current != nil {
 			r.current.Suspect()
 		}
