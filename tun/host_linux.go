@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -197,8 +196,11 @@ func procAddrPort(s string) (netip.AddrPort, bool) {
 	return netip.AddrPortFrom(a, uint16(p[0])<<8|uint16(p[1])), ok
 }
 
-// watchSettle is how long Watch waits for more changes before it tells: a network that comes up makes dozens.
-const watchSettle = 300 * time.Millisecond
+// A network that comes up makes dozens of changes: Watch tells of them when no other has come for watchQuiet, after watchSettle at the latest.
+const (
+	watchQuiet  = 30 * time.Millisecond
+	watchSettle = 300 * time.Millisecond
+)
 
 // Watch calls changed some time after addresses or routes of the host have changed, other than on the device itself, until
 // ctx ends. It watches the network namespace of the calling thread, from before it first waits.
@@ -209,15 +211,18 @@ func (d *Device) Watch(ctx context.Context, changed func()) error {
 	}
 	defer sock.Close()
 	defer context.AfterFunc(ctx, sock.Close)()
-	var settle *time.Timer // runs while a change has not been told; in a goroutine of its own, so that none is missed meanwhile
+	changes := make(chan struct{}, 1) // told in a goroutine of its own, so that none is missed meanwhile
 	var telling sync.WaitGroup
 	defer telling.Wait()
-	defer func() {
-		if settle != nil && settle.Stop() {
-			telling.Done()
+	defer close(changes)
+	telling.Go(func() {
+		for range changes {
+			settle(changes)
+			if ctx.Err() == nil {
+				changed()
+			}
 		}
-	}()
-	var pending atomic.Bool
+	})
 	for {
 		msgs, _, err := sock.Receive()
 		switch {
@@ -229,15 +234,30 @@ func (d *Device) Watch(ctx context.Context, changed func()) error {
 		case !slices.ContainsFunc(msgs, func(m syscall.NetlinkMessage) bool { return d.concerns(m) }):
 			continue
 		}
-		if pending.Swap(true) {
-			continue
+		select {
+		case changes <- struct{}{}:
+		default:
 		}
-		telling.Add(1)
-		settle = time.AfterFunc(watchSettle, func() {
-			defer telling.Done()
-			pending.Store(false)
-			changed()
-		})
+	}
+}
+
+// settle waits until there are no more changes for now, or changes is closed.
+func settle(changes <-chan struct{}) {
+	quiet, most := time.NewTimer(watchQuiet), time.NewTimer(watchSettle)
+	defer quiet.Stop()
+	defer most.Stop()
+	for {
+		select {
+		case _, ok := <-changes:
+			if !ok {
+				return
+			}
+			quiet.Reset(watchQuiet)
+		case <-quiet.C:
+			return
+		case <-most.C:
+			return
+		}
 	}
 }
 

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -128,10 +130,14 @@ func (r *relay) keep(ctx context.Context) {
 			k.doubt()
 		case <-r.waits:
 			k.hurry()
-		case <-r.kick:
-			if k.cur == nil { // what is under way may have left by what is not there any more
+		case <-r.kick: // what is under way may have left by what is not there any more
+			switch {
+			case k.cur == nil:
 				k.forgo(redial)
 				k.dial(time.Now())
+			case k.orphaned():
+				k.forgo(beside)
+				k.cur.Abandon(errOrphaned)
 			}
 		case <-timer.C:
 		}
@@ -274,6 +280,24 @@ func (k *keeping) take(o outcome) {
 	}
 }
 
+// errOrphaned ends a leg whose own address is not the host's any more.
+var errOrphaned = errors.New("this host has another address now")
+
+// orphaned reports whether the leg's own address is not the host's any more: then nothing reaches it, and nothing needs to be asked.
+func (k *keeping) orphaned() bool {
+	addrs, err := k.r.k.addrs()
+	return err == nil && isForeign(k.cur.LocalAddr().Addr(), addrs)
+}
+
+// isForeign reports whether own is an address that none of a host's interfaces has.
+func isForeign(own netip.Addr, addrs []net.Addr) bool {
+	own = own.Unmap().WithZone("")
+	return own.IsValid() && !own.IsUnspecified() && !slices.ContainsFunc(addrs, func(a net.Addr) bool {
+		n, ok := a.(*net.IPNet)
+		return ok && n.IP.Equal(own.AsSlice())
+	})
+}
+
 func over(l *leg.Leg) bool {
 	select {
 	case <-l.Done():
@@ -333,7 +357,7 @@ func (k *keeping) lost() {
 	}
 	k.next = now
 	// A relay that takes legs and loses them soon must not be dialled in a tight loop.
-	if now.Sub(k.up) >= r.k.retry {
+	if now.Sub(k.up) >= r.k.retry || errors.Is(err, errOrphaned) {
 		k.brief, k.rushed = 0, 0
 	} else if k.brief++; k.brief > 1 {
 		k.next = now.Add(jitter(k.interval()))

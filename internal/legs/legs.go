@@ -84,8 +84,9 @@ type Config struct {
 // Keeper holds the legs. Its methods may be called concurrently.
 type Keeper struct {
 	cfg            Config
-	retry, upgrade time.Duration // RetryInterval and UpgradeInterval; tests have less time
-	wake           chan struct{} // 1 place: the set of wanted relays changed
+	retry, upgrade time.Duration              // RetryInterval and UpgradeInterval; tests have less time
+	addrs          func() ([]net.Addr, error) // the host's
+	wake           chan struct{}              // 1 place: the set of wanted relays changed
 
 	mu     sync.Mutex
 	wanted map[string][]control.RelayRef // by who wants them
@@ -165,7 +166,7 @@ func New(cfg Config) *Keeper {
 		cfg.Resolver = net.DefaultResolver
 	}
 	return &Keeper{
-		cfg: cfg, retry: RetryInterval, upgrade: UpgradeInterval,
+		cfg: cfg, retry: RetryInterval, upgrade: UpgradeInterval, addrs: net.InterfaceAddrs,
 		wake: make(chan struct{}, 1), wanted: map[string][]control.RelayRef{}, relays: map[identity.Node]*relay{}, refused: map[lastKey]refusal{}, moves: map[moveKey]uint64{},
 	}
 }

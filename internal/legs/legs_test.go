@@ -471,3 +471,60 @@ func TestResolveSortsIPv4First(t *testing.T) {
 		t.Errorf("%v, %v", addrs, err)
 	}
 }
+
+// A change of the host's network ends a leg whose address it has taken away, and no other.
+func TestAddressGone(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, newPKI(t, relayNode))
+	k := New(Config{})
+	var gone atomic.Bool
+	k.addrs = func() ([]net.Addr, error) {
+		if gone.Load() {
+			return []net.Addr{&net.IPNet{IP: net.IPv4(192, 0, 2, 7), Mask: net.CIDRMask(24, 32)}}, nil
+		}
+		return net.InterfaceAddrs()
+	}
+	k.Want("a", []control.RelayRef{r.pki.ref(r.addr, gatewayNode)})
+	run(t, k)
+	first := get(t, k, 10*time.Second)
+	k.Kick()
+	waitFor(t, 5*time.Second, "the relay to answer", func() bool { return !first.Doubtful() })
+	select {
+	case <-first.Done():
+		t.Fatalf("the leg ended though its address is there: %v", first.Err())
+	case <-time.After(100 * time.Millisecond):
+	}
+	gone.Store(true)
+	k.Kick()
+	select {
+	case <-first.Done():
+	case <-time.After(5 * time.Second):
+		t.Fatal("the leg outlives its address")
+	}
+	if !errors.Is(first.Err(), errOrphaned) {
+		t.Errorf("the leg ended for %v", first.Err())
+	}
+	if second := get(t, k, 10*time.Second); second == first {
+		t.Error("the leg that ended is still offered")
+	}
+}
+
+func TestIsForeign(t *testing.T) {
+	t.Parallel()
+	host := []net.Addr{
+		&net.IPNet{IP: net.IPv4(192, 0, 2, 7), Mask: net.CIDRMask(24, 32)},
+		&net.IPNet{IP: net.ParseIP("2001:db8::7"), Mask: net.CIDRMask(64, 128)},
+		&net.IPNet{IP: net.ParseIP("fe80::7"), Mask: net.CIDRMask(64, 128)},
+	}
+	for own, want := range map[string]bool{
+		"192.0.2.7": false, "::ffff:192.0.2.7": false, "192.0.2.8": true,
+		"2001:db8::7": false, "2001:db8::8": true, "fe80::7%eth0": false, "0.0.0.0": false, "::": false,
+	} {
+		if got := isForeign(netip.MustParseAddr(own), host); got != want {
+			t.Errorf("%s: %v", own, got)
+		}
+	}
+	if isForeign(netip.Addr{}, host) {
+		t.Error("a leg whose address is not known is foreign")
+	}
+}

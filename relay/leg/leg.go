@@ -409,6 +409,9 @@ func (l *Leg) Close() error {
 	return nil
 }
 
+// Abandon ends the leg at once and without a word to the relay, for one that nothing reaches any more. Close it all the same.
+func (l *Leg) Abandon(why error) { l.lose(why) }
+
 // Relay is who the leg leads to.
 func (l *Leg) Relay() identity.Node { return l.cfg.Relay }
 
