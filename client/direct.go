@@ -42,6 +42,10 @@ const (
 	// directAnswer bounds the wait for the gateway's answer, and directProof that for the path to be proved by QUIC.
 	directAnswer = 5 * time.Second
 	directProof  = 3 * time.Second
+	// A path that works and that QUIC does not prove is offered to it again after directProve, directProofs times in all: a gateway takes only a few
+	// new paths of a session in five seconds, and the session may just have moved.
+	directProve  = 6 * time.Second
+	directProofs = 4
 	// directEmptying is how long a link is kept after a session left it: packets may still arrive.
 	directEmptying = 3 * time.Second
 	// directMargin and directShare are by how much the round trip may be longer than over the relay: it spares the relay, and one
@@ -144,6 +148,8 @@ type directRung struct {
 	peer   *direct.Peer
 	link   *direct.Link // nil until it works
 	moving bool         // the session is being moved to it
+	proofs int          // that failed
+	prove  time.Time    // when to move the session to it
 	used   bool         // the session was moved to it
 	left   time.Time    // when the session was seen elsewhere again
 	since  time.Time    // when it moved
@@ -184,7 +190,16 @@ func (d *directRung) dropLocked() {
 		d.peer.Close()
 	}
 	d.peer, d.link, d.used, d.moving = nil, nil, false, false
-	d.left, d.worse = time.Time{}, time.Time{}
+	d.left, d.worse, d.proofs, d.prove = time.Time{}, time.Time{}, 0, time.Time{}
+}
+
+// unprovedLocked notes that QUIC has not proved the path, which is tried again if again says so, but not for ever.
+func (d *directRung) unprovedLocked(why string, again bool) {
+	if d.proofs++; !again || d.proofs >= directProofs {
+		d.failLocked(why)
+		return
+	}
+	d.why, d.prove = why, time.Now().Add(directProve)
 }
 
 // failLocked ends a try or a path; the next one comes later each time.
@@ -244,7 +259,7 @@ func (g *gatewayLink) stepDirect(ctx context.Context, t *tunnel.Session, tasks *
 		}
 	case d.link != nil && closed(d.link.Done()):
 		d.failLocked("the path ended before it was used")
-	case d.link != nil && !d.moving:
+	case d.link != nil && !d.moving && !now.Before(d.prove):
 		if rtt := p.Active.Probes.RTT; rtt > 0 && d.link.RTT() > time.Duration(float64(rtt)*directShare)+directMargin {
 			g.log.Info("direct path not taken", "address", d.link.Addr(), "rtt", d.link.RTT(), "relay_rtt", rtt)
 			d.failLocked("its round trip is longer than over the relay")
@@ -377,7 +392,7 @@ func (g *gatewayLink) moveDirect(ctx context.Context, t *tunnel.Session, l *dire
 	}
 	if err != nil {
 		g.log.Info("direct path not taken", "address", l.Addr(), "err", err)
-		d.failLocked(err.Error())
+		d.unprovedLocked(err.Error(), errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil)
 		return
 	}
 	d.used, d.since, d.why = true, time.Now(), ""

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"sallyway/direct"
 	"sallyway/internal/control"
 	"sallyway/stun"
 	"sallyway/tunnel"
@@ -53,6 +54,26 @@ func TestDirectTriesBackOff(t *testing.T) {
 	d.mu.Unlock()
 	if d.renew(); time.Until(d.next) < directWait/2 {
 		t.Errorf("a second change of network within %v has it try at once", directRenew)
+	}
+}
+
+// TestDirectIsOfferedAgain: a path that works is not given up at the first time that QUIC does not prove it.
+func TestDirectIsOfferedAgain(t *testing.T) {
+	d := &directRung{link: new(direct.Link), wait: directWait}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for n := 1; n < directProofs; n++ {
+		d.unprovedLocked("test", true)
+		if wait := time.Until(d.prove); d.link == nil || wait <= directProve/2 || wait > directProve {
+			t.Fatalf("after %d failures: link %v, again in %v", n, d.link != nil, wait)
+		}
+	}
+	if d.unprovedLocked("test", true); d.link != nil || !d.prove.IsZero() || d.proofs != 0 {
+		t.Error("it is offered for ever")
+	}
+	d.link = new(direct.Link)
+	if d.unprovedLocked("test", false); d.link != nil {
+		t.Error("a path is kept that failed for good")
 	}
 }
 
