@@ -93,6 +93,7 @@ func TestLegs(t *testing.T) {
 			if err == nil {
 				break
 			}
+			time.Sleep(50 * time.Millisecond) // a poll: of thousands of attempts at a free port, one would connect to itself
 		}
 		if err != nil || a.Bytes == 0 || a.Took < o.Time {
 			t.Errorf("%+v: %+v, %v", o, a, err)
