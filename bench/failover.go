@@ -3,13 +3,10 @@ package bench
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -352,22 +349,6 @@ func (t Try) String() string {
 
 // Write puts the result into a folder as JSON, Markdown and SVG, and returns the paths.
 func (r *FailoverResult) Write(dir string) ([]string, error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
-	doc, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return nil, err
-	}
 	name := "failover-" + r.Started.Format("20060102-150405")
-	base := filepath.Join(dir, name)
-	files := map[string][]byte{base + ".json": append(doc, '\n'), base + ".md": []byte(r.markdown(name))}
-	for _, p := range r.pictures() {
-		files[base+"-"+p.name+".svg"] = []byte(p.svg)
-	}
-	var errs error
-	for path, content := range files {
-		errs = errors.Join(errs, os.WriteFile(path, content, 0o644))
-	}
-	return slices.Sorted(maps.Keys(files)), errs
+	return writeResult(dir, name, r, r.markdown(name), r.pictures())
 }

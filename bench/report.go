@@ -317,17 +317,22 @@ func cell(s string) string { return strings.ReplaceAll(s, "|", "\\|") }
 
 // Write puts the result into a folder: JSON, Markdown, and SVG pictures of what was measured. It returns the paths.
 func (r *Result) Write(dir string) ([]string, error) {
+	name := r.Started.Format("20060102-150405")
+	return writeResult(dir, name, r, r.markdown(name), r.pictures())
+}
+
+// writeResult puts doc as JSON, its Markdown and its pictures into a folder, in files that are named after name.
+func writeResult(dir, name string, doc any, markdown string, pictures []picture) ([]string, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	doc, err := json.MarshalIndent(r, "", "  ")
+	b, err := json.MarshalIndent(doc, "", "  ")
 	if err != nil {
 		return nil, err
 	}
-	name := r.Started.Format("20060102-150405")
 	base := filepath.Join(dir, name)
-	files := map[string][]byte{base + ".json": append(doc, '\n'), base + ".md": []byte(r.markdown(name))}
-	for _, p := range r.pictures() {
+	files := map[string][]byte{base + ".json": append(b, '\n'), base + ".md": []byte(markdown)}
+	for _, p := range pictures {
 		files[base+"-"+p.name+".svg"] = []byte(p.svg)
 	}
 	var errs error
