@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"sync"
 	"time"
 )
@@ -107,14 +106,8 @@ func (r *failoverRun) begin(ctx context.Context) error {
 	r.beats = startBeats(c, failoverPace)
 	r.try.Open = 1 + len(r.held)
 	if r.load != LoadIdle {
-		dctx, cancel := context.WithTimeout(ctx, openWait)
-		defer cancel()
-		c, err := r.l.Client.Dial(dctx, "tcp", netip.AddrPortFrom(r.way.addr, r.way.iperf).String())
-		if err != nil {
-			return fmt.Errorf("open the stream: %w", err)
-		}
-		if r.stream, err = r.streams.start(c, r.load == LoadDown); err != nil {
-			return fmt.Errorf("open the stream: %w", err)
+		if r.stream, err = r.failoverBed.stream(ctx, r.load == LoadDown); err != nil {
+			return err
 		}
 		r.try.Open++
 	}

@@ -1,0 +1,54 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sallyway/bench"
+	"sallyway/internal/daemon"
+	"sallyway/internal/lab"
+)
+
+// soakCommand loads a session for long and counts what it should not do.
+func soakCommand() *cobra.Command {
+	cfg, out := bench.Soak{For: 30 * time.Minute}, ""
+	cmd := &cobra.Command{
+		Use:   "soak",
+		Short: "Saturate one session for half an hour and count its needless moves",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			exe, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			cfg.Bin = filepath.Dir(exe)
+			if out == "" {
+				root, err := lab.SourceRoot()
+				if err != nil {
+					return daemon.Usagef("%w\nname a folder for the results with --out", err)
+				}
+				out = filepath.Join(root, "bench", "results")
+			}
+			res, failed := bench.RunSoak(cmd.Context(), cfg, cmd.ErrOrStderr())
+			if res == nil {
+				return failed
+			}
+			paths, err := res.Write(out)
+			if err != nil {
+				return err
+			}
+			fmt.Fprint(cmd.OutOrStdout(), res.Markdown())
+			for _, p := range paths {
+				fmt.Fprintln(cmd.ErrOrStderr(), "wrote", p)
+			}
+			return failed
+		},
+	}
+	cmd.Flags().DurationVar(&cfg.For, "for", cfg.For, "how long")
+	cmd.Flags().StringVar(&out, "out", "", "folder of the results (default: bench/results of the source tree)")
+	return cmd
+}
