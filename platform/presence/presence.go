@@ -2,6 +2,7 @@
 package presence
 
 import (
+	"maps"
 	"sync"
 	"time"
 
@@ -108,4 +109,11 @@ func (b *Board) State(n *store.Node, now time.Time) control.NodeState {
 		return control.StateDegraded
 	}
 	return control.StateHealthy
+}
+
+// All is a copy of the newest beats, by node id.
+func (b *Board) All() map[string]Beat {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return maps.Clone(b.beats)
 }

@@ -25,14 +25,56 @@ import (
 
 const presenceTimeout = presence.Timeout
 
-// record is a node as administrators see it. keys are its keys, newest first; relays the names of those assigned to it.
+// lookups are what the records of several nodes of an organization are made from, read once in a transaction. The zero value is ready.
+type lookups struct {
+	rungs    map[string]*store.RelayRungs
+	assigned map[string][]string // ids of relays, by gateway
+	names    map[string]string   // of relays by id, "" for a deleted one
+}
+
+func (l *lookups) relayRungs(ctx context.Context, tx store.Tx, org string) (_ map[string]*store.RelayRungs, err error) {
+	if l.rungs == nil {
+		l.rungs, err = tx.RelayRungs(ctx, org)
+	}
+	return l.rungs, err
+}
+
+// relays are the names of the relays that are assigned to a gateway, active first.
+func (l *lookups) relays(ctx context.Context, tx store.Tx, g *store.Node) (names []string, err error) {
+	if l.assigned == nil {
+		if l.assigned, err = tx.Assignments(ctx, g.Org); err != nil {
+			return nil, err
+		}
+		l.names = make(map[string]string)
+	}
+	for _, id := range l.assigned[g.ID] {
+		name, known := l.names[id]
+		if !known {
+			if relay, err := tx.Node(ctx, id); err == nil && relay.Deleted.IsZero() {
+				name = relay.Name
+			}
+			l.names[id] = name
+		}
+		if name != "" {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}
+
+// record is a node as administrators see it.
 func (r *Registry) record(ctx context.Context, tx store.Tx, o *store.Org, n *store.Node) (*control.NodeRecord, error) {
+	return r.recordBy(ctx, tx, o, n, new(lookups))
+}
+
+// recordBy is record for one of several nodes of an organization, which share l.
+func (r *Registry) recordBy(ctx context.Context, tx store.Tx, o *store.Org, n *store.Node, l *lookups) (*control.NodeRecord, error) {
 	rec := &control.NodeRecord{
 		ID: n.ID, Name: n.Name, Kind: n.Kind, State: r.Board.State(n, r.Now()), Created: n.Created, Version: n.Version,
 		Virtual: view.Addresses(o, n.Address), Host: n.Host, Port: n.Port, Peers: n.Peers,
 	}
 	if n.Kind == identity.Relay {
-		rungs, err := tx.RelayRungs(ctx, n.Org)
+		rungs, err := l.relayRungs(ctx, tx, n.Org)
 		if err != nil {
 			return nil, err
 		}
@@ -63,14 +105,8 @@ func (r *Registry) record(ctx context.Context, tx store.Tx, o *store.Org, n *sto
 		}
 	}
 	if n.Kind == identity.Gateway {
-		all, err := tx.Assignments(ctx, n.Org)
-		if err != nil {
+		if rec.Relays, err = l.relays(ctx, tx, n); err != nil {
 			return nil, err
-		}
-		for _, id := range all[n.ID] {
-			if relay, err := tx.Node(ctx, id); err == nil && relay.Deleted.IsZero() {
-				rec.Relays = append(rec.Relays, relay.Name)
-			}
 		}
 	}
 	return rec, nil
@@ -89,8 +125,9 @@ func (r *Registry) Nodes(ctx context.Context, org string, kind identity.Kind, p 
 			return err
 		}
 		ns, out.NextCursor = trim(ns, p.Limit, func(n *store.Node) string { return n.Name })
+		var l lookups
 		for _, n := range ns {
-			rec, err := r.record(ctx, tx, o, n)
+			rec, err := r.recordBy(ctx, tx, o, n, &l)
 			if err != nil {
 				return err
 			}

@@ -88,8 +88,9 @@ func (r *Registry) Status(ctx context.Context, org string) (*control.OrgStatus, 
 		if err != nil {
 			return err
 		}
+		var l lookups
 		for _, n := range nodes {
-			rec, err := r.record(ctx, tx, o, n)
+			rec, err := r.recordBy(ctx, tx, o, n, &l)
 			if err != nil {
 				return err
 			}
