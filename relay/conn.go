@@ -87,6 +87,13 @@ func (c *conn) enqueue(head, tail []byte, control bool) bool {
 	return true
 }
 
+// over reports whether the connection is closed, or will be when what is queued has been written.
+func (c *conn) over() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed || c.closing
+}
+
 // drain writes what is queued until there is nothing left.
 func (c *conn) drain() {
 	for {

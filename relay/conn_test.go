@@ -409,3 +409,28 @@ func TestIdleDTLSIsSmall(t *testing.T) {
 		t.Errorf("%d bytes each", each)
 	}
 }
+
+// TestControlDropsAreCountedApart: a message of the relay's own that does not get through is no datagram that was not relayed, and one for a
+// connection that is over is nothing at all.
+func TestControlDropsAreCountedApart(t *testing.T) {
+	l := start(t, nil)
+	full := make([]byte, maxQueuedControl)
+	slow := &conn{s: l.Server, pending: &full, writing: true}
+	for what, x := range map[string]struct {
+		c    *conn
+		want uint64
+	}{
+		"closed":  {&conn{s: l.Server, closed: true}, 0},
+		"closing": {&conn{s: l.Server, closing: true}, 0},
+		"full":    {slow, 1},
+	} {
+		before := l.count.controlDrops.Load()
+		l.write(&origin{conn: x.c}, make([]byte, 20))
+		if got := l.count.controlDrops.Load() - before; got != x.want {
+			t.Errorf("%s: %d counted, want %d", what, got, x.want)
+		}
+	}
+	if n := l.count.queueDrops.Load(); n != 0 {
+		t.Errorf("%d datagrams count as dropped", n)
+	}
+}

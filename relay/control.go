@@ -47,8 +47,8 @@ type origin struct {
 
 func (s *Server) write(o *origin, b []byte) {
 	if o.conn != nil {
-		if !o.conn.enqueue(b, nil, true) {
-			s.count.queueDrops.Add(1)
+		if !o.conn.enqueue(b, nil, true) && !o.conn.over() {
+			s.count.controlDrops.Add(1)
 		}
 		return
 	}

@@ -18,6 +18,7 @@ type counters struct {
 	unpermitted      counter // dropped: a peer that the allocation has not permitted
 	overQuota        counter // dropped: bandwidth
 	queueDrops       counter // dropped: a slow TCP, TLS or DTLS client
+	controlDrops     counter // messages of the relay's own that a slow TCP, TLS or DTLS client did not get
 	writeErrors      counter
 	readErrors       counter
 	malformed        counter // messages dropped
@@ -81,6 +82,7 @@ func (s *Server) register(r prometheus.Registerer) error {
 		{"dropped_total", "Datagrams not relayed.", prometheus.Labels{"reason": "malformed"}, &c.malformed},
 		{"dropped_total", "Datagrams not relayed.", prometheus.Labels{"reason": "unknown_source"}, &c.strays},
 		{"dropped_total", "Datagrams not relayed.", prometheus.Labels{"reason": "left_behind"}, &s.aside.dropped},
+		{"control_dropped_total", "Messages of the relay's own that a slow client did not get.", nil, &c.controlDrops},
 		{"set_aside_total", "Times that a source was set aside for sending more than its share of a full queue.", nil, &s.aside.total},
 		{"repeats_dropped_total", "Indications not sent again: too many waited.", nil, &c.repeatDrops},
 		{"read_errors_total", "Errors of UDP reads.", nil, &c.readErrors},
