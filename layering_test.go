@@ -52,6 +52,8 @@ var layers = []struct {
 	// Knows connections alone: whoever dials outward may use it.
 	{folder: "internal/egress", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
 	{folder: "internal/trial", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	// Who writes a seed and who reads it agree on the package alone.
+	{folder: "internal/appliance/seed", never: []string{""}},
 	{folder: "internal/version", never: []string{""}},
 }
 
@@ -86,7 +88,7 @@ var heavy = map[string][]string{
 	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway"},
 	"github.com/coreos/go-systemd":        {"internal/daemon"},
 	"github.com/spf13":                    {"internal/daemon", "internal/admin", "internal/control/agent", "cmd", "gateway", "client", "relay", "platform"},
-	"go.yaml.in/yaml":                     {"internal/daemon", "gateway"},
+	"go.yaml.in/yaml":                     {"internal/daemon", "gateway", "internal/appliance/seed"},
 	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control"},
 }
 
