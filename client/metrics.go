@@ -2,6 +2,7 @@ package client
 
 import (
 	"strings"
+	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -18,7 +19,12 @@ var (
 	wantedDesc   = prometheus.NewDesc("sallyway_legs_wanted", "Relays that the node keeps a connection to, or tries to.", []string{"for"}, nil)
 	legMovesDesc = prometheus.NewDesc("sallyway_leg_moves_total", "Moves of connections to relays from one transport to another, by reason.",
 		[]string{"for", "from", "to", "reason"}, nil)
-	pathDesc = prometheus.NewDesc("sallyway_path_active", "1 for the path that carries the session with a gateway: its rung, and its relay unless it is direct.",
+	legDialsDesc = prometheus.NewDesc("sallyway_leg_dials_total", "Attempts at connections to relays that got one, and that did not.", []string{"for", "result"}, nil)
+	legEndsDesc  = prometheus.NewDesc("sallyway_legs_lost_total", "Connections to relays that were lost.", []string{"for"}, nil)
+	legBytesDesc = prometheus.NewDesc("sallyway_leg_bytes_total", "Bytes of sessions that went by way of relays.", []string{"for", "direction"}, nil)
+	legDataDesc  = prometheus.NewDesc("sallyway_leg_datagrams_total", "Datagrams of sessions that went by way of relays.", []string{"for", "direction"}, nil)
+	legDropsDesc = prometheus.NewDesc("sallyway_leg_dropped_total", "Datagrams of sessions that connections to relays dropped, by reason.", []string{"for", "reason"}, nil)
+	pathDesc     = prometheus.NewDesc("sallyway_path_active", "1 for the path that carries the session with a gateway: its rung, and its relay unless it is direct.",
 		[]string{"gateway", "rung", "relay"}, nil)
 	aliveDesc   = prometheus.NewDesc("sallyway_path_alive", "1 while that path answers probes.", []string{"gateway"}, nil)
 	standbyDesc = prometheus.NewDesc("sallyway_path_standby", "1 for the path that is kept ready beside it.", []string{"gateway", "rung", "relay"}, nil)
@@ -33,7 +39,7 @@ var legReasons = map[string]string{legs.WhyLost: "lost", legs.WhyUnanswered: "un
 
 // LegMetrics are the metrics of a node's legs, by what they are for: a gateway serves on some and dials other gateways with others.
 func LegMetrics(by map[string]*legs.Keeper) prometheus.Collector {
-	return collector{[]*prometheus.Desc{legsDesc, wantedDesc, legMovesDesc}, func(ch chan<- prometheus.Metric) {
+	return collector{[]*prometheus.Desc{legsDesc, wantedDesc, legMovesDesc, legDialsDesc, legEndsDesc, legBytesDesc, legDataDesc, legDropsDesc}, func(ch chan<- prometheus.Metric) {
 		for of, k := range by {
 			all, up := k.Status(), map[leg.Transport]int{}
 			for _, st := range all {
@@ -47,6 +53,28 @@ func LegMetrics(by map[string]*legs.Keeper) prometheus.Collector {
 			ch <- prometheus.MustNewConstMetric(wantedDesc, prometheus.GaugeValue, float64(len(all)), of)
 			for _, m := range k.Moves() {
 				ch <- prometheus.MustNewConstMetric(legMovesDesc, prometheus.CounterValue, float64(m.Count), of, string(m.From), string(m.To), legReasons[m.Reason])
+			}
+			m := k.Metrics()
+			ch <- prometheus.MustNewConstMetric(legEndsDesc, prometheus.CounterValue, float64(m.Lost.Load()), of)
+			for _, c := range []struct {
+				desc  *prometheus.Desc
+				label string
+				n     *atomic.Uint64
+			}{
+				{legDialsDesc, "up", &m.Dialed},
+				{legDialsDesc, "failed", &m.DialFailed},
+				{legBytesDesc, "sent", &m.SentBytes},
+				{legBytesDesc, "received", &m.ReceivedBytes},
+				{legDataDesc, "sent", &m.SentDatagrams},
+				{legDataDesc, "received", &m.ReceivedDatagrams},
+				{legDropsDesc, "full", &m.DroppedFull},
+				{legDropsDesc, "too_large", &m.DroppedSize},
+				{legDropsDesc, "closed", &m.DroppedClosed},
+				{legDropsDesc, "refused", &m.DroppedError},
+				{legDropsDesc, "malformed", &m.DroppedMalformed},
+				{legDropsDesc, "unbound", &m.DroppedUnbound},
+			} {
+				ch <- prometheus.MustNewConstMetric(c.desc, prometheus.CounterValue, float64(c.n.Load()), of, c.label)
 			}
 		}
 	}}

@@ -56,6 +56,8 @@ func TestMetrics(t *testing.T) {
 		"sallyway_legs_up{for=dialling,transport=udp}":            0,
 		"sallyway_legs_up{for=dialling,transport=tls}":            0,
 		"sallyway_legs_wanted{for=dialling}":                      0,
+		"sallyway_leg_dials_total{for=dialling,result=failed}":    0,
+		"sallyway_leg_dropped_total{for=dialling,reason=full}":    0,
 		"sallyway_path_moves_total{reason=draining}":              0,
 		"sallyway_path_moves_total{reason=other}":                 0,
 	})

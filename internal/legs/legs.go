@@ -165,11 +165,17 @@ func New(cfg Config) *Keeper {
 	if cfg.Resolver == nil {
 		cfg.Resolver = net.DefaultResolver
 	}
+	if cfg.Metrics == nil {
+		cfg.Metrics = new(leg.Metrics)
+	}
 	return &Keeper{
 		cfg: cfg, retry: RetryInterval, upgrade: UpgradeInterval, addrs: net.InterfaceAddrs,
 		wake: make(chan struct{}, 1), wanted: map[string][]control.RelayRef{}, relays: map[identity.Node]*relay{}, refused: map[lastKey]refusal{}, moves: map[moveKey]uint64{},
 	}
 }
+
+// Metrics are the counters of all legs that the keeper has had.
+func (k *Keeper) Metrics() *leg.Metrics { return k.cfg.Metrics }
 
 // Want says which relays who wants legs on, in place of what who wanted before; an empty list is none. Legs that nobody wants any more
 // are closed. A reference replaces an older one to the same relay, so fresh credentials take effect at the next refresh.
