@@ -213,6 +213,27 @@ func TestFailoverUnderTheRaceDetector(t *testing.T) {
 			open.goesOn(t, resume)
 			check(t, s.CutWays())
 		}},
+		{"a third of the packets lost", raceStall, func(t *testing.T) {
+			relay, host := s.relayInUse(t, s.Laptop, lab.Office)
+			check(t, s.Impair(host, 30, 30))
+			ctx := within(t, raceSettled)
+			check(t, lab.Until(ctx, 50*time.Millisecond, func() error {
+				open.goesOn(t, resume) // a path is judged while something is on its way
+				g, err := session(ctx, s.Laptop, lab.Office)
+				if err == nil && strings.HasPrefix(g.Path, relay.Record.Name+" ") {
+					err = fmt.Errorf("still over %q", g.Path)
+				}
+				return err
+			}))
+			check(t, s.Impair(host, 0, 0))
+		}},
+		{"gateway restarted", raceStall, func(t *testing.T) {
+			s.lone.Kill()
+			check(t, s.lone.Proc.Start())
+			check(t, s.lone.WaitReady(within(t, raceSettled)))
+			t.Logf("new connections through it after %v", reach(t, s.Peer, s.loneEcho, raceSettled).Round(time.Millisecond))
+			open.goesOn(t, resume) // through the other gateway
+		}},
 		{"relay drains", raceStall, func(t *testing.T) {
 			relay, _ := s.relayInUse(t, s.Laptop, lab.Office)
 			if err := relay.Stop(); err != nil { // SIGTERM
