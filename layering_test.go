@@ -55,6 +55,8 @@ var layers = []struct {
 	// Who writes a seed and who reads it agree on the package alone.
 	{folder: "internal/appliance/seed", never: []string{""}},
 	{folder: "internal/version", never: []string{""}},
+	// Images hold programs that were built: they know them by their command lines.
+	{folder: "images/oci", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
 }
 
 var (
@@ -90,6 +92,9 @@ var heavy = map[string][]string{
 	"github.com/spf13":                    {"internal/daemon", "internal/admin", "internal/control/agent", "cmd", "gateway", "client", "relay", "platform"},
 	"go.yaml.in/yaml":                     {"internal/daemon", "gateway", "internal/appliance/seed"},
 	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control"},
+
+	"github.com/google/go-containerregistry": {"images/oci"},
+	"golang.org/x/crypto/x509roots":          {"images/oci"},
 }
 
 // file is one Go file and what it imports.
