@@ -29,7 +29,7 @@ func (s *Server) remembered(ctx context.Context) error {
 }
 
 // existing opens a data folder that a platform has run on.
-func existing(ctx context.Context, dir string) (*store.SQLite, *registry.Registry, error) {
+func existing(ctx context.Context, dir string) (*store.DB, *registry.Registry, error) {
 	if _, err := os.Stat(filepath.Join(dir, databaseFile)); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil, nil, fmt.Errorf("there is no platform in %s: start one with `platformd serve`, or name its folder with --data", dir)

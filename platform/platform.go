@@ -90,7 +90,7 @@ type Config struct {
 // Server is a platform. Open makes it, Run serves, and Close gives back what Open took when Run was never called.
 type Server struct {
 	cfg     Config
-	store   *store.SQLite
+	store   *store.DB
 	reg     *registry.Registry
 	hub     *push.Hub
 	url     string
@@ -158,7 +158,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 }
 
 // openRegistry opens the database and the keys in a data folder, and makes what is missing.
-func openRegistry(ctx context.Context, dir string, log *slog.Logger, now func() time.Time) (*store.SQLite, *registry.Registry, error) {
+func openRegistry(ctx context.Context, dir string, log *slog.Logger, now func() time.Time) (*store.DB, *registry.Registry, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, nil, fmt.Errorf("data folder: %w", err)
 	}

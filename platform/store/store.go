@@ -1,5 +1,5 @@
-// Package store keeps what the platform knows. Store is the interface that the rest of the platform sees; SQLite is the one
-// implementation today, and nothing in the interface says so: PostgreSQL joins by implementing Tx.
+// Package store keeps what the platform knows. Store is the interface that the rest of the platform sees; DB implements it for SQLite and for
+// PostgreSQL. design.md says how, and how to add a table.
 //
 // Every change happens in one transaction that also carries its audit entry:
 //
@@ -42,6 +42,8 @@ type Store interface {
 	Writable(ctx context.Context) error
 	// Backup writes a consistent copy to a new file.
 	Backup(ctx context.Context, path string) error
+	// SchemaVersion is the number of the newest migration that the database has.
+	SchemaVersion(ctx context.Context) (int64, error)
 	Close() error
 }
 

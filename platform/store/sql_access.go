@@ -11,7 +11,7 @@ import (
 )
 
 // strs reads a column of strings.
-func (t *sqliteTx) strs(ctx context.Context, q string, args ...any) ([]string, error) {
+func (t *sqlTx) strs(ctx context.Context, q string, args ...any) ([]string, error) {
 	out, err := many(ctx, t, func(r row) (*string, error) {
 		var s string
 		return &s, r.Scan(&s)
@@ -36,27 +36,27 @@ func scanResource(r row) (*Resource, error) {
 	return &v, err
 }
 
-func (t *sqliteTx) InsertResource(ctx context.Context, v *Resource) error {
-	if err := t.exec(ctx, true, `INSERT INTO resources (`+resourceColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+func (t *sqlTx) InsertResource(ctx context.Context, v *Resource) error {
+	if err := t.insert(ctx, `INSERT INTO resources (`+resourceColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		v.ID, v.Org, v.Name, v.Target, encode(v.TCP), encode(v.UDP), v.ICMP, encode(v.Domains), v.Address, v.Disabled, micros(v.Created), v.Health.String()); err != nil {
 		return err
 	}
 	return t.putGateways(ctx, v)
 }
 
-func (t *sqliteTx) putGateways(ctx context.Context, v *Resource) error {
+func (t *sqlTx) putGateways(ctx context.Context, v *Resource) error {
 	if err := t.exec(ctx, false, `DELETE FROM resource_gateways WHERE resource = ?`, v.ID); err != nil {
 		return err
 	}
 	for i, g := range v.Gateways {
-		if err := t.exec(ctx, true, `INSERT INTO resource_gateways (resource, gateway, position, priority, weight) VALUES (?, ?, ?, ?, ?)`, v.ID, g.ID, i, g.Priority, g.Weight); err != nil {
+		if err := t.insert(ctx, `INSERT INTO resource_gateways (resource, gateway, position, priority, weight) VALUES (?, ?, ?, ?, ?)`, v.ID, g.ID, i, g.Priority, g.Weight); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (t *sqliteTx) gateways(ctx context.Context, id string) ([]ServingGateway, error) {
+func (t *sqlTx) gateways(ctx context.Context, id string) ([]ServingGateway, error) {
 	vs, err := many(ctx, t, func(r row) (*ServingGateway, error) {
 		var g ServingGateway
 		return &g, r.Scan(&g.ID, &g.Priority, &g.Weight)
@@ -68,7 +68,7 @@ func (t *sqliteTx) gateways(ctx context.Context, id string) ([]ServingGateway, e
 	return out, err
 }
 
-func (t *sqliteTx) FindResource(ctx context.Context, org, name string) (*Resource, error) {
+func (t *sqlTx) FindResource(ctx context.Context, org, name string) (*Resource, error) {
 	v, err := one(ctx, t, scanResource, `SELECT `+resourceColumns+` FROM resources WHERE org = ? AND (name = ? OR id = ?)`, org, name, name)
 	if err != nil {
 		return nil, err
@@ -77,7 +77,7 @@ func (t *sqliteTx) FindResource(ctx context.Context, org, name string) (*Resourc
 	return v, err
 }
 
-func (t *sqliteTx) Resources(ctx context.Context, org string, p Page) ([]*Resource, error) {
+func (t *sqlTx) Resources(ctx context.Context, org string, p Page) ([]*Resource, error) {
 	vs, err := many(ctx, t, scanResource, `SELECT `+resourceColumns+` FROM resources WHERE org = ? AND name > ? ORDER BY name LIMIT ?`, org, p.After, p.limit())
 	if err != nil {
 		return nil, err
@@ -90,7 +90,7 @@ func (t *sqliteTx) Resources(ctx context.Context, org string, p Page) ([]*Resour
 	return vs, nil
 }
 
-func (t *sqliteTx) UpdateResource(ctx context.Context, v *Resource) error {
+func (t *sqlTx) UpdateResource(ctx context.Context, v *Resource) error {
 	if err := t.exec(ctx, true, `UPDATE resources SET name = ?, target = ?, tcp = ?, udp = ?, icmp = ?, domains = ?, address = ?, disabled = ?, health = ? WHERE id = ?`,
 		v.Name, v.Target, encode(v.TCP), encode(v.UDP), v.ICMP, encode(v.Domains), v.Address, v.Disabled, v.Health.String(), v.ID); err != nil {
 		return err
@@ -98,7 +98,7 @@ func (t *sqliteTx) UpdateResource(ctx context.Context, v *Resource) error {
 	return t.putGateways(ctx, v)
 }
 
-func (t *sqliteTx) DeleteResource(ctx context.Context, id string) error {
+func (t *sqlTx) DeleteResource(ctx context.Context, id string) error {
 	return t.exec(ctx, true, `DELETE FROM resources WHERE id = ?`, id)
 }
 
@@ -109,14 +109,14 @@ func scanGroup(r row) (*Group, error) {
 	return &g, r.Scan(&g.ID, &g.Org, &g.Name, stamp{&g.Created})
 }
 
-func (t *sqliteTx) InsertGroup(ctx context.Context, g *Group) error {
-	if err := t.exec(ctx, true, `INSERT INTO groups (`+groupColumns+`) VALUES (?, ?, ?, ?)`, g.ID, g.Org, g.Name, micros(g.Created)); err != nil {
+func (t *sqlTx) InsertGroup(ctx context.Context, g *Group) error {
+	if err := t.insert(ctx, `INSERT INTO groups (`+groupColumns+`) VALUES (?, ?, ?, ?)`, g.ID, g.Org, g.Name, micros(g.Created)); err != nil {
 		return err
 	}
 	return t.putMembers(ctx, g)
 }
 
-func (t *sqliteTx) putMembers(ctx context.Context, g *Group) error {
+func (t *sqlTx) putMembers(ctx context.Context, g *Group) error {
 	if err := t.exec(ctx, false, `DELETE FROM group_members WHERE group_id = ?`, g.ID); err != nil {
 		return err
 	}
@@ -128,11 +128,11 @@ func (t *sqliteTx) putMembers(ctx context.Context, g *Group) error {
 	return nil
 }
 
-func (t *sqliteTx) members(ctx context.Context, id string) ([]string, error) {
+func (t *sqlTx) members(ctx context.Context, id string) ([]string, error) {
 	return t.strs(ctx, `SELECT m.node FROM group_members m JOIN nodes n ON n.id = m.node WHERE m.group_id = ? AND n.deleted IS NULL ORDER BY n.kind, n.name`, id)
 }
 
-func (t *sqliteTx) FindGroup(ctx context.Context, org, name string) (*Group, error) {
+func (t *sqlTx) FindGroup(ctx context.Context, org, name string) (*Group, error) {
 	g, err := one(ctx, t, scanGroup, `SELECT `+groupColumns+` FROM groups WHERE org = ? AND (name = ? OR id = ?)`, org, name, name)
 	if err != nil {
 		return nil, err
@@ -141,7 +141,7 @@ func (t *sqliteTx) FindGroup(ctx context.Context, org, name string) (*Group, err
 	return g, err
 }
 
-func (t *sqliteTx) Groups(ctx context.Context, org string, p Page) ([]*Group, error) {
+func (t *sqlTx) Groups(ctx context.Context, org string, p Page) ([]*Group, error) {
 	gs, err := many(ctx, t, scanGroup, `SELECT `+groupColumns+` FROM groups WHERE org = ? AND name > ? ORDER BY name LIMIT ?`, org, p.After, p.limit())
 	if err != nil {
 		return nil, err
@@ -154,14 +154,14 @@ func (t *sqliteTx) Groups(ctx context.Context, org string, p Page) ([]*Group, er
 	return gs, nil
 }
 
-func (t *sqliteTx) UpdateGroup(ctx context.Context, g *Group) error {
+func (t *sqlTx) UpdateGroup(ctx context.Context, g *Group) error {
 	if err := t.exec(ctx, true, `UPDATE groups SET name = ? WHERE id = ?`, g.Name, g.ID); err != nil {
 		return err
 	}
 	return t.putMembers(ctx, g)
 }
 
-func (t *sqliteTx) DeleteGroup(ctx context.Context, id string) error {
+func (t *sqlTx) DeleteGroup(ctx context.Context, id string) error {
 	return t.exec(ctx, true, `DELETE FROM groups WHERE id = ?`, id)
 }
 
@@ -172,78 +172,78 @@ func scanPolicy(r row) (*Policy, error) {
 	return &p, r.Scan(&p.ID, &p.Org, &p.Name, &p.SubjectKind, &p.Subject, &p.Resource, &p.Disabled, stamp{&p.Created})
 }
 
-func (t *sqliteTx) InsertPolicy(ctx context.Context, p *Policy) error {
-	return t.exec(ctx, true, `INSERT INTO policies (`+policyColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
+func (t *sqlTx) InsertPolicy(ctx context.Context, p *Policy) error {
+	return t.insert(ctx, `INSERT INTO policies (`+policyColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
 		p.ID, p.Org, p.Name, p.SubjectKind, p.Subject, p.Resource, p.Disabled, micros(p.Created))
 }
 
-func (t *sqliteTx) FindPolicy(ctx context.Context, org, name string) (*Policy, error) {
+func (t *sqlTx) FindPolicy(ctx context.Context, org, name string) (*Policy, error) {
 	return one(ctx, t, scanPolicy, `SELECT `+policyColumns+` FROM policies WHERE org = ? AND (name = ? OR id = ?)`, org, name, name)
 }
 
-func (t *sqliteTx) Policies(ctx context.Context, org string, p Page) ([]*Policy, error) {
+func (t *sqlTx) Policies(ctx context.Context, org string, p Page) ([]*Policy, error) {
 	return many(ctx, t, scanPolicy, `SELECT `+policyColumns+` FROM policies WHERE org = ? AND name > ? ORDER BY name LIMIT ?`, org, p.After, p.limit())
 }
 
-func (t *sqliteTx) UpdatePolicy(ctx context.Context, p *Policy) error {
+func (t *sqlTx) UpdatePolicy(ctx context.Context, p *Policy) error {
 	return t.exec(ctx, true, `UPDATE policies SET name = ?, disabled = ? WHERE id = ?`, p.Name, p.Disabled, p.ID)
 }
 
-func (t *sqliteTx) DeletePolicy(ctx context.Context, id string) error {
+func (t *sqlTx) DeletePolicy(ctx context.Context, id string) error {
 	return t.exec(ctx, true, `DELETE FROM policies WHERE id = ?`, id)
 }
 
-func (t *sqliteTx) Assignments(ctx context.Context, org string) (map[string][]string, error) {
-	rows, err := t.tx.QueryContext(ctx, `SELECT a.gateway, a.relay FROM relay_assignments a JOIN nodes n ON n.id = a.gateway
+func (t *sqlTx) Assignments(ctx context.Context, org string) (map[string][]string, error) {
+	rows, err := t.query(ctx, `SELECT a.gateway, a.relay FROM relay_assignments a JOIN nodes n ON n.id = a.gateway
 		WHERE n.org = ? ORDER BY a.gateway, a.position`, org)
 	if err != nil {
-		return nil, translate(err)
+		return nil, err
 	}
 	defer rows.Close()
 	out := make(map[string][]string)
 	for rows.Next() {
 		var g, r string
 		if err := rows.Scan(&g, &r); err != nil {
-			return nil, translate(err)
+			return nil, t.note(err)
 		}
 		out[g] = append(out[g], r)
 	}
-	return out, translate(rows.Err())
+	return out, t.note(rows.Err())
 }
 
-func (t *sqliteTx) PutAssignment(ctx context.Context, gateway string, relays []string) error {
+func (t *sqlTx) PutAssignment(ctx context.Context, gateway string, relays []string) error {
 	if err := t.exec(ctx, false, `DELETE FROM relay_assignments WHERE gateway = ?`, gateway); err != nil {
 		return err
 	}
 	for i, r := range relays {
-		if err := t.exec(ctx, true, `INSERT INTO relay_assignments (gateway, relay, position) VALUES (?, ?, ?)`, gateway, r, i); err != nil {
+		if err := t.insert(ctx, `INSERT INTO relay_assignments (gateway, relay, position) VALUES (?, ?, ?)`, gateway, r, i); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (t *sqliteTx) InsertRelayKey(ctx context.Context, k *RelayKey) error {
-	return t.exec(ctx, true, `INSERT INTO relay_keys (relay, id, secret, created) VALUES (?, ?, ?, ?)`, k.Relay, k.ID, k.Secret, micros(k.Created))
+func (t *sqlTx) InsertRelayKey(ctx context.Context, k *RelayKey) error {
+	return t.insert(ctx, `INSERT INTO relay_keys (relay, id, secret, created) VALUES (?, ?, ?, ?)`, k.Relay, k.ID, k.Secret, micros(k.Created))
 }
 
-func (t *sqliteTx) RelayKeys(ctx context.Context, relay string) ([]*RelayKey, error) {
+func (t *sqlTx) RelayKeys(ctx context.Context, relay string) ([]*RelayKey, error) {
 	return many(ctx, t, func(r row) (*RelayKey, error) {
 		var k RelayKey
 		return &k, r.Scan(&k.Relay, &k.ID, &k.Secret, stamp{&k.Created})
 	}, `SELECT relay, id, secret, created FROM relay_keys WHERE relay = ? ORDER BY created DESC, id`, relay)
 }
 
-func (t *sqliteTx) DeleteRelayKey(ctx context.Context, relay, id string) error {
+func (t *sqlTx) DeleteRelayKey(ctx context.Context, relay, id string) error {
 	return t.exec(ctx, true, `DELETE FROM relay_keys WHERE relay = ? AND id = ?`, relay, id)
 }
 
-func (t *sqliteTx) PutSessionEnd(ctx context.Context, e *SessionEnd) error {
+func (t *sqlTx) PutSessionEnd(ctx context.Context, e *SessionEnd) error {
 	return t.exec(ctx, true, `INSERT INTO session_ends (org, node, before) VALUES (?, ?, ?) ON CONFLICT (org, node) DO UPDATE SET before = excluded.before`,
 		e.Org, e.Node, micros(e.Before))
 }
 
-func (t *sqliteTx) SessionEnds(ctx context.Context, org string) ([]*SessionEnd, error) {
+func (t *sqlTx) SessionEnds(ctx context.Context, org string) ([]*SessionEnd, error) {
 	return many(ctx, t, func(r row) (*SessionEnd, error) {
 		var e SessionEnd
 		return &e, r.Scan(&e.Org, &e.Node, stamp{&e.Before})
@@ -267,35 +267,35 @@ func scanAPIToken(r row) (*APIToken, error) {
 	return &k, nil
 }
 
-func (t *sqliteTx) InsertAPIToken(ctx context.Context, k *APIToken) error {
-	return t.exec(ctx, true, `INSERT INTO api_tokens (`+apiTokenColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
+func (t *sqlTx) InsertAPIToken(ctx context.Context, k *APIToken) error {
+	return t.insert(ctx, `INSERT INTO api_tokens (`+apiTokenColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
 		k.ID, k.Hash[:], k.Name, sql.NullString{String: k.Org, Valid: k.Org != ""}, string(k.Scope), micros(k.Created), micros(k.Expires), micros(k.Revoked))
 }
 
-func (t *sqliteTx) APIToken(ctx context.Context, hash [32]byte) (*APIToken, error) {
+func (t *sqlTx) APIToken(ctx context.Context, hash [32]byte) (*APIToken, error) {
 	return one(ctx, t, scanAPIToken, `SELECT `+apiTokenColumns+` FROM api_tokens WHERE hash = ?`, hash[:])
 }
 
-func (t *sqliteTx) APITokens(ctx context.Context, org string) ([]*APIToken, error) {
+func (t *sqlTx) APITokens(ctx context.Context, org string) ([]*APIToken, error) {
 	return many(ctx, t, scanAPIToken, `SELECT `+apiTokenColumns+` FROM api_tokens WHERE COALESCE(org, '') = ? ORDER BY created, id`, org)
 }
 
-func (t *sqliteTx) RevokeAPIToken(ctx context.Context, id string, at time.Time) error {
+func (t *sqlTx) RevokeAPIToken(ctx context.Context, id string, at time.Time) error {
 	return t.exec(ctx, true, `UPDATE api_tokens SET revoked = ? WHERE id = ? AND revoked IS NULL`, micros(at), id)
 }
 
-func (t *sqliteTx) AuditHead(ctx context.Context, org string) (int64, string, error) {
+func (t *sqlTx) AuditHead(ctx context.Context, org string) (int64, string, error) {
 	var seq int64
 	var hash string
-	err := t.tx.QueryRowContext(ctx, `SELECT seq, hash FROM audit_heads WHERE org = ?`, org).Scan(&seq, &hash)
-	if err = translate(err); errors.Is(err, ErrNotFound) {
+	err := t.row(ctx, `SELECT seq, hash FROM audit_heads WHERE org = ?`, org).Scan(&seq, &hash)
+	if errors.Is(err, ErrNotFound) {
 		return 0, "", nil
 	}
 	return seq, hash, err
 }
 
-func (t *sqliteTx) AppendAudit(ctx context.Context, org string, e *AuditEntry) error {
-	if err := t.exec(ctx, true, `INSERT INTO audit (org, seq, at, actor, action, object, result, detail, hash) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+func (t *sqlTx) AppendAudit(ctx context.Context, org string, e *AuditEntry) error {
+	if err := t.insert(ctx, `INSERT INTO audit (org, seq, at, actor, action, object, result, detail, hash) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		org, e.Seq, micros(e.At), e.Actor, e.Action, e.Object, e.Result, string(e.Detail), e.Hash); err != nil {
 		return err
 	}
@@ -303,7 +303,7 @@ func (t *sqliteTx) AppendAudit(ctx context.Context, org string, e *AuditEntry) e
 		org, e.Seq, e.Hash)
 }
 
-func (t *sqliteTx) Audit(ctx context.Context, org string, after int64, limit int) ([]*AuditEntry, error) {
+func (t *sqlTx) Audit(ctx context.Context, org string, after int64, limit int) ([]*AuditEntry, error) {
 	return many(ctx, t, func(r row) (*AuditEntry, error) {
 		var e AuditEntry
 		var detail string

@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"database/sql"
 	"fmt"
 	"net/netip"
 	"time"
@@ -10,70 +9,13 @@ import (
 	"sallyway/internal/identity"
 )
 
-// sqliteTx is a transaction of SQLite.
-type sqliteTx struct{ tx *sql.Tx }
-
-var _ Tx = (*sqliteTx)(nil)
-
-// exec runs a statement; ErrNotFound when must is set and it changed nothing.
-func (t *sqliteTx) exec(ctx context.Context, must bool, q string, args ...any) error {
-	res, err := t.tx.ExecContext(ctx, q, args...)
-	if err != nil {
-		return translate(err)
-	}
-	n, err := res.RowsAffected()
-	if err != nil {
-		return err
-	}
-	if must && n == 0 {
-		return ErrNotFound
-	}
-	return nil
-}
-
-// row is what scan functions read from: a row or rows.
-type row interface{ Scan(dest ...any) error }
-
-func one[T any](ctx context.Context, t *sqliteTx, scan func(row) (*T, error), q string, args ...any) (*T, error) {
-	v, err := scan(t.tx.QueryRowContext(ctx, q, args...))
-	if err != nil {
-		return nil, translate(err)
-	}
-	return v, nil
-}
-
-func many[T any](ctx context.Context, t *sqliteTx, scan func(row) (*T, error), q string, args ...any) ([]*T, error) {
-	rows, err := t.tx.QueryContext(ctx, q, args...)
-	if err != nil {
-		return nil, translate(err)
-	}
-	defer rows.Close()
-	var out []*T
-	for rows.Next() {
-		v, err := scan(rows)
-		if err != nil {
-			return nil, translate(err)
-		}
-		out = append(out, v)
-	}
-	return out, translate(rows.Err())
-}
-
-// limit is the SQL for a page's size: -1 is no limit.
-func (p Page) limit() int {
-	if p.Limit <= 0 {
-		return -1
-	}
-	return p.Limit
-}
-
-func (t *sqliteTx) Meta(ctx context.Context, key string) ([]byte, error) {
+func (t *sqlTx) Meta(ctx context.Context, key string) ([]byte, error) {
 	var v []byte
-	err := t.tx.QueryRowContext(ctx, `SELECT value FROM meta WHERE key = ?`, key).Scan(&v)
-	return v, translate(err)
+	err := t.row(ctx, `SELECT value FROM meta WHERE key = ?`, key).Scan(&v)
+	return v, err
 }
 
-func (t *sqliteTx) PutMeta(ctx context.Context, key string, value []byte) error {
+func (t *sqlTx) PutMeta(ctx context.Context, key string, value []byte) error {
 	return t.exec(ctx, true, `INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value`, key, value)
 }
 
@@ -95,32 +37,33 @@ func scanOrg(r row) (*Org, error) {
 	return &o, nil
 }
 
-func (t *sqliteTx) InsertOrg(ctx context.Context, o *Org) error {
-	return t.exec(ctx, true, `INSERT INTO orgs (`+orgColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
+func (t *sqlTx) InsertOrg(ctx context.Context, o *Org) error {
+	return t.insert(ctx, `INSERT INTO orgs (`+orgColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
 		o.Name, o.Range4.String(), o.Range6.String(), micros(o.Created), int64(o.Version), o.NextAddress, o.Direct, o.DirectPrivate)
 }
 
-func (t *sqliteTx) Org(ctx context.Context, name string) (*Org, error) {
+func (t *sqlTx) Org(ctx context.Context, name string) (*Org, error) {
 	return one(ctx, t, scanOrg, `SELECT `+orgColumns+` FROM orgs WHERE name = ?`, name)
 }
 
-func (t *sqliteTx) Orgs(ctx context.Context, p Page) ([]*Org, error) {
+func (t *sqlTx) Orgs(ctx context.Context, p Page) ([]*Org, error) {
 	return many(ctx, t, scanOrg, `SELECT `+orgColumns+` FROM orgs WHERE name > ? ORDER BY name LIMIT ?`, p.After, p.limit())
 }
 
-func (t *sqliteTx) UpdateOrg(ctx context.Context, o *Org) error {
+func (t *sqlTx) UpdateOrg(ctx context.Context, o *Org) error {
 	return t.exec(ctx, true, `UPDATE orgs SET range4 = ?, range6 = ?, next_address = ?, direct = ?, direct_private = ? WHERE name = ?`,
 		o.Range4.String(), o.Range6.String(), o.NextAddress, o.Direct, o.DirectPrivate, o.Name)
 }
 
-func (t *sqliteTx) DeleteOrg(ctx context.Context, name string) error {
+func (t *sqlTx) DeleteOrg(ctx context.Context, name string) error {
 	return t.exec(ctx, true, `DELETE FROM orgs WHERE name = ?`, name)
 }
 
-func (t *sqliteTx) BumpVersion(ctx context.Context, org string, floor uint64) (uint64, error) {
+func (t *sqlTx) BumpVersion(ctx context.Context, org string, floor uint64) (uint64, error) {
 	var v uint64
-	err := t.tx.QueryRowContext(ctx, `UPDATE orgs SET version = MAX(version + 1, ?) WHERE name = ? RETURNING version`, int64(floor), org).Scan(&v)
-	return v, translate(err)
+	err := t.row(ctx, `UPDATE orgs SET version = CASE WHEN version + 1 > ? THEN version + 1 ELSE ? END WHERE name = ? RETURNING version`,
+		int64(floor), int64(floor), org).Scan(&v)
+	return v, err
 }
 
 const authorityColumns = `org, kind, generation, certificate, key, created`
@@ -130,12 +73,12 @@ func scanAuthority(r row) (*Authority, error) {
 	return &a, r.Scan(&a.Org, &a.Kind, &a.Generation, &a.Certificate, &a.Key, stamp{&a.Created})
 }
 
-func (t *sqliteTx) InsertAuthority(ctx context.Context, a *Authority) error {
-	return t.exec(ctx, true, `INSERT INTO authorities (`+authorityColumns+`) VALUES (?, ?, ?, ?, ?, ?)`,
+func (t *sqlTx) InsertAuthority(ctx context.Context, a *Authority) error {
+	return t.insert(ctx, `INSERT INTO authorities (`+authorityColumns+`) VALUES (?, ?, ?, ?, ?, ?)`,
 		a.Org, a.Kind, a.Generation, a.Certificate, a.Key, micros(a.Created))
 }
 
-func (t *sqliteTx) Authorities(ctx context.Context, org string) ([]*Authority, error) {
+func (t *sqlTx) Authorities(ctx context.Context, org string) ([]*Authority, error) {
 	return many(ctx, t, scanAuthority, `SELECT `+authorityColumns+` FROM authorities WHERE org = ? ORDER BY kind, generation DESC`, org)
 }
 
@@ -147,43 +90,43 @@ func scanNode(r row) (*Node, error) {
 		&n.Enrolment, &n.Version, stamp{&n.Created}, stamp{&n.Enrolled}, stamp{&n.LastSeen}, stamp{&n.Deleted}, &n.NextHost, stamp{&n.NextFrom})
 }
 
-func (t *sqliteTx) InsertNode(ctx context.Context, n *Node) error {
-	return t.exec(ctx, true, `INSERT INTO nodes (`+nodeColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+func (t *sqlTx) InsertNode(ctx context.Context, n *Node) error {
+	return t.insert(ctx, `INSERT INTO nodes (`+nodeColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		n.ID, n.Org, string(n.Kind), n.Name, string(n.Status), n.Host, n.Port, encode(n.Peers), n.Draining, n.Address,
 		n.Enrolment, n.Version, micros(n.Created), micros(n.Enrolled), micros(n.LastSeen), micros(n.Deleted), n.NextHost, micros(n.NextFrom))
 }
 
-func (t *sqliteTx) Node(ctx context.Context, id string) (*Node, error) {
+func (t *sqlTx) Node(ctx context.Context, id string) (*Node, error) {
 	return one(ctx, t, scanNode, `SELECT `+nodeColumns+` FROM nodes WHERE id = ?`, id)
 }
 
-func (t *sqliteTx) FindNode(ctx context.Context, org string, kind identity.Kind, name string) (*Node, error) {
+func (t *sqlTx) FindNode(ctx context.Context, org string, kind identity.Kind, name string) (*Node, error) {
 	return one(ctx, t, scanNode, `SELECT `+nodeColumns+` FROM nodes WHERE org = ? AND kind = ? AND (name = ? OR id = ?) AND deleted IS NULL`,
 		org, string(kind), name, name)
 }
 
-func (t *sqliteTx) Nodes(ctx context.Context, org string, kind identity.Kind, p Page) ([]*Node, error) {
+func (t *sqlTx) Nodes(ctx context.Context, org string, kind identity.Kind, p Page) ([]*Node, error) {
 	return many(ctx, t, scanNode, `SELECT `+nodeColumns+` FROM nodes
 		WHERE org = ? AND (kind = ? OR ? = '') AND name > ? AND deleted IS NULL ORDER BY name, kind LIMIT ?`,
 		org, string(kind), string(kind), p.After, p.limit())
 }
 
-func (t *sqliteTx) DeletedNodes(ctx context.Context, org string) ([]*Node, error) {
+func (t *sqlTx) DeletedNodes(ctx context.Context, org string) ([]*Node, error) {
 	return many(ctx, t, scanNode, `SELECT `+nodeColumns+` FROM nodes WHERE org = ? AND deleted IS NOT NULL ORDER BY id`, org)
 }
 
-func (t *sqliteTx) UpdateNode(ctx context.Context, n *Node) error {
+func (t *sqlTx) UpdateNode(ctx context.Context, n *Node) error {
 	return t.exec(ctx, true, `UPDATE nodes SET name = ?, status = ?, host = ?, port = ?, peers = ?, draining = ?, address = ?, enrolment = ?,
 		version = ?, enrolled = ?, last_seen = ?, deleted = ?, next_host = ?, next_from = ? WHERE id = ?`,
 		n.Name, string(n.Status), n.Host, n.Port, encode(n.Peers), n.Draining, n.Address, n.Enrolment,
 		n.Version, micros(n.Enrolled), micros(n.LastSeen), micros(n.Deleted), n.NextHost, micros(n.NextFrom), n.ID)
 }
 
-func (t *sqliteTx) PurgeNode(ctx context.Context, id string) error {
+func (t *sqlTx) PurgeNode(ctx context.Context, id string) error {
 	return t.exec(ctx, true, `DELETE FROM nodes WHERE id = ?`, id)
 }
 
-func (t *sqliteTx) TouchNode(ctx context.Context, id string, at time.Time, version string) error {
+func (t *sqlTx) TouchNode(ctx context.Context, id string, at time.Time, version string) error {
 	return t.exec(ctx, true, `UPDATE nodes SET last_seen = ?, version = ? WHERE id = ?`, micros(at), version, id)
 }
 
@@ -198,21 +141,21 @@ func scanKey(r row) (*Key, error) {
 	return &k, k.Hash.UnmarshalText([]byte(hash))
 }
 
-func (t *sqliteTx) PutKey(ctx context.Context, k *Key) error {
+func (t *sqlTx) PutKey(ctx context.Context, k *Key) error {
 	return t.exec(ctx, true, `INSERT INTO node_keys (`+keyColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (hash) DO UPDATE SET
 		node = excluded.node, enrolment = excluded.enrolment, created = excluded.created, not_after = excluded.not_after, denied = excluded.denied`,
 		k.Hash.String(), k.Node, k.Public, k.Enrolment, micros(k.Created), micros(k.NotAfter), k.Denied)
 }
 
-func (t *sqliteTx) Key(ctx context.Context, h identity.KeyHash) (*Key, error) {
+func (t *sqlTx) Key(ctx context.Context, h identity.KeyHash) (*Key, error) {
 	return one(ctx, t, scanKey, `SELECT `+keyColumns+` FROM node_keys WHERE hash = ?`, h.String())
 }
 
-func (t *sqliteTx) Keys(ctx context.Context, node string) ([]*Key, error) {
+func (t *sqlTx) Keys(ctx context.Context, node string) ([]*Key, error) {
 	return many(ctx, t, scanKey, `SELECT `+keyColumns+` FROM node_keys WHERE node = ? ORDER BY created DESC, hash`, node)
 }
 
-func (t *sqliteTx) OrgKeys(ctx context.Context, org string) ([]*Key, error) {
+func (t *sqlTx) OrgKeys(ctx context.Context, org string) ([]*Key, error) {
 	return many(ctx, t, scanKey, `SELECT k.hash, k.node, k.public, k.enrolment, k.created, k.not_after, k.denied
 		FROM node_keys k JOIN nodes n ON n.id = k.node WHERE n.org = ? ORDER BY k.created DESC, k.hash`, org)
 }
@@ -229,30 +172,30 @@ func scanToken(r row) (*EnrolmentToken, error) {
 	return &k, nil
 }
 
-func (t *sqliteTx) InsertEnrolmentToken(ctx context.Context, k *EnrolmentToken) error {
-	return t.exec(ctx, true, `INSERT INTO enrolment_tokens (`+tokenColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?)`,
+func (t *sqlTx) InsertEnrolmentToken(ctx context.Context, k *EnrolmentToken) error {
+	return t.insert(ctx, `INSERT INTO enrolment_tokens (`+tokenColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?)`,
 		k.Hash[:], k.Node, k.Org, string(k.Kind), micros(k.Created), micros(k.Expires), micros(k.Used))
 }
 
-func (t *sqliteTx) SpendEnrolmentToken(ctx context.Context, hash [32]byte, node identity.Node, now time.Time) (*EnrolmentToken, error) {
+func (t *sqlTx) SpendEnrolmentToken(ctx context.Context, hash [32]byte, node identity.Node, now time.Time) (*EnrolmentToken, error) {
 	return one(ctx, t, scanToken, `UPDATE enrolment_tokens SET used_at = ?
 		WHERE hash = ? AND org = ? AND kind = ? AND node = ? AND used_at IS NULL AND expires > ? RETURNING `+tokenColumns,
 		micros(now), hash[:], node.Org, string(node.Kind), node.ID, micros(now))
 }
 
-func (t *sqliteTx) EnrolmentToken(ctx context.Context, hash [32]byte) (*EnrolmentToken, error) {
+func (t *sqlTx) EnrolmentToken(ctx context.Context, hash [32]byte) (*EnrolmentToken, error) {
 	return one(ctx, t, scanToken, `SELECT `+tokenColumns+` FROM enrolment_tokens WHERE hash = ?`, hash[:])
 }
 
-func (t *sqliteTx) DropEnrolmentTokens(ctx context.Context, node string) error {
+func (t *sqlTx) DropEnrolmentTokens(ctx context.Context, node string) error {
 	return t.exec(ctx, false, `DELETE FROM enrolment_tokens WHERE node = ? AND used_at IS NULL`, node)
 }
 
-func (t *sqliteTx) InsertAssertion(ctx context.Context, jti [32]byte, expires time.Time) error {
-	return t.exec(ctx, true, `INSERT INTO assertions (jti, expires) VALUES (?, ?)`, jti[:], micros(expires))
+func (t *sqlTx) InsertAssertion(ctx context.Context, jti [32]byte, expires time.Time) error {
+	return t.insert(ctx, `INSERT INTO assertions (jti, expires) VALUES (?, ?)`, jti[:], micros(expires))
 }
 
-func (t *sqliteTx) Purge(ctx context.Context, now, old time.Time) error {
+func (t *sqlTx) Purge(ctx context.Context, now, old time.Time) error {
 	if err := t.exec(ctx, false, `DELETE FROM assertions WHERE expires < ?`, micros(now)); err != nil {
 		return err
 	}
