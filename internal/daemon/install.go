@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -20,6 +21,7 @@ import (
 type installer struct {
 	spec   Spec
 	root   string // everything is written below this folder; "" is the system itself
+	vendor bool   // write what a package holds, below /usr, and nothing that belongs to one host
 	live   bool   // the folder is the system's: use systemctl
 	out    io.Writer
 	exe    string                                          // the running program
@@ -48,17 +50,51 @@ func booted() bool {
 	return err == nil && fi.IsDir()
 }
 
-// Paths as the installed system sees them.
+// Paths as the installed system sees them. A package's files lie below /usr, and what install writes in /etc.
 func (in *installer) unitPath() string {
+	if in.vendor {
+		return in.packagedUnit()
+	}
 	return "/etc/systemd/system/" + in.spec.unitName() + ".service"
+}
+
+// packagedUnit is the unit that a package brings.
+func (in *installer) packagedUnit() string {
+	return "/usr/lib/systemd/system/" + in.spec.unitName() + ".service"
+}
+
+// dropInPath changes the packaged unit: it holds the flags that were given to install.
+func (in *installer) dropInPath() string {
+	return "/etc/systemd/system/" + in.spec.unitName() + ".service.d/50-install.conf"
 }
 
 func (in *installer) tokenPath() string  { return "/etc/sallyway/" + in.spec.stateName() + ".token" }
 func (in *installer) configPath() string { return "/etc/sallyway/" + in.spec.stateName() + ".yaml" }
 func (in *installer) polkitPath() string {
+	if in.vendor {
+		return "/usr/share/polkit-1/rules.d/50-" + in.spec.unitName() + ".rules"
+	}
 	return "/etc/polkit-1/rules.d/50-" + in.spec.unitName() + ".rules"
 }
-func (in *installer) exePath() string { return "/usr/local/bin/" + in.spec.program() }
+
+func (in *installer) exePath() string {
+	if in.vendor || in.packaged() {
+		return "/usr/bin/" + in.spec.program()
+	}
+	return "/usr/local/bin/" + in.spec.program()
+}
+
+// packaged says whether a package has brought unit and program.
+func (in *installer) packaged() bool {
+	_, err := os.Stat(in.at(in.packagedUnit()))
+	return err == nil
+}
+
+// own says whether install wrote the file at path.
+func (in *installer) own(path string) bool {
+	b, err := os.ReadFile(in.at(path))
+	return err == nil && strings.HasPrefix(strings.TrimLeft(string(b), "/# "), fmt.Sprintf("Written by %q", in.spec.Name+" install"))
+}
 
 // at returns where a path of the installed system is written.
 func (in *installer) at(path string) string { return filepath.Join(in.root, path) }
@@ -93,9 +129,13 @@ func (in *installer) install(ctx context.Context, token Secret, args []string, s
 			return Usagef("no token given\n`sallyway %s create NAME` prints one; then: %s install --token-file -", in.spec.Role, in.spec.Name)
 		}
 	}
-	exe, err := in.place()
-	if err != nil {
-		return err
+	packaged := in.packaged()
+	exe := in.exePath()
+	if !packaged {
+		var err error
+		if exe, err = in.place(); err != nil {
+			return err
+		}
 	}
 	if credential != "" && token != "" {
 		if err := in.write(credential, token.Reveal()+"\n", 0o600); err != nil {
@@ -108,17 +148,14 @@ func (in *installer) install(ctx context.Context, token Secret, args []string, s
 			return err
 		}
 	}
-	unit, err := in.spec.unit(exe, in.configPath(), credential, args)
+	var err error
+	if packaged {
+		err = in.adapt(ctx, exe, args)
+	} else {
+		err = in.writeUnit(exe, args)
+	}
 	if err != nil {
 		return err
-	}
-	if err := in.write(in.unitPath(), unit, 0o644); err != nil {
-		return err
-	}
-	if in.spec.HostDNS {
-		if err := in.write(in.polkitPath(), fmt.Sprintf(polkitRule, in.spec.Name, in.spec.unitName()), 0o644); err != nil {
-			return err
-		}
 	}
 	if !in.live {
 		return nil
@@ -138,6 +175,80 @@ func (in *installer) install(ctx context.Context, token Secret, args []string, s
 	}
 	fmt.Fprintf(in.out, "%s runs; its log: journalctl -u %s\n", in.spec.unitName(), in.spec.unitName())
 	return nil
+}
+
+// written heads every file that install writes, so that it knows them again.
+func (in *installer) written() string {
+	return fmt.Sprintf("Written by %q; %q removes it.", in.spec.Name+" install", in.spec.Name+" uninstall")
+}
+
+// writeUnit writes the unit, and what lets it set up DNS.
+func (in *installer) writeUnit(exe string, args []string) error {
+	unit, err := in.spec.unit(exe, in.configPath(), in.tokenPath(), args)
+	if err != nil {
+		return err
+	}
+	head := in.written()
+	if in.vendor {
+		head = fmt.Sprintf("%q enables and starts it.", strings.TrimSuffix(in.spec.Name+" install --token-file -", in.noToken()))
+	}
+	head = fmt.Sprintf("# %s\n# Settings belong into %s; changes of the unit into \"systemctl edit %s\".\n", head, in.configPath(), in.spec.unitName())
+	if err := in.write(in.unitPath(), head+unit, 0o644); err != nil {
+		return err
+	}
+	if !in.spec.HostDNS {
+		return nil
+	}
+	by := in.written()
+	if in.vendor {
+		by = "Split DNS of " + in.spec.unitName() + "."
+	}
+	return in.write(in.polkitPath(), "// "+by+"\n"+fmt.Sprintf(polkitRule, in.spec.unitName()), 0o644)
+}
+
+// noToken is what the install line of a daemon lacks that enrols nowhere.
+func (in *installer) noToken() string {
+	if in.spec.NoToken {
+		return " --token-file -"
+	}
+	return ""
+}
+
+// adapt makes a package's unit run with args, by a drop-in, or without one where there are none. A unit that an
+// install before the package wrote would hide the package's: it goes.
+func (in *installer) adapt(ctx context.Context, exe string, args []string) error {
+	if in.own(in.unitPath()) && in.live {
+		if err := in.system(ctx, "disable", in.spec.unitName()); err != nil { // its link names the file that goes
+			return err
+		}
+	}
+	for _, p := range []string{in.unitPath(), in.polkitPath(), in.dropInPath()} {
+		if !in.own(p) {
+			continue
+		}
+		if err := os.Remove(in.at(p)); err != nil {
+			return fmt.Errorf("install: %w", err)
+		}
+		if p != in.dropInPath() {
+			fmt.Fprintf(in.out, "removed %s: the package has it\n", in.at(p))
+		}
+	}
+	if len(args) == 0 {
+		return nil
+	}
+	line, err := in.spec.execStart(exe, in.configPath(), args)
+	if err != nil {
+		return err
+	}
+	return in.write(in.dropInPath(), fmt.Sprintf("# %s\n[Service]\nExecStart=\nExecStart=%s\n", in.written(), line), 0o644)
+}
+
+// writeVendor writes what a package holds: unit, polkit rule and an example of the configuration. cmd is the start command.
+func (in *installer) writeVendor(cmd *cobra.Command) error {
+	if err := in.writeUnit(in.exePath(), nil); err != nil {
+		return err
+	}
+	return in.write(in.configPath(), exampleConfig(in.spec, cmd), 0o644)
 }
 
 // place returns a path of the program that nobody but root can change, since a unit that runs a file in a user's
@@ -183,15 +294,18 @@ func rootOwned(path string) bool {
 // uninstall stops the unit and removes what install wrote. The state and the configuration stay, unless purge is set.
 func (in *installer) uninstall(ctx context.Context, purge bool) error {
 	_, err := os.Stat(in.at(in.unitPath()))
-	if in.live && err == nil {
+	packaged := in.packaged()
+	if in.live && (err == nil || packaged) {
 		if err := in.system(ctx, "disable", "--now", in.spec.unitName()); err != nil {
 			return err
 		}
 	}
-	gone := []string{in.unitPath(), in.tokenPath(), in.polkitPath()}
+	gone := []string{in.unitPath(), in.tokenPath(), in.polkitPath(), in.dropInPath()}
 	state := []string{"/var/lib/sallyway/" + in.spec.stateName(), "/var/lib/private/sallyway/" + in.spec.stateName()}
 	if purge {
-		gone = append(gone, in.configPath())
+		if !packaged { // a package's file is dpkg's or rpm's to remove
+			gone = append(gone, in.configPath())
+		}
 		gone = append(gone, state...)
 	}
 	for _, p := range gone {
@@ -203,10 +317,14 @@ func (in *installer) uninstall(ctx context.Context, purge bool) error {
 		}
 		fmt.Fprintln(in.out, "removed", in.at(p))
 	}
+	_ = os.Remove(filepath.Dir(in.at(in.dropInPath()))) // where nothing else is in it
 	if in.live {
 		if err := in.system(ctx, "daemon-reload"); err != nil {
 			return err
 		}
+	}
+	if packaged {
+		fmt.Fprintf(in.out, "program and unit belong to the package %s: remove that with apt or dnf\n", in.spec.packageName())
 	}
 	if !purge {
 		fmt.Fprintf(in.out, "kept the state in %s; `%s uninstall --purge` removes it\n", in.at(state[0]), in.spec.Name)
@@ -225,7 +343,7 @@ func needRoot(root, what string) error {
 // InstallCommand writes a hardened systemd unit and starts it. Words after -- are flags of the start command.
 func InstallCommand(spec Spec) *cobra.Command {
 	var root string
-	var noStart bool
+	var noStart, vendor bool
 	var token TokenFlags
 	use := "install --token-file F|- [-- FLAGS]"
 	if spec.NoToken {
@@ -243,6 +361,9 @@ func InstallCommand(spec Spec) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := needRoot(root, spec.Name+" install"); err != nil {
 				return err
+			}
+			if vendor {
+				return installVendor(cmd, spec, root, args)
 			}
 			if root == "" && !booted() {
 				return Usagef("systemd does not run this host\nrun `%s` under what starts its services, or write the unit for another host with --root DIR", spec.startLine())
@@ -265,9 +386,31 @@ func InstallCommand(spec Spec) *cobra.Command {
 		token.Register(cmd.Flags())
 	}
 	cmd.Flags().StringVar(&root, "root", "", "write below this folder and start nothing (for images and packages)")
+	cmd.Flags().BoolVar(&vendor, "vendor", false, "write what a package holds, for those who make packages: the unit below /usr, an example of the configuration; with --root")
 	cmd.Flags().BoolVar(&noStart, "no-start", false, "enable the unit for the next boot without starting it now")
 	Bind(cmd)
 	return cmd
+}
+
+// installVendor is `install --vendor`.
+func installVendor(cmd *cobra.Command, spec Spec, root string, args []string) error {
+	if root == "" || len(args) > 0 {
+		return Usagef("--vendor writes a package's files below the folder that --root names, and takes no flags of `%s`", spec.startLine())
+	}
+	start := cmd.Root()
+	for _, word := range append(strings.Fields(spec.Name)[1:], spec.Start...) {
+		i := slices.IndexFunc(start.Commands(), func(c *cobra.Command) bool { return c.Name() == word })
+		if i < 0 {
+			return fmt.Errorf("%s has no command %q", start.Name(), word)
+		}
+		start = start.Commands()[i]
+	}
+	in, err := newInstaller(spec, root, cmd.ErrOrStderr())
+	if err != nil {
+		return err
+	}
+	in.vendor = true
+	return in.writeVendor(start)
 }
 
 // UninstallCommand reverses InstallCommand and keeps the state.

@@ -20,9 +20,13 @@ type State struct {
 // lockFile is locked while a daemon runs on the folder; its content is the daemon's pid, for people.
 const lockFile = "lock"
 
-// DefaultStateDir returns the state folder of a daemon: /var/lib/sallyway/NAME for root, and below the XDG state folder
-// of any other user.
+// DefaultStateDir returns the state folder of a daemon: the one that systemd made for its unit, else
+// /var/lib/sallyway/NAME for root, and below the XDG state folder of any other user.
 func DefaultStateDir(name string) string {
+	// systemd.exec(5), "StateDirectory=". A unit's children inherit the variable: it has to be the folder of this daemon.
+	if dir := os.Getenv("STATE_DIRECTORY"); strings.HasSuffix(dir, "/sallyway/"+name) && filepath.IsAbs(dir) {
+		return dir
+	}
 	if os.Geteuid() == 0 {
 		return filepath.Join("/var/lib/sallyway", name)
 	}

@@ -10,9 +10,7 @@ import (
 // unitTemplate is the systemd unit of a daemon. It runs as a user that exists only while it runs (DynamicUser), sees
 // the file system read-only but for its state, and has no capability but those that its role needs. Exit codes 2
 // and 3 are not retried: the configuration or the token has to change first.
-var unitTemplate = template.Must(template.New("unit").Parse(`# Written by "{{.Spec.Name}} install"; "{{.Spec.Name}} uninstall" removes it.
-# Settings belong into {{.Config}}; changes of the unit into "systemctl edit {{.Unit}}".
-[Unit]
+var unitTemplate = template.Must(template.New("unit").Parse(`[Unit]
 Description=Sallyway {{.Spec.Role}}
 Wants=network-online.target
 After=network-online.target nss-lookup.target
@@ -31,6 +29,8 @@ TimeoutStopSec={{.StopSeconds}}
 KillMode=mixed
 LimitNOFILE=1048576
 {{- if .Token}}
+# Without the file the daemon gets an empty token: one that is enrolled needs none, and another says which command to type.
+SetCredential=token:\n
 LoadCredential=token:{{.Token}}
 {{- end}}
 
@@ -45,6 +45,7 @@ NoNewPrivileges=yes
 ProtectSystem=strict
 ProtectHome=yes
 PrivateTmp=yes
+PrivateMounts=yes
 {{- if .Devices}}
 DevicePolicy=closed
 {{- range .Devices}}
@@ -69,6 +70,7 @@ RestrictRealtime=yes
 RestrictSUIDSGID=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
 SystemCallErrorNumber=EPERM
 
 [Install]
@@ -77,9 +79,8 @@ WantedBy=multi-user.target
 
 // polkitRule lets the unit's user set up split DNS on its own link in systemd-resolved, which asks polkit about
 // everybody but root.
-const polkitRule = `// Written by "%[1]s install"; "%[1]s uninstall" removes it.
-polkit.addRule(function(action, subject) {
-  if (subject.user == "%[2]s" && action.id.indexOf("org.freedesktop.resolve1.") == 0) {
+const polkitRule = `polkit.addRule(function(action, subject) {
+  if (subject.user == "%[1]s" && action.id.indexOf("org.freedesktop.resolve1.") == 0) {
     return polkit.Result.YES;
   }
 });
@@ -91,8 +92,16 @@ const defaultStopTimeout = 90 * time.Second
 // unitName is the unit without ".service", and the name of its user.
 func (s Spec) unitName() string { return "sallyway-" + s.Role }
 
-// unit returns the unit's text. exe and the paths are as the installed system sees them; args follow the start command.
-func (s Spec) unit(exe, config, token string, args []string) (string, error) {
+// packageName is the package that holds the daemon: the client is a verb of the command line's.
+func (s Spec) packageName() string {
+	if s.program() != s.Name {
+		return s.program()
+	}
+	return s.unitName()
+}
+
+// execStart returns the value of ExecStart=. Paths are as the installed system sees them; args follow the start command.
+func (s Spec) execStart(exe, config string, args []string) (string, error) {
 	words := append([]string{exe}, strings.Fields(s.Name)[1:]...) // connect, of `sallyway connect`
 	words = append(words, s.Start...)
 	words = append(words, "--config", config)
@@ -104,13 +113,26 @@ func (s Spec) unit(exe, config, token string, args []string) (string, error) {
 		}
 		line[i] = quoteExec(w)
 	}
+	return strings.Join(line, " "), nil
+}
+
+// unit returns the unit's text. Paths are as the installed system sees them; token is not looked at where the daemon
+// enrols nowhere; args follow the start command.
+func (s Spec) unit(exe, config, token string, args []string) (string, error) {
+	line, err := s.execStart(exe, config, args)
+	if err != nil {
+		return "", err
+	}
+	if s.NoToken {
+		token = ""
+	}
 	stop := s.StopTimeout
 	if stop == 0 {
 		stop = defaultStopTimeout
 	}
 	var b strings.Builder
-	err := unitTemplate.Execute(&b, map[string]any{
-		"Spec": s, "Unit": s.unitName(), "Config": config, "Token": token, "ExecStart": strings.Join(line, " "),
+	err = unitTemplate.Execute(&b, map[string]any{
+		"Spec": s, "Unit": s.unitName(), "Token": token, "ExecStart": line,
 		"State": s.stateName(), "StopSeconds": int(stop.Seconds()),
 		"Capabilities": strings.Join(s.Capabilities, " "), "Devices": s.Devices,
 	})
