@@ -74,7 +74,11 @@ var laboratory = []string{"internal/lab", "e2e", "bench"}
 var heavy = map[string][]string{
 	"gvisor.dev/gvisor":                   {"netstack"},
 	"golang.zx2c4.com/wireguard":          {"tun"},
-	"github.com/vishvananda":              {"tun"},
+	// The appliance alone owns its links, so it sets addresses and routes itself; a gateway's binary has the library anyway.
+	"github.com/vishvananda":              {"tun", "internal/appliance/network"},
+	"github.com/google/nftables":          {"internal/appliance/network/firewall"},
+	"github.com/insomniacslk/dhcp":        {"internal/appliance/network"},
+	"github.com/mdlayher/packet":          {"internal/appliance/network"},
 	"github.com/quic-go/quic-go":          {"tunnel"},
 	"github.com/quic-go/connect-ip-go":    {"tunnel"},
 	"github.com/dunglas/httpsfv":          {"tunnel"},
