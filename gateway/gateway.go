@@ -380,7 +380,7 @@ func (d *gatewayDaemon) heartbeat() control.Heartbeat {
 	}
 	for _, s := range d.srv.Sessions() {
 		hb.Sessions = append(hb.Sessions, control.SessionReport{
-			Peer: s.Peer.Node, Key: s.Peer.Key, Relay: s.Path.Name, Since: s.Since, Flows: int(s.Flows), SentBytes: s.Sent, RecvBytes: s.Received,
+			Peer: s.Peer.Node, Key: s.Peer.Key, Relay: s.Path.Name, Since: s.Since, Flows: int(s.Flows), SentBytes: s.Sent, RecvBytes: s.Received, RTT: s.RTT,
 		})
 	}
 	return hb

@@ -313,6 +313,8 @@ type SessionReport struct {
 	Flows     int              `json:"flows"`
 	SentBytes uint64           `json:"sent_bytes"`
 	RecvBytes uint64           `json:"recv_bytes"`
+	// RTT is the smoothed round-trip time of the session in nanoseconds; 0 is not measured, or a gateway that does not tell.
+	RTT time.Duration `json:"rtt,omitempty"`
 }
 
 // StubAddr is the address in a virtual prefix under which nodes' stub resolvers answer on their own hosts: the last but one. A
