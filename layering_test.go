@@ -67,7 +67,7 @@ var (
 )
 
 // laboratory are the packages that play the world around the product: private hosts, peers, baselines.
-var laboratory = []string{"internal/lab", "e2e", "bench"}
+var laboratory = []string{"internal/lab", "internal/backing", "e2e", "bench"}
 
 // heavy are large dependencies and the folders whose packages may import them. One has one; more is a design change.
 // Tests and the laboratory are free.
@@ -88,12 +88,13 @@ var heavy = map[string][]string{
 	"github.com/pion/stun":                {"stun", "relay"},
 	"modernc.org/sqlite":                  {"platform/store"},
 	"github.com/pressly/goose":            {"platform/store"},
+	"github.com/jackc/pgx":                {"platform/store"},
 	"github.com/danielgtaylor/huma":       {"platform/api"},
 	"golang.org/x/crypto/ssh":             {"relay/reverse", "relay/fallback", "platform/pki"},
 	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "platform"},
 	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway"},
 	"github.com/coreos/go-systemd":        {"internal/daemon"},
-	"github.com/spf13":                    {"internal/daemon", "internal/admin", "internal/control/agent", "cmd", "gateway", "client", "relay", "platform"},
+	"github.com/spf13":                    {"internal/daemon", "internal/admin", "internal/control/agent", "cmd", "gateway", "client", "relay", "platform", "images/packages"},
 	"go.yaml.in/yaml":                     {"internal/daemon", "gateway", "internal/appliance/seed"},
 	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control"},
 

@@ -19,10 +19,11 @@ bench)
 	packages+=(
 		dnsutils openssl systemd                                          # tools
 		postgresql postgresql-client openssh-server openssh-client coturn # real servers and clients
+		redis-server
 		tinyproxy-bin microsocks                                           # egress proxies
 		gcc libc6-dev                                                      # the race detector
 	)
-	tools+=(dig psql ssh sshd turnutils_uclient openssl tinyproxy microsocks gcc)
+	tools+=(dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks gcc)
 	;;
 *)
 	echo "usage: $0 [demo|bench]" >&2
@@ -79,6 +80,7 @@ fi
 for p in "${missing[@]}"; do
 	case $p in
 	postgresql) unit=postgresql ;;
+	redis-server) unit=redis-server ;;
 	openssh-server) unit=ssh ;;
 	coturn) unit=coturn ;;
 	openvpn) unit=openvpn ;;

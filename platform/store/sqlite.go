@@ -149,19 +149,7 @@ func RestoreSQLite(ctx context.Context, backup, path string) (old string, err er
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", err
 	}
-	src, err := open(backup, "deferred")
-	if err != nil {
-		return "", err
-	}
-	defer src.Close()
-	if _, err := os.Stat(backup); err != nil {
-		return "", err
-	}
-	var ok string
-	if err := src.QueryRowContext(ctx, `PRAGMA quick_check`).Scan(&ok); err != nil || ok != "ok" {
-		return "", fmt.Errorf("%s is not a whole database: %s %w", backup, ok, translateSQLite(err))
-	}
-	if err := vacuumInto(ctx, src, tmp); err != nil {
+	if err := copySQLite(ctx, backup, tmp); err != nil {
 		return "", err
 	}
 	if _, err := os.Stat(path); err == nil {
@@ -180,4 +168,21 @@ func RestoreSQLite(ctx context.Context, backup, path string) (old string, err er
 		return old, err
 	}
 	return old, errors.Join(d.Sync(), d.Close())
+}
+
+// copySQLite writes a copy of the database in a file, which is looked through first, to a new file.
+func copySQLite(ctx context.Context, from, to string) error {
+	if _, err := os.Stat(from); err != nil {
+		return err
+	}
+	src, err := open(from, "deferred")
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	var ok string
+	if err := src.QueryRowContext(ctx, `PRAGMA quick_check`).Scan(&ok); err != nil || ok != "ok" {
+		return fmt.Errorf("%s is not a whole database: %s %w", from, ok, translateSQLite(err))
+	}
+	return vacuumInto(ctx, src, to)
 }

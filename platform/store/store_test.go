@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"sallyway/internal/backing"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
 )
@@ -34,6 +35,26 @@ func TestSQLite(t *testing.T) {
 	})
 }
 
+// TestPostgres holds PostgreSQL to the same suite, on a real server.
+func TestPostgres(t *testing.T) {
+	pg := backing.StartPostgres(t, false)
+	suite(t, func(t *testing.T) Store { return openPostgres(t, pg.Database(t)) })
+}
+
+func openPostgres(t *testing.T, url string) *DB {
+	t.Helper()
+	s, err := OpenPostgres(t.Context(), PostgresConfig{URL: url})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
 var at = time.Date(2026, 1, 2, 3, 4, 5, 678_000, time.UTC)
 
 // suite is what the platform relies on in any Store.
@@ -41,7 +62,7 @@ func suite(t *testing.T, open func(t *testing.T) Store) {
 	for name, test := range map[string]func(*testing.T, Store){
 		"organizations": testOrgs, "nodes": testNodes, "keys": testKeys, "tokens": testTokens, "access": testAccess, "relays": testRelays,
 		"API tokens": testAPITokens, "audit": testAudit, "transactions": testTransactions, "concurrency": testConcurrency, "backup": testBackup,
-		"deletion": testDeletion,
+		"deletion": testDeletion, "a token is spent once": testSpendOnce, "updates together": testTogether,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, open(t)) })
 	}
