@@ -52,7 +52,7 @@ type options struct {
 	egress            EgressFlags
 }
 
-// Command is `sallyway connect` with its sub-commands status, doctor and down.
+// Command is `sallyway connect` with its sub-commands: status, doctor, healthcheck, down, install, uninstall.
 func Command() *cobra.Command {
 	var o options
 	o.MetricsListen = ""
@@ -88,7 +88,7 @@ Without root the proxies, forwards and --stdio work all the same. The first run 
 	f.StringVar(&o.direct, "direct", "auto", "paths to gateways without a relay: auto (where the organization allows it) or off")
 	o.egress.Register(cmd)
 	daemon.Bind(cmd)
-	cmd.AddCommand(daemon.StatusCommand(spec), daemon.DoctorCommand(spec), daemon.DownCommand(spec), daemon.InstallCommand(spec), daemon.UninstallCommand(spec))
+	cmd.AddCommand(daemon.StatusCommand(spec), daemon.DoctorCommand(spec), daemon.HealthcheckCommand(spec), daemon.DownCommand(spec), daemon.InstallCommand(spec), daemon.UninstallCommand(spec))
 	return cmd
 }
 

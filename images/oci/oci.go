@@ -4,6 +4,7 @@
 //	/usr/bin/relayd                      the program
 //	/etc/ssl/certs/ca-certificates.crt   public certificate authorities
 //	/etc/passwd, /etc/group              root, and sallyway (65532), whom the program runs as
+//	/etc/sallyway, /run/secrets          empty, for configuration and tokens to be mounted
 //	/etc/nsswitch.conf                   names: hosts file first, then DNS
 //	/var/lib/sallyway                    the volume; the state folder is made below it
 //	/tmp                                 empty, for who mounts something there

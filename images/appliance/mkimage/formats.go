@@ -1,0 +1,105 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+)
+
+// qcow2 writes a disk compressed, as QEMU since 1.7 reads it.
+func (b *builder) qcow2(ctx context.Context, raw, name string) error {
+	_, err := run(ctx, b.work, "qemu-img", "convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", "compat=1.1", raw, name)
+	return err
+}
+
+// formats writes the disk in the forms that other hypervisors and clouds import, and returns the names of the files.
+func (b *builder) formats(ctx context.Context, raw string) ([]string, error) {
+	vmdk, vhd, xz := b.name+".vmdk", b.name+".vhd", b.name+".raw.xz"
+	if _, err := run(ctx, b.work, "qemu-img", "convert", "-q", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized,compat6", raw, vmdk); err != nil {
+		return nil, err
+	}
+	if err := b.rewrite(vmdk, fixVMDK); err != nil {
+		return nil, err
+	}
+	if _, err := run(ctx, b.work, "qemu-img", "convert", "-q", "-f", "raw", "-O", "vpc", "-o", "subformat=dynamic,force_size=on", raw, vhd); err != nil {
+		return nil, err
+	}
+	if err := b.rewrite(vhd, fixVHD); err != nil {
+		return nil, err
+	}
+	if err := os.Rename(raw, filepath.Join(b.work, b.name+".raw")); err != nil {
+		return nil, err
+	}
+	// Two threads whatever the machine has: with one, the file would be another.
+	if _, err := run(ctx, b.work, "xz", "-6", "-T2", b.name+".raw"); err != nil {
+		return nil, err
+	}
+	return []string{vmdk, vhd, xz}, nil
+}
+
+func (b *builder) rewrite(name string, fix func([]byte) error) error {
+	path := filepath.Join(b.work, name)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := fix(data); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return os.WriteFile(path, data, 0o644)
+}
+
+// vmdkID is the content identifier in the descriptor of a VMDK, for which qemu-img draws a number.
+var vmdkID = regexp.MustCompile(`\nCID=[0-9a-f]{1,8}\n`)
+
+// fixVMDK makes it the same in every build.
+func fixVMDK(data []byte) error {
+	head := data[:min(len(data), 64<<10)]
+	at := vmdkID.FindIndex(head)
+	if at == nil {
+		return errors.New("no descriptor")
+	}
+	field := head[at[0]+len("\nCID=") : at[1]-1]
+	id := identifier("vmdk")
+	copy(field, fmt.Sprintf("%x", id[:4]))
+	if field[0] == '0' {
+		field[0] = '1'
+	}
+	return nil
+}
+
+// A VHD's footer (Virtual Hard Disk Image Format Specification).
+const (
+	vhdCookie   = "conectix"
+	vhdFooter   = 512
+	vhdTime     = 24
+	vhdChecksum = 64
+	vhdID       = 68
+)
+
+// fixVHD gives both copies of the footer a time and an identifier that are the same in every build.
+func fixVHD(data []byte) error {
+	if len(data) < 2*vhdFooter {
+		return errors.New("cut off")
+	}
+	for _, f := range [][]byte{data[:vhdFooter], data[len(data)-vhdFooter:]} {
+		if !bytes.HasPrefix(f, []byte(vhdCookie)) {
+			return errors.New("no footer")
+		}
+		clear(f[vhdTime : vhdTime+4])
+		id := identifier("vhd")
+		copy(f[vhdID:], id[:])
+		clear(f[vhdChecksum : vhdChecksum+4])
+		var sum uint32
+		for _, v := range f {
+			sum += uint32(v)
+		}
+		binary.BigEndian.PutUint32(f[vhdChecksum:], ^sum)
+	}
+	return nil
+}

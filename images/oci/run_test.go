@@ -1,0 +1,329 @@
+package oci_test
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sallyway/images/oci"
+	"sallyway/internal/lab"
+)
+
+// site is a laboratory whose programs run in containers.
+type site struct {
+	*podman
+	t     *testing.T
+	lab   *lab.Lab
+	names map[string]string // of the images by program
+}
+
+// netns is the path of a host's network namespace, good while the host is there.
+func (s *site) netns(h *lab.Host) string {
+	s.t.Helper()
+	var path string
+	err := h.Do(func() error {
+		path = fmt.Sprintf("/proc/%d/task/%d/ns/net", os.Getpid(), unix.Gettid())
+		return nil
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return path
+}
+
+// publish carries connections to a port of a host to another, as an engine does for a published port.
+func (s *site) publish(h *lab.Host, from, to string) {
+	s.t.Helper()
+	l, err := h.Listen(from)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return // the lab has closed it
+			}
+			go func() {
+				defer c.Close()
+				inner, err := h.Dial(s.t.Context(), "tcp", to)
+				if err != nil {
+					return // nobody listens: the caller sees the end
+				}
+				defer inner.Close()
+				go func() {
+					_, _ = io.Copy(inner, c) // either side may end
+					_ = inner.(*net.TCPConn).CloseWrite()
+				}()
+				_, _ = io.Copy(c, inner)
+			}()
+		}
+	}()
+}
+
+// admin runs an admin verb in a container of the client's image, on the platform's host, with the login in a volume of its own.
+func (s *site) admin(args ...string) string {
+	s.t.Helper()
+	run := append([]string{
+		"run", "--rm", "--network=ns:" + s.netns(s.lab.Platform), "--volume=admin:/var/lib/sallyway", "--volume=platform:/platform:ro",
+		"--entrypoint=/usr/bin/sallyway",
+	}, hardened...)
+	return s.must(s.t, append(append(run, s.names["sallyway"]), args...)...)
+}
+
+// token creates a node and returns its token.
+func (s *site) token(args ...string) string {
+	s.t.Helper()
+	var node struct{ Token string }
+	if err := json.Unmarshal([]byte(s.admin(append(args, "--json")...)), &node); err != nil {
+		s.t.Fatal(err)
+	}
+	return node.Token
+}
+
+// TestContainers runs platform, relay, gateway and client in containers: without a capability, without root, with nothing to write but a
+// volume, and reaches a private page through them.
+func TestContainers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("network namespaces need root")
+	}
+	images := build(t)
+	s := &site{podman: newPodman(t), t: t, names: map[string]string{}}
+	dir := t.TempDir()
+	if err := oci.Save(images, dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range images {
+		s.must(t, "load", "--quiet", "--input="+filepath.Join(dir, i.Archive()))
+		s.names[i.Program.Name] = i.Name
+	}
+	var err error
+	if s.lab, err = lab.New(lab.Config{}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.lab.Close)
+	const page = "a private page"
+	if _, err := s.lab.Private.Web(net.JoinHostPort(lab.WebAddr.String(), "80"), page); err != nil {
+		t.Fatal(err)
+	}
+
+	// The platform, on the port that its image has.
+	s.publish(s.lab.Platform, ":443", "127.0.0.1:4443")
+	s.container(t, "platform", s.names["platformd"], s.netns(s.lab.Platform), []string{"--env=SALLYWAY_ADVERTISE_URL=" + s.lab.PlatformURL()})
+	s.healthy(t, "platform")
+	s.admin("login", "--url", s.lab.PlatformURL(), "--token-file", "/platform/platformd/admin.token")
+
+	// A token by a file, one by the engine's secret, one by the environment.
+	relay := s.file("relay.token", s.token("relay", "create", "relay-1", "--host", s.lab.Addr(s.lab.Relay1).String()))
+	s.container(t, "relay", s.names["relayd"], s.netns(s.lab.Relay1),
+		[]string{"--volume=" + relay + ":/run/secrets/token:ro", "--env=SALLYWAY_TOKEN_FILE=/run/secrets/token"})
+	s.healthy(t, "relay")
+	s.must(t, "secret", "create", "office", s.file("gateway.token", s.token("gateway", "create", "office")))
+	s.container(t, "gateway", s.names["gatewayd"], s.netns(s.lab.Gateway),
+		[]string{fmt.Sprintf("--secret=office,type=mount,target=/etc/sallyway/token,uid=%d,mode=0400", oci.UID), "--env=SALLYWAY_TOKEN_FILE=/etc/sallyway/token"})
+	env := s.file("client.env", "SALLYWAY_TOKEN="+s.token("client", "create", "laptop")+"\nSALLYWAY_SOCKS=1080\n")
+	s.admin("resource", "create", "web", "--gateway", "office", "--address", lab.WebAddr.String(), "--tcp", "80")
+	s.admin("policy", "allow", "--client", "laptop", "--resource", "web")
+	s.container(t, "client", s.names["sallyway"], s.netns(s.lab.Client), []string{"--env-file=" + env}, "--forward", "127.0.0.1:8080=web:80")
+	s.healthy(t, "gateway")
+	s.healthy(t, "client")
+	for _, name := range []string{"platform", "relay", "gateway", "client"} {
+		s.confined(name)
+	}
+
+	fetch := func() error { return s.fetch("127.0.0.1:8080", page) }
+	until(t, "the page through the forward", 30*time.Second, fetch)
+	s.bySOCKS(page)
+	for _, name := range []string{"gateway", "client"} {
+		if n := strings.Count(s.log(name), "level=WARN"); n > 1 {
+			t.Errorf("%s: %d warnings, want the one about the TUN at most:\n%s", name, n, s.log(name))
+		}
+	}
+	s.flowSurvives("a restart of the relay", func() { s.must(t, "restart", "--time=10", "relay") }, page)
+	s.healthy(t, "relay")
+	until(t, "a page after the relay's restart", 30*time.Second, fetch)
+
+	// A daemon whose platform is gone does its work, and says so: who restarts what is unhealthy must not cut sessions for it.
+	s.ends("platform")
+	if err := s.health(t.Context(), "platform"); err == nil {
+		t.Error("a platform that was stopped is healthy")
+	}
+	for _, name := range []string{"relay", "gateway", "client"} {
+		if err := s.health(t.Context(), name); err != nil {
+			t.Errorf("%s without its platform: %v", name, err)
+		}
+	}
+	if err := fetch(); err != nil {
+		t.Errorf("without the platform: %v", err)
+	}
+	for _, name := range []string{"client", "gateway", "relay"} {
+		s.ends(name)
+	}
+}
+
+// file writes a file that the containers' user alone can read.
+func (s *site) file(name, text string) string {
+	s.t.Helper()
+	path := filepath.Join(s.lab.Dir(), name)
+	if err := lab.WriteToken(path, text, oci.UID); err != nil {
+		s.t.Fatal(err)
+	}
+	return path
+}
+
+func (s *site) log(name string) string {
+	b, err := os.ReadFile(s.logPath(s.t.Context(), name))
+	if err != nil {
+		s.t.Error(err)
+	}
+	return string(b)
+}
+
+// fetch gets the page from an address on the client's host.
+func (s *site) fetch(addr, want string) error {
+	ctx, cancel := context.WithTimeout(s.t.Context(), 10*time.Second)
+	defer cancel()
+	c := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return s.lab.Client.Dial(ctx, network, addr)
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://web/", nil)
+	if err != nil {
+		return err
+	}
+	res, err := c.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err == nil && string(b) != want {
+		err = fmt.Errorf("%s: %.100q, want %q", res.Status, b, want)
+	}
+	return err
+}
+
+// bySOCKS gets the page by name through the client's SOCKS5 proxy.
+func (s *site) bySOCKS(page string) {
+	s.t.Helper()
+	r, err := s.lab.Client.Run(s.t.Context(), "curl", "--silent", "--show-error", "--max-time", "20", "--socks5-hostname", "127.0.0.1:1080", "http://"+lab.FQDN("web", lab.DefaultOrg)+"/")
+	if err != nil || r.Stdout != page {
+		s.t.Errorf("by SOCKS5: %q, %v", r.Stdout, err)
+	}
+}
+
+// flowSurvives holds an open connection to the private page over what do does.
+func (s *site) flowSurvives(what string, do func(), page string) {
+	s.t.Helper()
+	c, err := s.lab.Client.Dial(s.t.Context(), "tcp", "127.0.0.1:8080")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer c.Close()
+	r := bufio.NewReader(c)
+	ask := func() error {
+		if err := c.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+			return err
+		}
+		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: web\r\n\r\n"); err != nil {
+			return err
+		}
+		res, err := http.ReadResponse(r, nil)
+		if err != nil {
+			return err
+		}
+		b, err := io.ReadAll(res.Body)
+		if err == nil && string(b) != page {
+			err = fmt.Errorf("%q, want %q", b, page)
+		}
+		return err
+	}
+	if err := ask(); err != nil {
+		s.t.Fatal(err)
+	}
+	do()
+	if err := ask(); err != nil {
+		s.t.Errorf("%s: the open connection: %v", what, err)
+	}
+}
+
+// confined holds what the kernel says of a container's process against what was asked for.
+func (s *site) confined(name string) {
+	s.t.Helper()
+	pid := s.must(s.t, "inspect", "--format={{.State.Pid}}", name)
+	b, err := os.ReadFile("/proc/" + pid + "/status")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	uid := strconv.Itoa(oci.UID)
+	for key, want := range map[string]string{
+		"Uid": strings.Join([]string{uid, uid, uid, uid}, "\t"), "Gid": strings.Join([]string{uid, uid, uid, uid}, "\t"),
+		"CapEff": "0000000000000000", "CapBnd": "0000000000000000", "CapAmb": "0000000000000000", "NoNewPrivs": "1",
+	} {
+		if got := status(string(b), key); got != want {
+			s.t.Errorf("%s: %s is %q, want %q", name, key, got, want)
+		}
+	}
+	if b, err := os.ReadFile("/proc/" + pid + "/mounts"); err != nil {
+		s.t.Error(err)
+	} else if root, _, _ := strings.Cut(string(b), "\n"); !strings.Contains(root, " / ") || !strings.Contains(root, " ro,") {
+		s.t.Errorf("%s: the root is mounted as %q", name, root)
+	}
+}
+
+// status reads a line of /proc/PID/status.
+func status(text, key string) string {
+	for line := range strings.Lines(text) {
+		if v, ok := strings.CutPrefix(line, key+":"); ok {
+			return strings.TrimSpace(v)
+		}
+	}
+	return ""
+}
+
+// ends stops a container as an operator does, and wants it to go by itself with 0.
+func (s *site) ends(name string) {
+	s.t.Helper()
+	s.must(s.t, "stop", "--time=40", name)
+	if code := s.must(s.t, "inspect", "--format={{.State.ExitCode}}", name); code != "0" {
+		s.t.Errorf("%s was stopped and ended with %s\n%s", name, code, s.log(name))
+	}
+}
+
+// build builds the images for this machine.
+func build(t *testing.T) []oci.Image {
+	t.Helper()
+	c := compiler(t, t.TempDir())
+	if err := c.Compile(t.Context(), runtime.GOARCH, oci.Programs()); err != nil {
+		t.Fatal(err)
+	}
+	images, err := oci.Build(oci.Config{Binary: c.Binary, Arches: []string{runtime.GOARCH}, Version: "test", Commit: "0123456789ab", Created: time.Unix(1_700_000_000, 0), License: []byte("licence")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return images
+}
+
+func compiler(t *testing.T, dir string) oci.Compiler {
+	t.Helper()
+	root, err := lab.SourceRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return oci.Compiler{Go: "go", Source: root, Dir: dir, Version: "test", Commit: "0123456789ab"}
+}
