@@ -14,6 +14,8 @@ DESTDIR ?=
 GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOLANGCI    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+# What writes deb and rpm; not ours either, and the newest whose modules the proxy serves.
+NFPM        := github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.45.2
 
 # Looked up when a recipe needs it, so that `make help` and `make clean` work without Go.
 find_go    = go=$$(build/find-go.sh)
@@ -37,7 +39,7 @@ TEST_EXEC = $(if $(filter 0,$(shell id -u)),,-exec "$(CURDIR)/$(AS_ROOT)")
 export SALLYWAY_BIN := $(CURDIR)/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-failover bench-peers bench-packages peers install dist clean help prerequisites
+.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-failover bench-peers bench-packages peers install dist packages nfpm clean help prerequisites
 
 build: ## build the programs into bin/ (the default)
 	@$(find_go)
@@ -58,7 +60,7 @@ test: prerequisites build ## run every test: unit tests with -race, then the end
 	@$(MAKE) unit
 	$(MAKE) e2e
 
-unit: ## run the unit tests alone
+unit: build nfpm ## run the unit tests alone
 	@$(find_go)
 	packages=$(UNIT)
 	CGO_ENABLED=1 "$$go" test -json -race -shuffle=on -vet=off -timeout 15m $(TEST_EXEC) $$packages | $(REPORT)
@@ -127,6 +129,15 @@ dist: build ## pack the programs, README, LICENSE and docs into dist/
 		--mtime="@$$epoch" --transform "s,^bin/,," --transform "s,^,$$name/," \
 		$(addprefix bin/,$(DAEMONS)) README.md LICENSE docs
 	echo "dist/$$name.tar.gz"
+
+packages: nfpm ## pack deb and rpm of command line, gateway, relay and platform for amd64 and arm64 into dist/
+	@$(find_go)
+	$(AS_CALLER) "$$go" run ./images/packages --go "$$go" --nfpm bin/nfpm --out dist
+
+nfpm: # the tests of the packages use it too
+	@$(find_go)
+	$(AS_CALLER) mkdir -p bin
+	$(AS_CALLER) env GOBIN="$(CURDIR)/bin" "$$go" install $(NFPM)
 
 clean: ## remove bin/ and dist/
 	@rm -rf bin dist
