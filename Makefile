@@ -9,6 +9,7 @@ MAKEFLAGS   += --no-print-directory
 
 PREFIX  ?= /usr/local
 DESTDIR ?=
+PUSH    ?=
 
 # The tools of `make check`. Their modules are not ours: `go run` builds them apart from go.mod.
 GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
@@ -39,7 +40,7 @@ TEST_EXEC = $(if $(filter 0,$(shell id -u)),,-exec "$(CURDIR)/$(AS_ROOT)")
 export SALLYWAY_BIN := $(CURDIR)/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-failover bench-peers bench-packages peers install dist packages nfpm clean help prerequisites
+.PHONY: build demo test unit e2e check layering lint bench bench-quick bench-failover bench-peers bench-packages peers install dist packages containers nfpm clean help prerequisites
 
 build: ## build the programs into bin/ (the default)
 	@$(find_go)
@@ -133,6 +134,14 @@ dist: build ## pack the programs, README, LICENSE and docs into dist/
 packages: nfpm ## pack deb and rpm of command line, gateway, relay and platform for amd64 and arm64 into dist/
 	@$(find_go)
 	$(AS_CALLER) "$$go" run ./images/packages --go "$$go" --nfpm bin/nfpm --out dist
+
+containers: ## make container images of the programs for amd64 and arm64 into dist/containers; PUSH=registry.example/sallyway sends them there
+	@$(find_go)
+	version=$$($(AS_CALLER) git describe --tags --always --dirty --match 'v[0-9]*' 2>/dev/null || echo devel)
+	commit=$$($(AS_CALLER) git rev-parse --short=12 HEAD 2>/dev/null || true)
+	epoch=$${SOURCE_DATE_EPOCH:-$$($(AS_CALLER) git log -1 --format=%ct 2>/dev/null || echo 0)}
+	$(AS_CALLER) env SOURCE_DATE_EPOCH="$$epoch" "$$go" run ./images/oci/cmd/ocibuild --go "$$go" --out dist/containers \
+		--version "$$version" --commit "$$commit" --push "$(PUSH)"
 
 nfpm: # the tests of the packages use it too
 	@$(find_go)

@@ -20,10 +20,11 @@ bench)
 		dnsutils openssl systemd                                          # tools
 		postgresql postgresql-client openssh-server openssh-client coturn # real servers and clients
 		redis-server
+		podman runc                                                        # containers
 		tinyproxy-bin microsocks                                           # egress proxies
 		gcc libc6-dev                                                      # the race detector
 	)
-	tools+=(dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks gcc)
+	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks gcc)
 	;;
 *)
 	echo "usage: $0 [demo|bench]" >&2
