@@ -72,8 +72,8 @@ var laboratory = []string{"internal/lab", "internal/backing", "e2e", "bench"}
 // heavy are large dependencies and the folders whose packages may import them. One has one; more is a design change.
 // Tests and the laboratory are free.
 var heavy = map[string][]string{
-	"gvisor.dev/gvisor":                   {"netstack"},
-	"golang.zx2c4.com/wireguard":          {"tun"},
+	"gvisor.dev/gvisor":          {"netstack"},
+	"golang.zx2c4.com/wireguard": {"tun"},
 	// The appliance alone owns its links, so it sets addresses and routes itself; a gateway's binary has the library anyway.
 	"github.com/vishvananda":              {"tun", "internal/appliance/network"},
 	"github.com/google/nftables":          {"internal/appliance/network/firewall"},
