@@ -195,6 +195,13 @@ func (r *Registry) changeNode(ctx context.Context, org string, kind identity.Kin
 
 // CreateNode makes a node and its first enrolment token.
 func (r *Registry) CreateNode(ctx context.Context, org string, kind identity.Kind, req control.CreateNode) (*control.CreatedNode, error) {
+	return r.CreateNodeOf(ctx, org, kind, req, nil)
+}
+
+// CreateNodeOf is CreateNode with something more in the same transaction; also may be nil, and its error undoes all.
+func (r *Registry) CreateNodeOf(ctx context.Context, org string, kind identity.Kind, req control.CreateNode,
+	also func(c *Change, n *store.Node) error,
+) (*control.CreatedNode, error) {
 	if err := checkName(string(kind), req.Name); err != nil {
 		return nil, err
 	}
@@ -228,6 +235,11 @@ func (r *Registry) CreateNode(ctx context.Context, org string, kind identity.Kin
 		}
 		if err := c.InsertNode(ctx, n); err != nil {
 			return taken(err, string(kind), req.Name, org)
+		}
+		if also != nil {
+			if err := also(&Change{c}, n); err != nil {
+				return err
+			}
 		}
 		if kind == identity.Relay {
 			if err := c.newRelayKey(ctx, n.ID); err != nil {

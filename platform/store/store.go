@@ -223,6 +223,8 @@ type Page struct {
 // Tx is a transaction. Insert methods answer ErrExists, Update and Delete methods ErrNotFound. References to nodes, resources
 // and groups are ids, except in the methods that say "name or id".
 type Tx interface {
+	PeopleTx
+
 	Meta(ctx context.Context, key string) ([]byte, error)
 	PutMeta(ctx context.Context, key string, value []byte) error
 
