@@ -54,6 +54,8 @@ var layers = []struct {
 	{folder: "internal/trial", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	// Who writes a seed and who reads it agree on the package alone.
 	{folder: "internal/appliance/seed", never: []string{""}},
+	// The appliance starts daemons as processes: which they are, its command says.
+	{folder: "internal/appliance", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/version", never: []string{""}},
 	// Images hold programs that were built: they know them by their command lines.
 	{folder: "images/oci", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
@@ -94,8 +96,8 @@ var heavy = map[string][]string{
 	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "platform"},
 	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway"},
 	"github.com/coreos/go-systemd":        {"internal/daemon"},
-	"github.com/spf13":                    {"internal/daemon", "internal/admin", "internal/control/agent", "cmd", "gateway", "client", "relay", "platform", "images/packages"},
-	"go.yaml.in/yaml":                     {"internal/daemon", "gateway", "internal/appliance/seed"},
+	"github.com/spf13":                    {"internal/daemon", "internal/admin", "internal/control/agent", "internal/appliance", "cmd", "gateway", "client", "relay", "platform", "images/packages"},
+	"go.yaml.in/yaml":                     {"internal/daemon", "gateway", "internal/appliance"},
 	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control"},
 
 	"github.com/google/go-containerregistry": {"images/oci"},

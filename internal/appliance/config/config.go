@@ -20,10 +20,12 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -59,23 +61,67 @@ type Config struct {
 	Hostname string        // "" is the node's name, else sallyway
 	// Daemons are the flags of each daemon as keys of its file, by role. The daemon itself checks them.
 	Daemons map[Role]map[string]any
-	Network yaml.Node // zero means none was given
-	Update  yaml.Node // zero means none was given
+	Network Network
+	Update  Update
 	// HealthListen is where the health of the daemons is answered by HTTP; "" is nowhere.
 	HealthListen string
 }
 
+// Network is the machine's place in the network. The zero value is DHCP and router advertisements on every NIC.
+type Network struct {
+	// Addresses and Routers are for the first NIC; empty means DHCP. Machines with several NICs name them in Interfaces.
+	Addresses []netip.Prefix `yaml:"addresses,omitempty"`
+	Routers   []netip.Addr   `yaml:"routers,omitempty"`
+	DNS       []netip.Addr   `yaml:"dns,omitempty"`
+	Search    []string       `yaml:"search,omitempty"`
+	NTP       []string       `yaml:"ntp,omitempty"`   // names or addresses
+	Proxy     string         `yaml:"proxy,omitempty"` // URL of the proxy that outgoing connections have to take
+	// Interfaces are NICs that are not left to DHCP and router advertisements.
+	Interfaces []Interface `yaml:"interfaces,omitempty"`
+}
+
+// IsZero says that nothing is set.
+func (n Network) IsZero() bool { return reflect.ValueOf(n).IsZero() }
+
+// Interface is one NIC, by its name or its MAC.
+type Interface struct {
+	Name      string         `yaml:"name,omitempty"`
+	MAC       string         `yaml:"mac,omitempty"`
+	Addresses []netip.Prefix `yaml:"addresses,omitempty"` // empty is DHCP
+	Routers   []netip.Addr   `yaml:"routers,omitempty"`
+	Routes    []Route        `yaml:"routes,omitempty"`
+	MTU       int            `yaml:"mtu,omitempty"`      // bytes; 0: what the network says
+	Disabled  bool           `yaml:"disabled,omitempty"` // leaves it down
+}
+
+// Route leads to a network by a router, or, without one, on the link itself.
+type Route struct {
+	To  netip.Prefix `yaml:"to"`
+	Via netip.Addr   `yaml:"via,omitempty"`
+}
+
+// Update is how the appliance gets new versions of itself. The zero value is: by nobody.
+type Update struct {
+	// URL is where internal/appliance/update looks for a newer image; "" means that it does not look.
+	URL string `yaml:"url,omitempty"`
+	// Every is how often, 0 means once a day.
+	Every time.Duration `yaml:"every,omitempty"`
+}
+
+// IsZero says that nothing is set.
+func (u Update) IsZero() bool { return u == Update{} }
+
 // document is the YAML form.
 type document struct {
 	Role         Role           `yaml:"role"`
-	Token        string         `yaml:"token"`
-	Hostname     string         `yaml:"hostname"`
-	Gateway      map[string]any `yaml:"gateway"`
-	Relay        map[string]any `yaml:"relay"`
-	Platform     map[string]any `yaml:"platform"`
-	Network      yaml.Node      `yaml:"network"`
-	Update       yaml.Node      `yaml:"update"`
-	HealthListen string         `yaml:"health-listen"`
+	Token        string         `yaml:"token,omitempty"`
+	Hostname     string         `yaml:"hostname,omitempty"`
+	Gateway      map[string]any `yaml:"gateway,omitempty"`
+	Relay        map[string]any `yaml:"relay,omitempty"`
+	Platform     map[string]any `yaml:"platform,omitempty"`
+	Network      Network        `yaml:"network,omitempty"`
+	Update       Update         `yaml:"update,omitempty"`
+	HealthListen string         `yaml:"health-listen,omitempty"`
 }
 
 // ErrEmpty says that a document holds no configuration.
@@ -122,7 +168,7 @@ func parseNode(n *yaml.Node) (*Config, error) {
 	return c, c.validate()
 }
 
-// secretish are words after which YAML's errors could show what they quote.
+// quoted is what YAML's errors show of a document.
 var quoted = regexp.MustCompile("`[^`]*`")
 
 // quiet removes the values that YAML quotes in its errors: one could be a token.
@@ -218,18 +264,5 @@ func (c *Config) Save() ([]byte, error) {
 		Role: c.Role, Hostname: c.Hostname, Gateway: c.Daemons[Gateway], Relay: c.Daemons[Relay], Platform: c.Daemons[Platform],
 		Network: c.Network, Update: c.Update, HealthListen: c.HealthListen,
 	}
-	m := yaml.Node{}
-	if err := m.Encode(d); err != nil {
-		return nil, fmt.Errorf("write the configuration: %w", err)
-	}
-	kept := m.Content[:0] // without the keys that say nothing
-	for i := 0; i+1 < len(m.Content); i += 2 {
-		v := m.Content[i+1]
-		if v.Kind == yaml.ScalarNode && (v.Value == "" || v.Tag == "!!null") || v.Kind == yaml.MappingNode && len(v.Content) == 0 {
-			continue
-		}
-		kept = append(kept, m.Content[i], v)
-	}
-	m.Content = kept
-	return yaml.Marshal(&m)
+	return yaml.Marshal(d)
 }

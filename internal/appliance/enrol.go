@@ -1,0 +1,100 @@
+package appliance
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"sallyway/internal/appliance/config"
+	"sallyway/internal/appliance/machine"
+	"sallyway/internal/appliance/supervise"
+)
+
+// A host with all roles enrols its own relay and gateway: nobody could hand it tokens of a platform that does not exist yet.
+
+// enrolRetry is the wait after a try that failed.
+const enrolRetry = 5 * time.Second
+
+// enrolHere gets a token for a node from the platform on this host and puts it where the daemon looks for it. It tries until that works or
+// ctx ends, whose error it then returns.
+func (s *service) enrolHere(ctx context.Context, d *running) error {
+	for {
+		err := s.tokenFor(ctx, d)
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if !errors.Is(err, errPlatformStarts) {
+			s.note(fmt.Sprintf("enrol the %s here: %v", d.role, err))
+		}
+		wait := enrolRetry
+		if errors.Is(err, errPlatformStarts) {
+			wait = watchFast
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(wait):
+		}
+	}
+}
+
+var errPlatformStarts = errors.New("the platform is not ready yet")
+
+func (s *service) tokenFor(ctx context.Context, d *running) error {
+	platform := s.daemons[0]
+	if platform.daemon.Status().State != supervise.Ready {
+		return errPlatformStarts
+	}
+	name := s.name(nil)
+	args := []string{string(d.role), "create", name, "--json"}
+	if d.role == config.Relay {
+		host, _ := d.settings(s.result.Config)["advertise-ip"].(string)
+		if all := addresses(s.net.Status()); host == "" && len(all) > 0 {
+			host = all[0]
+		}
+		if host == "" {
+			return errors.New("the relay's address is not known: there is no address yet, and relay: has no advertise-ip:")
+		}
+		args = append(args, "--host", host)
+	}
+	out, err := s.admin(ctx, args...)
+	if err != nil { // it was made before, and the token was lost
+		var again error
+		if out, again = s.admin(ctx, string(d.role), "token", name, "--json"); again != nil {
+			return err
+		}
+	}
+	var made struct {
+		Token string `json:"token"`
+	}
+	if err := json.Unmarshal(out, &made); err != nil || made.Token == "" {
+		return errors.New("the platform's answer has no token")
+	}
+	return secretFile(filepath.Join(runFolder, "credentials", d.name, "token"), []byte(made.Token), d.jail.UID)
+}
+
+// admin runs a verb of the sallyway program with the platform's own credential, as the platform's user.
+func (s *service) admin(ctx context.Context, args ...string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	jail := machine.Jail{UID: platformUID}
+	cmd := exec.CommandContext(ctx, executable, append([]string{jailWord, jail.String(), "sallyway"}, args...)...)
+	cmd.Dir, cmd.Env = "/", []string{"SALLYWAY_CREDENTIALS=" + filepath.Join(stateFolder, "platformd", "admin.token"), "HOME=/nonexistent", "TMPDIR=/tmp"}
+	var errText bytes.Buffer
+	cmd.Stderr = &errText
+	out, err := cmd.Output()
+	if err != nil {
+		first, _, _ := strings.Cut(strings.TrimSpace(errText.String()), "\n")
+		return nil, fmt.Errorf("%w: %.200s", err, first)
+	}
+	return out, nil
+}
