@@ -17,7 +17,9 @@ var always = []string{
 	"qemu_fw_cfg",                                         // a source of configuration
 	"isofs", "vfat", "nls_ascii", "nls_cp437", "nls_utf8", // seeds and the boot partition
 	"tun", "nf_tables", "nft_ct", "nft_limit",
-	"softdog",
+	"softdog", "efivarfs",
+	"button", "evdev", // the power button
+	"sch_fq", "tcp_bbr",
 }
 
 // byDevice are modules that a machine loads when it has a device for them. No Ethernet card that only real machines have is among them.
