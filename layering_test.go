@@ -96,7 +96,7 @@ var heavy = map[string][]string{
 	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "platform"},
 	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway"},
 	"github.com/coreos/go-systemd":        {"internal/daemon"},
-	"github.com/spf13":                    {"internal/daemon", "internal/admin", "internal/control/agent", "internal/appliance", "cmd", "gateway", "client", "relay", "platform", "images/packages"},
+	"github.com/spf13":                    {"images/appliance", "internal/daemon", "internal/admin", "internal/control/agent", "internal/appliance", "cmd", "gateway", "client", "relay", "platform", "images/packages"},
 	"go.yaml.in/yaml":                     {"internal/daemon", "gateway", "internal/appliance"},
 	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control"},
 

@@ -8,7 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
+
+	"sallyway/internal/appliance/update"
 )
 
 // fatEpoch is the first moment that FAT can write, 1980.
@@ -17,8 +20,9 @@ const fatEpoch = 315532800
 // loaderConf is systemd-boot's: no menu, no editing of the command line.
 const loaderConf = "timeout 0\neditor no\nauto-firmware no\n"
 
-// syslinuxConf is syslinux's. Its serial console is the appliance's.
-const syslinuxConf = "SERIAL 0 115200\nDEFAULT sallyway\nPROMPT 0\nTIMEOUT 0\nLABEL sallyway\n  LINUX /bios/vmlinuz\n  INITRD /bios/initrd\n  APPEND %s\n"
+// loaderEntry is the entry of systemd-boot for kernel and initramfs of a hybrid disk. Sort key and version are those of osRelease, so that it is
+// ordered among unified kernel images by its version.
+const loaderEntry = "title Sallyway %[1]s\nsort-key sallyway\nversion %[1]s\nlinux /%[2]s/%[1]s/%[3]s\ninitrd /%[2]s/%[1]s/%[4]s\noptions %[5]s\n"
 
 // disks makes the disks and returns the names of their files.
 func (b *builder) disks(ctx context.Context) ([]string, error) {
@@ -78,7 +82,7 @@ func (b *builder) disk(ctx context.Context, name string, bios bool) (string, err
 	}
 	var boot []byte
 	if bios {
-		if _, err := run(ctx, b.work, "syslinux", "--install", "--directory", "/bios", fat); err != nil {
+		if _, err := run(ctx, b.work, "syslinux", "--install", "--directory", "/"+update.BIOSFolder, fat); err != nil {
 			return "", err
 		}
 		if boot, err = os.ReadFile("/usr/lib/SYSLINUX/gptmbr.bin"); err != nil {
@@ -98,13 +102,19 @@ func (b *builder) disk(ctx context.Context, name string, bios bool) (string, err
 func (b *builder) tree(dir string, bios bool) error {
 	files := map[string]string{ // by their source
 		"EFI/BOOT/BOOT" + map[string]string{"amd64": "X64", "arm64": "AA64"}[b.arch] + ".EFI": filepath.Join(b.root, "usr/lib/systemd/boot/efi/systemd-boot"+efiName[b.arch]+".efi"),
-		"EFI/Linux/sallyway_" + b.version + ".efi":                                            filepath.Join(b.work, b.name+".efi"),
 	}
 	texts := map[string]string{"loader/loader.conf": loaderConf}
+	image := update.Entry{Version: update.Version(b.version)}
 	if bios {
-		files["bios/vmlinuz"] = filepath.Join(b.work, b.name+".vmlinuz")
-		files["bios/initrd"] = filepath.Join(b.work, b.name+".initrd")
-		texts["bios/syslinux.cfg"] = fmt.Sprintf(syslinuxConf, cmdline[b.arch])
+		folder := update.BIOSFolder + "/" + b.version + "/"
+		files[folder+update.BIOSKernel] = filepath.Join(b.work, b.name+".vmlinuz")
+		files[folder+update.BIOSInitrd] = filepath.Join(b.work, b.name+".initrd")
+		texts[folder+update.BIOSGood] = ""
+		texts[update.BIOSMenu] = string(update.Menu(update.MenuEntry{Version: image.Version, CmdLine: cmdline[b.arch]}))
+		texts["loader/entries/"+strings.TrimSuffix(image.String(), ".efi")+".conf"] = fmt.Sprintf(loaderEntry,
+			b.version, update.BIOSFolder, update.BIOSKernel, update.BIOSInitrd, b.arguments())
+	} else {
+		files[update.EFILinux+"/"+image.String()] = filepath.Join(b.work, b.name+".efi")
 	}
 	if err := b.notices(texts, bios); err != nil {
 		return err

@@ -53,8 +53,18 @@ func (b *builder) initramfs(ctx context.Context) error {
 	if err := errors.Join(a.writeTo(f), f.Close()); err != nil {
 		return err
 	}
-	_, err = run(ctx, b.work, "zstd", "-q", "-19", "-T1", raw, "-o", b.name+".initrd")
-	return err
+	packed, err := run(ctx, b.work, "xz", append(compression[b.arch], "--stdout", raw)...)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(b.work, b.name+".initrd"), packed, 0o644)
+}
+
+// compression are xz's arguments. The kernel knows CRC32 alone, and of the filters for machine code the one for x86. Xz takes 1.5 s longer to unpack than
+// zstd where a processor is emulated, nothing that is noticed elsewhere, and is a seventh smaller. The dictionary is memory that the kernel needs.
+var compression = map[string][]string{
+	"amd64": {"--check=crc32", "--threads=1", "--x86", "--lzma2=preset=9e,dict=16MiB"},
+	"arm64": {"--check=crc32", "--threads=1", "--lzma2=preset=9e,dict=16MiB"},
 }
 
 // osRelease is os-release(5) of the image. Boot loaders order images by its version.

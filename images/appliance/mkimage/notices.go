@@ -147,7 +147,7 @@ func (b *builder) manifest(made []string) error {
 		Cmdline  string          `json:"cmdline"`
 		Packages []debianPackage `json:"packages"`
 		Files    map[string]file `json:"files"`
-	}{b.version, b.arch, b.kernel.release, cmdline[b.arch], b.packages, make(map[string]file)}
+	}{b.version, b.arch, b.kernel.release, b.arguments(), b.packages, make(map[string]file)}
 	for _, name := range made {
 		path := filepath.Join(b.work, name)
 		fi, err := os.Stat(path)

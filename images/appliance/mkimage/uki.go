@@ -34,7 +34,7 @@ func (b *builder) uki() error {
 	image, err := addSections(stub, []section{
 		{".osrel", []byte(b.osRelease())},
 		{".uname", []byte(b.kernel.release)},
-		{".cmdline", []byte(cmdline[b.arch])},
+		{".cmdline", []byte(b.arguments())},
 		{".initrd", initrd},
 		{".linux", linux},
 	})
