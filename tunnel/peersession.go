@@ -29,7 +29,9 @@ type peerSession struct {
 	open, seen atomic.Int64
 	renewed    atomic.Uint64 // congestion windows
 	rescued    atomic.Uint64
-	stuck      stuck // the server's watchRescues alone uses it
+	stuck      stuck // the server's watchRescues alone uses this and the next two
+	known      known
+	stoodIn    *port // the link that was shown under another's address last
 	ctrl       atomic.Pointer[control]
 }
 

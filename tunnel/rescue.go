@@ -11,16 +11,23 @@ import (
 // paths that were validated die at once, there is none, and the path that could bring new ones is dead: the session would idle out while its
 // packets arrive.
 //
-// A rescue ends that from below. Where packets of a session come over one link and none over the link of its active address, what QUIC writes
-// to that address leaves over the link that works. Nothing else changes: packets are still shown as coming from the address of the link they
-// came on, whatever path they come on QUIC takes acknowledgements and connection IDs out of them, and then it validates the new path and moves as always.
+// A rescue ends that from below, where packets of a session come over one link and none over the link of its active address. First the link that
+// works is shown under the address of one that does not, the last that QUIC has heard of beside the active one: that path has a connection ID
+// already, so QUIC moves there and begins with new timers. QUIC may have validated the address when it stood for the other link; that the
+// one that stands for it now leads to the peer has been shown by probes under the session's keys.
+//
+// Where that is of no use, since QUIC has forgotten that path or there never was one, what QUIC writes to the active address leaves over the link
+// that works. Nothing else changes: packets are still shown as coming from the address of the link they came on, whatever path they come on QUIC
+// takes acknowledgements and connection IDs out of them, and then it validates the new path and moves as always. It begins only when QUIC
+// writes, which after a long silence may be seconds away.
 
 const (
 	// rescueEvery is how often links are looked at.
-	rescueEvery = 250 * time.Millisecond
-	// rescueAfter is how long the link of the active address must have been silent while packets came over another. A move that works takes a round
-	// trip, and a move to a validated path none; where it takes longer a rescue does no harm.
-	rescueAfter = 500 * time.Millisecond
+	rescueEvery = 100 * time.Millisecond
+	// rescueAfter and three round trips is how long the link of the active address must have been silent while packets came over another, mostRescueAfter
+	// at most. A move that works takes a round trip, and a move to a validated path none; where it takes longer a rescue does no harm.
+	rescueAfter     = 300 * time.Millisecond
+	mostRescueAfter = time.Second
 	// rescueRecent is how long ago a packet may have come over a link that is looked at: what a peer sends into silence comes ever more seldom.
 	rescueRecent = 2 * time.Second
 	// rescueAgain is after how long a session that still sends to an address that was lent is shown the link under a new one. QUIC forgets one of
@@ -33,11 +40,13 @@ const (
 )
 
 const (
-	// knockEvery is how long a client waits for QUIC's answer after a move before it sends all again, and from then on. QUIC's own timer is backed
-	// off by what came before the move.
+	// knockSoon is how long a client waits for QUIC's answer after a move before it sends all again, the first knocksSoon times, and knockEvery is
+	// how long from then on. QUIC's own timer is backed off by what came before the move.
+	knockSoon  = 200 * time.Millisecond
+	knocksSoon = 4
 	knockEvery = 700 * time.Millisecond
 	// mostKnocks bounds them by move: 20 s of a path that is alive.
-	mostKnocks = 28
+	mostKnocks = 32
 )
 
 // knock sends again what is under way when no packet has come over any link since the last move though the active path answers probes: it shows
@@ -53,7 +62,11 @@ func (s *Session) knock(now time.Time) time.Duration {
 			return idleInterval
 		}
 	}
-	if wait := knockEvery - min(now.Sub(s.lastMove), now.Sub(s.knocked)); wait > 0 {
+	every := knockEvery
+	if s.knocks < knocksSoon {
+		every = max(knockSoon, min(2*s.conn.ConnectionStats().SmoothedRTT, knockEvery))
+	}
+	if wait := every - min(now.Sub(s.lastMove), now.Sub(s.knocked)); wait > 0 {
 		return wait
 	}
 	if s.takeOverLocked(true) {
@@ -64,7 +77,7 @@ func (s *Session) knock(now time.Time) time.Duration {
 			s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)
 		}
 	}
-	return knockEvery
+	return every
 }
 
 // stuck is what is known of a session whose packets come over another link than that of its active address.
@@ -141,6 +154,10 @@ func (s *Server) rescue(now time.Duration) {
 		if other := latest[sess]; other == nil || other.heard() < p.heard() {
 			latest[sess] = p
 		}
+		if a, ok := sess.conn.RemoteAddr().(*net.UDPAddr); ok {
+			sess.known.at(virtualID(a), now)
+			sess.known.note(p)
+		}
 	}
 	for sess, p := range latest {
 		if s.judge(sess, p, now) {
@@ -163,24 +180,118 @@ func (s *Server) judge(sess *peerSession, p *port, now time.Duration) bool {
 		heard = active.heard()
 	}
 	if active == p {
-		sess.stuck = stuck{}
+		sess.stuck, sess.stoodIn = stuck{}, nil
 		if s.merged.lentFor(a, rescueAgain, now) {
 			s.relabel(p)
 		}
 		return false
 	}
-	return sess.stuck.due(p, p.heard(), heard, now) && s.merged.lend(a, p, now)
+	if !sess.stuck.due(p, p.heard(), heard, now, min(rescueAfter+3*sess.conn.ConnectionStats().SmoothedRTT, mostRescueAfter)) {
+		return false
+	}
+	if id := sess.known.last(p, now); id != 0 && sess.stoodIn != p {
+		sess.stoodIn = p
+		if s.merged.standIn(p, id) {
+			sess.known.forget(id)
+			return true
+		}
+	}
+	return s.merged.lend(a, p, now)
+}
+
+// known are the addresses that QUIC may have paths for beside the active one: those from which packets of a session came since it moved last.
+// It forgets all others when it moves, and the one that was silent for longest when there are too many.
+type known struct {
+	active uint64
+	moved  time.Duration // to the active one, as far as was seen
+	heard  map[uint64]time.Duration
+}
+
+// note takes down when packets came from the addresses of a link.
+func (k *known) note(p *port) {
+	for _, s := range []*source{&p.main, &p.alias} {
+		id, at := virtualID(s.addr.Load()), time.Duration(s.last.Load())
+		if at == 0 || at <= k.moved || id == k.active {
+			continue
+		}
+		if k.heard == nil {
+			k.heard = make(map[uint64]time.Duration)
+		}
+		k.heard[id] = at
+		if len(k.heard) > mostKnown {
+			oldest := id
+			for id, at := range k.heard {
+				if at < k.heard[oldest] {
+					oldest = id
+				}
+			}
+			delete(k.heard, oldest)
+		}
+	}
+}
+
+// mostKnown bounds known: QUIC has three paths beside the active one, one of which may be that of the link that works.
+const mostKnown = 4
+
+// at takes down which address is active.
+func (k *known) at(active uint64, now time.Duration) {
+	switch k.active {
+	case active:
+	case 0: // the session is new to us
+		k.active = active
+	default:
+		*k = known{active: active, moved: now}
+	}
+}
+
+// last is the address that was heard last of those whose packets come no more; 0 is none.
+func (k *known) last(working *port, now time.Duration) uint64 {
+	best := uint64(0)
+	for id, at := range k.heard {
+		if id != virtualID(working.main.addr.Load()) && id != virtualID(working.alias.addr.Load()) && now-at > rescueAfter && (best == 0 || at > k.heard[best]) {
+			best = id
+		}
+	}
+	return best
+}
+
+func (k *known) forget(id uint64) { delete(k.heard, id) }
+
+// standIn shows p's link under address id from now on, which was another link's. That one, if it is still there, gets a new one. It reports whether
+// it did.
+func (m *Merged) standIn(p *port, id uint64) bool {
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	if _, is := m.lent[id]; is || m.done || p.ended() {
+		return false
+	}
+	now := virtualID(p.main.addr.Load())
+	other := (*m.ports.Load())[id]
+	m.changeLocked(func(ports map[uint64]*port) {
+		if other != nil {
+			m.lastID += 2
+			next, s := virtualAddr(m.lastID), other.source(virtualAddr(id))
+			s.addr.Store(next)
+			ports[virtualID(next)] = other
+		}
+		ports[id] = p
+	})
+	p.former = now
+	p.main.addr.Store(virtualAddr(id))
+	m.settleLocked()
+	m.stats.rescued.Add(1)
+	return true
 }
 
 // due reports whether it is time for a rescue, when the last packet of the session came over p at came and the last one over the link of the
 // active address at heard, 0 for never. One look is not enough: a standby that is being validated brings some packets as well, while an idle
 // session's active path is silent for 15 s at a time.
-func (k *stuck) due(p *port, came, heard, now time.Duration) bool {
+func (k *stuck) due(p *port, came, heard, now, after time.Duration) bool {
 	if k.over != p || k.since <= heard {
 		*k = stuck{over: p, since: now}
 		return false
 	}
-	if now-k.since < rescueAfter || came-k.since < rescueEvery {
+	if now-k.since < after || came-k.since < rescueEvery {
 		return false
 	}
 	*k = stuck{}

@@ -84,6 +84,40 @@ func TestRescueWithoutConnectionID(t *testing.T) {
 	}
 }
 
+// All paths are silent for so long that QUIC at the gateway would send again only seconds later, with as much under way as its window holds, and it
+// has no connection ID for the path that comes.
+func TestRescueAfterLongSilence(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	a, b, c, d := w.link("a"), w.link("b"), w.link("c"), w.link("d")
+	s := w.dial(a, nil)
+	came, finish := busyFlow(t, s)
+	for _, l := range []*fakeLink{b, c} {
+		if err := s.Standby(timeout(t, 5*time.Second), l, LinkInfo{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, l := range []*fakeLink{a, b, c} {
+		cut(l, true)
+	}
+	const outage = 6 * time.Second
+	<-time.After(outage) // the silence itself
+	before, start := came(), time.Now()
+	if err := s.Repoint(d, LinkInfo{Name: "d"}, "all lost"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "traffic on the fourth link", func() bool { return came() > before+256<<10 })
+	took := time.Since(start)
+	t.Logf("256 KiB further after %v", took)
+	if took > outage/2 { // it was the whole of QUIC's own time once more
+		t.Errorf("it took %v", took)
+	}
+	if in := w.server.Sessions()[0]; in.Rescued != 1 || in.Path.Name != "d" {
+		t.Errorf("the gateway says %+v", in)
+	}
+	finish()
+}
+
 // Moves in quick succession, most of them before the exchange of connection IDs after the one before is over, from links that die. The
 // sessions are all of one node.
 func TestQuickMoves(t *testing.T) {
@@ -257,7 +291,7 @@ func TestRescueIsDue(t *testing.T) {
 	} {
 		var k stuck
 		for i, l := range looks {
-			if got := k.due(l.over, l.came, l.heard, l.now); got != l.want {
+			if got := k.due(l.over, l.came, l.heard, l.now, rescueAfter); got != l.want {
 				t.Errorf("%s, look %d: %v", name, i, got)
 			}
 		}
