@@ -190,7 +190,10 @@ func (c *Config) image(p Program, arch string, base v1.Layer) (Image, error) {
 
 // config is what an engine reads to run the image.
 func (c *Config) config(p Program) v1.Config {
-	ports := map[string]struct{}{}
+	var ports map[string]struct{}
+	if len(p.Ports) > 0 {
+		ports = make(map[string]struct{}, len(p.Ports))
+	}
 	for _, port := range p.Ports {
 		ports[port] = struct{}{}
 	}

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -122,14 +121,18 @@ func (p *podman) health(ctx context.Context, name string) error {
 	return err
 }
 
-// healthy waits until a container's health check passes.
+// healthy waits until a container's health check passes, while it runs.
 func (p *podman) healthy(t *testing.T, name string) {
 	t.Helper()
 	until(t, name+" is healthy", 45*time.Second, func() error {
-		if err := p.health(t.Context(), name); err != nil {
-			return errors.Join(err, p.running(t.Context(), name))
+		err := p.health(t.Context(), name)
+		if err == nil {
+			return nil
 		}
-		return nil
+		if gone := p.running(t.Context(), name); gone != nil {
+			t.Fatal(gone)
+		}
+		return err
 	})
 }
 

@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -100,13 +99,21 @@ func TestContainers(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("network namespaces need root")
 	}
-	images := build(t)
+	images := build(t, t.TempDir())
 	s := &site{podman: newPodman(t), t: t, names: map[string]string{}}
 	dir := t.TempDir()
 	if err := oci.Save(images, dir); err != nil {
 		t.Fatal(err)
 	}
 	for _, i := range images {
+		fi, err := os.Stat(filepath.Join(dir, i.Archive()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s: %.1f MB", i.Archive(), float64(fi.Size())/1e6)
+		if fi.Size() > oci.MaxSize {
+			t.Errorf("%s has %d bytes, more than %d", i.Archive(), fi.Size(), oci.MaxSize)
+		}
 		s.must(t, "load", "--quiet", "--input="+filepath.Join(dir, i.Archive()))
 		s.names[i.Program.Name] = i.Name
 	}
@@ -303,27 +310,4 @@ func (s *site) ends(name string) {
 	if code := s.must(s.t, "inspect", "--format={{.State.ExitCode}}", name); code != "0" {
 		s.t.Errorf("%s was stopped and ended with %s\n%s", name, code, s.log(name))
 	}
-}
-
-// build builds the images for this machine.
-func build(t *testing.T) []oci.Image {
-	t.Helper()
-	c := compiler(t, t.TempDir())
-	if err := c.Compile(t.Context(), runtime.GOARCH, oci.Programs()); err != nil {
-		t.Fatal(err)
-	}
-	images, err := oci.Build(oci.Config{Binary: c.Binary, Arches: []string{runtime.GOARCH}, Version: "test", Commit: "0123456789ab", Created: time.Unix(1_700_000_000, 0), License: []byte("licence")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return images
-}
-
-func compiler(t *testing.T, dir string) oci.Compiler {
-	t.Helper()
-	root, err := lab.SourceRoot()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return oci.Compiler{Go: "go", Source: root, Dir: dir, Version: "test", Commit: "0123456789ab"}
 }
