@@ -55,13 +55,15 @@ type nic struct {
 
 	cancel context.CancelFunc
 	ended  sync.WaitGroup
-	plug   chan struct{} // the carrier has come: see whether we are still where we were
+	// The carrier has come: see whether we are still where we were. One for each family.
+	plug, plug6 chan struct{}
 
 	// Guarded by n.mu.
 	carrier   bool
 	mtu       int
 	addresses []netip.Prefix
 	routers   []netip.Addr
+	slaac     bool // an address is of the kernel's making, by router advertisements
 	found     map[string]*found
 }
 
@@ -70,7 +72,7 @@ func newNIC(n *Network, l netlink.Link, order int) *nic {
 	a := l.Attrs()
 	c := &nic{
 		n: n, log: n.log.With("link", a.Name), name: a.Name, index: a.Index, mac: slices.Clone(a.HardwareAddr), driver: driver(a.Name), order: order,
-		plug: make(chan struct{}, 1), found: map[string]*found{},
+		plug: make(chan struct{}, 1), plug6: make(chan struct{}, 1), found: map[string]*found{},
 	}
 	for _, f := range n.cfg.Interfaces {
 		if f.Name == "" && f.MAC == "" && order == 0 || f.Name != "" && f.Name == a.Name || f.MAC != "" && f.MAC == a.HardwareAddr.String() {
@@ -106,13 +108,15 @@ func (c *nic) observe(l netlink.Link) {
 	a := l.Attrs()
 	carrier := a.RawFlags&unix.IFF_LOWER_UP != 0 && a.RawFlags&unix.IFF_RUNNING != 0
 	if carrier && !c.carrier {
-		select {
-		case c.plug <- struct{}{}:
-		default:
+		for _, ch := range []chan struct{}{c.plug, c.plug6} {
+			select {
+			case ch <- struct{}{}:
+			default:
+			}
 		}
 	}
 	c.carrier, c.mtu = carrier, a.MTU
-	c.addresses, c.routers = nil, nil
+	c.addresses, c.routers, c.slaac = nil, nil, false
 	addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
 	if err != nil {
 		c.log.Warn("addresses cannot be listed", "error", err)
@@ -122,6 +126,8 @@ func (c *nic) observe(l netlink.Link) {
 		p := prefix(a.IPNet)
 		if p.IsValid() && !p.Addr().IsLinkLocalUnicast() && a.Flags&(unix.IFA_F_TENTATIVE|unix.IFA_F_DADFAILED) == 0 {
 			c.addresses = append(c.addresses, p)
+			// DHCPv6 gives /128, the configuration what lasts.
+			c.slaac = c.slaac || p.Addr().Is6() && a.Flags&unix.IFA_F_PERMANENT == 0 && p.Bits() == 64
 		}
 	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
@@ -158,7 +164,7 @@ func (c *nic) link() Link {
 		f := c.found[s]
 		switch {
 		case f == nil:
-		case f.addresses:
+		case f.addresses || s == byRA && c.slaac:
 			from = append(from, s)
 			if !f.expires.IsZero() {
 				l.Expires = time.Now().Add(time.Until(f.expires)).Round(time.Second) // the clock may have been stepped since
@@ -200,7 +206,17 @@ func (c *nic) run(ctx context.Context) {
 	has := func(six bool) bool {
 		return slices.ContainsFunc(c.cfg.Addresses, func(a netip.Prefix) bool { return a.Addr().Is6() == six })
 	}
+	var routers *router6
+	if !has(true) {
+		// Machines without IPv6 have no such socket, and need none.
+		if routers, err = newRouter6(c); err != nil {
+			c.log.Info("router advertisements are not heard", "error", err)
+		}
+	}
 	if err := c.configure(l, has(true)); err != nil {
+		if routers != nil {
+			routers.conn.Close()
+		}
 		c.log.Error("the link cannot be configured", "error", err)
 		c.tell(static, &found{err: err.Error()})
 		if !has(false) && !has(true) {
@@ -214,8 +230,8 @@ func (c *nic) run(ctx context.Context) {
 	if !has(false) {
 		c.ended.Go(func() { (&dhcp4{nic: c}).run(ctx) })
 	}
-	if !has(true) {
-		c.ended.Go(func() { (&router6{nic: c}).run(ctx) })
+	if routers != nil {
+		c.ended.Go(func() { routers.run(ctx) })
 	}
 }
 
@@ -346,7 +362,11 @@ func (c *nic) address(p netip.Prefix, valid, preferred time.Duration) error {
 	}
 	a := &netlink.Addr{IPNet: ipNet(p)}
 	if valid > 0 {
-		a.ValidLft, a.PreferedLft = int(valid/time.Second), int(cmp.Or(preferred, valid)/time.Second)
+		// Rounded up: before the kernel does we have tried to renew it, or removed it.
+		a.ValidLft, a.PreferedLft = int((valid+time.Second-1)/time.Second), int((cmp.Or(preferred, valid)+time.Second-1)/time.Second)
+	}
+	if p.Addr().Is6() {
+		a.Flags |= unix.IFA_F_NOPREFIXROUTE
 	}
 	if err := netlink.AddrReplace(l, a); err != nil {
 		return fmt.Errorf("address %s: %w", p, err)
