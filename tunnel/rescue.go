@@ -54,13 +54,8 @@ const (
 func (s *Session) knock(now time.Time) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.err != nil || s.moves == 0 || s.knocks >= mostKnocks {
+	if !s.unansweredLocked() {
 		return idleInterval
-	}
-	for _, sl := range s.slots {
-		if time.Duration(sl.src.last.Load()) > s.lastMove.Sub(epoch) {
-			return idleInterval
-		}
 	}
 	every := knockEvery
 	if s.knocks < knocksSoon {
@@ -78,6 +73,26 @@ func (s *Session) knock(now time.Time) time.Duration {
 		}
 	}
 	return every
+}
+
+// unanswered reports whether no packet has come over any link since the last move, and the session has not given up on one. Then its paths are
+// probed as if flows moved: they may wait to.
+func (s *Session) unanswered() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.unansweredLocked() && time.Since(s.lastMove) < mostKnocks*knockEvery
+}
+
+func (s *Session) unansweredLocked() bool {
+	if s.err != nil || s.moves == 0 || s.knocks >= mostKnocks {
+		return false
+	}
+	for _, sl := range s.slots {
+		if time.Duration(sl.src.last.Load()) > s.lastMove.Sub(epoch) {
+			return false
+		}
+	}
+	return true
 }
 
 // stuck is what is known of a session whose packets come over another link than that of its active address.
