@@ -116,8 +116,11 @@ func boot() {
 	case <-time.After(2 * time.Minute): // each daemon has its own, shorter limit
 		n.console.Print("not everything has stopped")
 	}
-	if err := machine.Unmount(stateFolder); err != nil {
-		n.console.Print("state partition: " + err.Error())
+	n.stopUpdater()
+	for _, f := range []string{stateFolder, bootFolder} {
+		if err := machine.Unmount(f); err != nil {
+			n.console.Print(f + ": " + err.Error())
+		}
 	}
 	cancel()
 	bye, gone := context.WithTimeout(context.Background(), 2*time.Second)
@@ -208,7 +211,7 @@ func (n *node) prepare() error {
 	if err := machine.Settings("/proc/sys"); err != nil {
 		n.note(err.Error())
 	}
-	for _, dir := range []string{"/etc", stateFolder, runFolder, runFolder + "/etc", runFolder + "/notify", runFolder + "/config", runFolder + "/credentials"} {
+	for _, dir := range []string{"/etc", stateFolder, bootFolder, runFolder, runFolder + "/etc", runFolder + "/notify", runFolder + "/config", runFolder + "/credentials"} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}

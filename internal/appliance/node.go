@@ -2,7 +2,6 @@ package appliance
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -36,6 +35,10 @@ type node struct {
 	state   *state.Mounted
 	power   chan power
 	beat    atomic.Int64 // when the status loop last went round, in seconds since started
+
+	// healthy is what blesses an image: everything that this appliance is for works.
+	healthy atomic.Bool
+	updates updates
 
 	mu    sync.Mutex
 	notes []string // guarded by mu
@@ -101,6 +104,7 @@ func (n *node) configured(ctx context.Context) error {
 	for _, err := range r.Errs {
 		n.note("a configuration is wrong and is passed over: " + err.Error())
 	}
+	n.startUpdater(r.Config)
 	s := &service{node: n, result: r, devices: devices, metadata: only.Metadata && r.Config == nil, drawn: time.Now().Add(-time.Hour)}
 	return s.run(ctx)
 }
@@ -134,6 +138,7 @@ const onlineWait = 20 * time.Second
 func (s *service) run(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
+	defer s.healthy.Store(false)
 	cfg := s.networkConfig()
 	cfg.ResolvConf, cfg.Log = resolvConf, s.slog
 	var err error
@@ -323,6 +328,7 @@ func (s *service) watch(ctx context.Context, failed <-chan error) error {
 			healthy = healthy && v.ready && v.status.State == supervise.Ready
 			stuck = stuck || v.status.State == supervise.Refused
 		}
+		s.healthy.Store(healthy || s.result.Config == nil && len(s.result.Errs) == 0 && net.Online)
 		if healthy && !s.ready {
 			s.ready = true
 			s.console.Machine(console.ReadyLine, s.readyDocument(views, net))
@@ -377,7 +383,7 @@ func (s *service) readyDocument(views []view, net network.Status) console.Ready 
 	used, _ := memory("/proc/meminfo")
 	return console.Ready{
 		Role: string(s.result.Config.Role), Name: s.name(views), Version: version.Get().Version, Addresses: addresses(net), Config: s.result.Source,
-		State: s.stateText(), SinceBoot: machine.SinceBoot().Seconds(), MemoryBytes: used,
+		State: s.stateText(), Slot: s.slot().Version, SinceBoot: machine.SinceBoot().Seconds(), MemoryBytes: used,
 	}
 }
 
@@ -423,6 +429,9 @@ func (s *service) block(views []view, net network.Status) console.Block {
 		st += fmt.Sprintf(", %d MiB", s.state.Bytes>>20)
 	}
 	b.Rows = append(b.Rows, console.Row{Name: "state", Text: st})
+	if slot := s.slot(); slot.Text != "" {
+		b.Rows = append(b.Rows, console.Row{Name: "image", Text: slot.Text})
+	}
 	for _, err := range s.result.Errs {
 		b.Rows = append(b.Rows, console.Row{Name: "problem", Text: err.Error()})
 	}
@@ -462,10 +471,4 @@ func (s *service) draw(b console.Block, asked bool) {
 			}
 		}
 	}
-}
-
-// fingerprint names a secret in logs.
-func fingerprint(s daemon.Secret) string {
-	sum := sha256.Sum256([]byte(s.Reveal()))
-	return fmt.Sprintf("%x", sum[:4])
 }

@@ -40,6 +40,9 @@ func words(line string) []string {
 // cmdlineSecrets are last words of keys that never stand on a command line: everybody on the host can read it, and it is logged.
 var cmdlineSecrets = []string{"token", "password", "secret", "key"}
 
+// imageKey is the version of the image that was started.
+const imageKey = "image"
+
 // CmdlineOnly are keys that only the command line has.
 type CmdlineOnly struct {
 	Metadata bool // ask the cloud's metadata service
@@ -61,6 +64,9 @@ func Cmdline(line string) (Found, CmdlineOnly) {
 		if slices.ContainsFunc(cmdlineSecrets, func(s string) bool { return last == s || strings.HasSuffix(last, "-"+s) }) {
 			f.Notes = append(f.Notes, fmt.Sprintf("command line: %s%.40s is refused: everybody can read a command line; hand it over by SMBIOS, fw_cfg or a seed disk", cmdlinePrefix, key))
 			continue
+		}
+		if key == imageKey {
+			continue // which image this is: internal/appliance/update reads it
 		}
 		if key == "metadata" {
 			only.Metadata = value == "1" || value == "yes" || value == "true" || value == "on"

@@ -102,14 +102,16 @@ type Route struct {
 
 // Update is how the appliance gets new versions of itself. The zero value is: by nobody.
 type Update struct {
-	// URL is where internal/appliance/update looks for a newer image; "" means that it does not look.
+	// URL is that of a signed manifest, which is looked at every so often; "" means never.
 	URL string `yaml:"url,omitempty"`
 	// Every is how often, 0 means once a day.
 	Every time.Duration `yaml:"every,omitempty"`
+	// Keys are public keys for the signature, besides those that the program was built with.
+	Keys []string `yaml:"keys,omitempty"`
 }
 
 // IsZero says that nothing is set.
-func (u Update) IsZero() bool { return u == Update{} }
+func (u Update) IsZero() bool { return u.URL == "" && u.Every == 0 && len(u.Keys) == 0 }
 
 // document is the YAML form.
 type document struct {

@@ -82,6 +82,31 @@ func (f Finder) number(device, name string) int64 {
 	return n
 }
 
+// BootPartition is the device of the partition that images are kept on: the one with this unique identifier, in lower case, or else the first with
+// the name BootLabel. It is "" where there is none.
+func (f Finder) BootPartition(id string) string {
+	named := ""
+	for _, d := range f.disks() {
+		t, err := f.table(d)
+		if err != nil {
+			continue
+		}
+		for i, p := range t.Partitions {
+			if p.Empty() {
+				continue
+			}
+			device, ok := f.partition(d, i+1)
+			if ok && id != "" && p.ID.String() == id {
+				return device
+			}
+			if ok && named == "" && p.Name == BootLabel {
+				named = device
+			}
+		}
+	}
+	return named
+}
+
 // partition returns the device name of a partition, by its number.
 func (f Finder) partition(disk string, number int) (string, bool) {
 	all, _ := filepath.Glob(filepath.Join(f.Sys, "class/block", disk, disk+"*", "partition")) // the pattern is right
