@@ -24,7 +24,7 @@ type builder struct {
 	Arch     string // as Go names it
 	Bin      string // folder with the programs
 	Nfpm     string // the program nfpm
-	ModCache string // Go's module cache, for the licences of what is linked in
+	ModCache string // Go's module cache, for the licences of what is linked in; empty leaves them out, for tests
 	GoRoot   string // the Go distribution, for its own
 }
 

@@ -186,6 +186,9 @@ func (s *stager) documents() error {
 	if err := s.zip(dir+"changelog", []byte(log)); err != nil {
 		return err
 	}
+	if s.builder.ModCache == "" {
+		return nil
+	}
 	notices, err := s.notices()
 	if err != nil {
 		return err
