@@ -28,7 +28,7 @@ var byDevice = map[string][]string{
 		"virtio_net", "virtio_blk", "virtio_scsi", "virtio_rng", "virtio_console", "virtio_balloon", // KVM, Google
 		"sd_mod", "sr_mod", "ata_piix",
 		"ena", "gve", // Amazon, Google
-		"hv_vmbus", "hv_netvsc", "hv_storvsc", "hv_utils", "hyperv_keyboard", "pci_hyperv", "mana", "mlx4_en", // Hyper-V, Azure
+		"hv_vmbus", "hv_netvsc", "hv_storvsc", "hv_utils", "hyperv_keyboard", "pci_hyperv", "mana", // Hyper-V, Azure
 		"vmxnet3", "vmw_pvscsi", // VMware
 		"xen_netfront", "xen_blkfront", "ixgbevf",
 	},

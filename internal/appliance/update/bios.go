@@ -44,7 +44,7 @@ func Menu(entries ...MenuEntry) []byte {
 		if i == 0 {
 			fmt.Fprintf(&b, "DEFAULT %s\n", e.Version)
 		}
-		fmt.Fprintf(&b, "LABEL %s\n  LINUX /%s/%[1]s/%s\n  INITRD /%[2]s/%[1]s/%[4]s\n  APPEND %s %s%[1]s\n",
+		fmt.Fprintf(&b, "LABEL %[1]s\n  LINUX /%[2]s/%[1]s/%[3]s\n  INITRD /%[2]s/%[1]s/%[4]s\n  APPEND %[5]s %[6]s%[1]s\n",
 			e.Version, BIOSFolder, BIOSKernel, BIOSInitrd, strings.TrimSpace(e.CmdLine), Parameter)
 	}
 	return []byte(b.String())
