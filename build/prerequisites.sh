@@ -22,9 +22,10 @@ bench)
 		redis-server
 		podman runc                                                        # containers
 		tinyproxy-bin microsocks                                           # egress proxies
+		dnsmasq-base                                                       # a DHCP server and router for the appliance
 		gcc libc6-dev                                                      # the race detector
 	)
-	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks gcc)
+	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc)
 	;;
 *)
 	echo "usage: $0 [demo|bench]" >&2
