@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"sallyway/images/notices"
 )
 
 // Compiler builds the programs from a source tree, the same bytes wherever the tree lies.
@@ -48,4 +50,9 @@ func (c Compiler) Compile(ctx context.Context, arch string, programs []Program) 
 // Binary is Config.Binary: the path of what Compile wrote.
 func (c Compiler) Binary(program, arch string) (string, error) {
 	return filepath.Join(c.Dir, arch, program), nil
+}
+
+// Notices is Config.Notices.
+func (c Compiler) Notices(program, arch string) ([]byte, error) {
+	return notices.Of(context.Background(), c.Go, filepath.Join(c.Dir, arch, program))
 }

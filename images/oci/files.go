@@ -55,17 +55,33 @@ func (c *Config) base() (v1.Layer, error) {
 	return c.layer(entries)
 }
 
-// program is the layer with the program alone.
-func (c *Config) program(p Program, path string) (v1.Layer, error) {
+// program is the layer with the program, and what has to be said of whose work is in it.
+func (c *Config) program(p Program, arch, path string) (v1.Layer, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
-	return c.layer([]entry{
+	entries := []entry{
 		{path: "usr", mode: 0o755, dir: true},
 		{path: "usr/bin", mode: 0o755, dir: true},
 		{path: p.Path()[1:], mode: 0o755, data: b},
-	})
+	}
+	if c.Notices != nil {
+		text, err := c.Notices(p.Name, arch)
+		if err != nil {
+			return nil, err
+		}
+		var packed bytes.Buffer
+		w := gzip.NewWriter(&packed)
+		if _, err := w.Write(text); err != nil {
+			return nil, err
+		}
+		if err := w.Close(); err != nil {
+			return nil, err
+		}
+		entries = append(entries, entry{path: "usr/share/doc/sallyway/NOTICES.gz", mode: 0o644, data: packed.Bytes()})
+	}
+	return c.layer(entries)
 }
 
 // roots are the certificate authorities of the public web as Go's x509roots has them, in PEM. They come with a module, so an image does not

@@ -19,7 +19,6 @@ import (
 
 // compose is what compose.yaml may hold; another key is an error.
 type compose struct {
-	Name     string                       `yaml:"name"`
 	Hardened service                      `yaml:"x-hardened"`
 	Services map[string]service           `yaml:"services"`
 	Secrets  map[string]map[string]string `yaml:"secrets"`
@@ -35,7 +34,7 @@ type service struct {
 	Ports           []string          `yaml:"ports"`
 	Volumes         []string          `yaml:"volumes"`
 	Secrets         []string          `yaml:"secrets"`
-	Sysctls         map[string]string `yaml:"sysctls"`
+	Sysctls         []string          `yaml:"sysctls"`
 	ReadOnly        bool              `yaml:"read_only"`
 	CapDrop         []string          `yaml:"cap_drop"`
 	SecurityOpt     []string          `yaml:"security_opt"`

@@ -8,7 +8,7 @@
 //	/etc/nsswitch.conf                   names: hosts file first, then DNS
 //	/var/lib/sallyway                    the volume; the state folder is made below it
 //	/tmp                                 empty, for who mounts something there
-//	/usr/share/doc/sallyway/LICENSE
+//	/usr/share/doc/sallyway              licence, and NOTICES.gz: those of what is linked into the program
 //
 // The same source, Go release and time give the same bytes. There is no shell; nothing secret is in an image.
 //
@@ -101,6 +101,8 @@ type Config struct {
 	Commit     string    // of the source; empty where unknown
 	Created    time.Time // zero: 1970; whole seconds
 	License    []byte    // text of the licence
+	// Notices returns the licences of what is linked into a program; nil leaves them out.
+	Notices func(program, arch string) ([]byte, error)
 }
 
 // architectures are what is built where nobody says otherwise.
@@ -155,7 +157,7 @@ func (c *Config) image(p Program, arch string, base v1.Layer) (Image, error) {
 	if err != nil {
 		return i, err
 	}
-	program, err := c.program(p, path)
+	program, err := c.program(p, arch, path)
 	if err != nil {
 		return i, err
 	}

@@ -3,6 +3,7 @@ package oci_test
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/rand"
 	"crypto/x509"
@@ -57,7 +58,7 @@ func build(t *testing.T, dir string) []oci.Image {
 	if err := c.Compile(t.Context(), runtime.GOARCH, oci.Programs()); err != nil {
 		t.Fatal(err)
 	}
-	return assemble(t, oci.Config{Binary: c.Binary, Arches: []string{runtime.GOARCH}})
+	return assemble(t, oci.Config{Binary: c.Binary, Notices: c.Notices, Arches: []string{runtime.GOARCH}})
 }
 
 func assemble(t *testing.T, c oci.Config) []oci.Image {
@@ -74,10 +75,15 @@ func assemble(t *testing.T, c oci.Config) []oci.Image {
 func small(t *testing.T, repository string) []oci.Image {
 	t.Helper()
 	dir := t.TempDir()
-	return assemble(t, oci.Config{Repository: repository, Binary: func(program, arch string) (string, error) {
+	return assemble(t, oci.Config{Repository: repository, Notices: notices, Binary: func(program, arch string) (string, error) {
 		path := filepath.Join(dir, program+"-"+arch)
 		return path, os.WriteFile(path, []byte(path[len(dir):]), 0o755)
 	}})
+}
+
+// notices stands for the licences of a program.
+func notices(program, arch string) ([]byte, error) {
+	return []byte("licences in " + program + " for " + arch), nil
 }
 
 // content is every entry of an image's file system.
@@ -153,6 +159,13 @@ func TestImage(t *testing.T) {
 			if !strings.Contains(string(data["/etc/passwd"]), ":65532:65532:") || string(data["/usr/share/doc/sallyway/LICENSE"]) != "the licence\n" {
 				t.Errorf("passwd %q", data["/etc/passwd"])
 			}
+			packed, err := gzip.NewReader(bytes.NewReader(data["/usr/share/doc/sallyway/NOTICES.gz"]))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b, err := io.ReadAll(packed); err != nil || string(b) != "licences in "+i.Program.Name+" for "+i.Arch {
+				t.Errorf("notices: %q, %v", b, err)
+			}
 			if h := headers[oci.StateRoot]; h == nil || h.Typeflag != tar.TypeDir {
 				t.Errorf("%s is not there", oci.StateRoot)
 			}
@@ -175,7 +188,7 @@ func TestBuildsAreEqual(t *testing.T) {
 	}
 	dirs := [2]string{t.TempDir(), t.TempDir()}
 	for n, c := range []oci.Compiler{c, again} {
-		images := assemble(t, oci.Config{Programs: relay, Arches: []string{runtime.GOARCH}, Binary: c.Binary})
+		images := assemble(t, oci.Config{Programs: relay, Arches: []string{runtime.GOARCH}, Binary: c.Binary, Notices: c.Notices})
 		for range 2 { // the second replaces the first
 			if err := oci.Save(images, dirs[n]); err != nil {
 				t.Fatal(err)

@@ -61,11 +61,19 @@ func newPodman(t *testing.T) *podman {
 
 // run runs a podman command to its end and returns its standard output. The error has its standard error.
 func (p *podman) run(ctx context.Context, args ...string) (string, error) {
+	return p.runWith(ctx, "", args...)
+}
+
+// runWith is run with something to read for the command.
+func (p *podman) runWith(ctx context.Context, stdin string, args ...string) (string, error) {
 	all := []string{"--root=" + filepath.Join(p.dir, "root"), "--runroot=" + filepath.Join(p.dir, "run"), "--tmpdir=" + filepath.Join(p.dir, "tmp"), "--storage-driver=vfs"}
 	cmd := exec.CommandContext(ctx, "podman", append(all, args...)...)
 	// Health checks are run by the test: podman would make timers of systemd's for them.
 	cmd.Env = append(os.Environ(), "CONTAINERS_CONF="+filepath.Join(p.dir, "containers.conf"), "DISABLE_HC_SYSTEMD=true")
 	var out, errs bytes.Buffer
+	if stdin != "" {
+		cmd.Stdin = strings.NewReader(stdin)
+	}
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	cmd.WaitDelay = 5 * time.Second
 	if err := cmd.Run(); err != nil {
@@ -77,7 +85,12 @@ func (p *podman) run(ctx context.Context, args ...string) (string, error) {
 // must is run for what has to succeed.
 func (p *podman) must(t *testing.T, args ...string) string {
 	t.Helper()
-	out, err := p.run(t.Context(), args...)
+	return p.mustWith(t, "", args...)
+}
+
+func (p *podman) mustWith(t *testing.T, stdin string, args ...string) string {
+	t.Helper()
+	out, err := p.runWith(t.Context(), stdin, args...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -76,11 +76,15 @@ func (s *site) publish(h *lab.Host, from, to string) {
 // admin runs an admin verb in a container of the client's image, on the platform's host, with the login in a volume of its own.
 func (s *site) admin(args ...string) string {
 	s.t.Helper()
+	return s.adminWith("", args...)
+}
+
+func (s *site) adminWith(stdin string, args ...string) string {
+	s.t.Helper()
 	run := append([]string{
-		"run", "--rm", "--network=ns:" + s.netns(s.lab.Platform), "--volume=admin:/var/lib/sallyway", "--volume=platform:/platform:ro",
-		"--entrypoint=/usr/bin/sallyway",
+		"run", "--rm", "--interactive", "--network=ns:" + s.netns(s.lab.Platform), "--volume=admin:/var/lib/sallyway", "--entrypoint=/usr/bin/sallyway",
 	}, hardened...)
-	return s.must(s.t, append(append(run, s.names["sallyway"]), args...)...)
+	return s.mustWith(s.t, stdin, append(append(run, s.names["sallyway"]), args...)...)
 }
 
 // token creates a node and returns its token.
@@ -131,7 +135,7 @@ func TestContainers(t *testing.T) {
 	s.publish(s.lab.Platform, ":443", "127.0.0.1:4443")
 	s.container(t, "platform", s.names["platformd"], s.netns(s.lab.Platform), []string{"--env=SALLYWAY_ADVERTISE_URL=" + s.lab.PlatformURL()})
 	s.healthy(t, "platform")
-	s.admin("login", "--url", s.lab.PlatformURL(), "--token-file", "/platform/platformd/admin.token")
+	s.adminWith(s.must(t, "exec", "platform", "platformd", "admin", "token"), "login", "--token-file", "-")
 
 	// A token by a file, one by the engine's secret, one by the environment.
 	relay := s.file("relay.token", s.token("relay", "create", "relay-1", "--host", s.lab.Addr(s.lab.Relay1).String()))

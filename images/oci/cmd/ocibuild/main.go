@@ -61,7 +61,7 @@ func run(ctx context.Context, args []string) error {
 		}
 	}
 	images, err := oci.Build(oci.Config{
-		Binary: c.Binary, Arches: list, Repository: *repository, Version: *version, Commit: *commit, Created: created, License: license,
+		Binary: c.Binary, Arches: list, Repository: *repository, Version: *version, Commit: *commit, Created: created, License: license, Notices: c.Notices,
 	})
 	if err != nil {
 		return err

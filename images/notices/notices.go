@@ -1,0 +1,90 @@
+// Package notices gathers the licences of what is linked into a program, as most of them ask of whoever hands the program on.
+//
+//	text, err := notices.Of(ctx, "go", "bin/relayd")
+package notices
+
+import (
+	"bytes"
+	"context"
+	"debug/buildinfo"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"unicode"
+)
+
+// patterns are how modules name what has to go with them.
+var patterns = []string{"LICEN[CS]E*", "COPYING*", "NOTICE*", "PATENTS", "LICENSES/*"}
+
+// Of returns the licences of the Go distribution and of every module in a program, which the module cache of goCommand has, since the program
+// was built by it. A module without a licence is an error.
+func Of(ctx context.Context, goCommand, program string) ([]byte, error) {
+	info, err := buildinfo.ReadFile(program)
+	if err != nil {
+		return nil, err
+	}
+	out, err := exec.CommandContext(ctx, goCommand, "env", "-json", "GOROOT", "GOMODCACHE").Output()
+	if err != nil {
+		return nil, fmt.Errorf("%s env: %w", goCommand, err)
+	}
+	var env struct{ GOROOT, GOMODCACHE string }
+	if err := json.Unmarshal(out, &env); err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	if err := add(&b, "The Go distribution, "+info.GoVersion, env.GOROOT); err != nil {
+		return nil, err
+	}
+	for _, m := range info.Deps {
+		if m.Replace != nil {
+			m = m.Replace
+		}
+		if err := add(&b, m.Path+" "+m.Version, filepath.Join(env.GOMODCACHE, escape(m.Path)+"@"+m.Version)); err != nil {
+			return nil, err
+		}
+	}
+	return b.Bytes(), nil
+}
+
+// add appends what dir has.
+func add(b *bytes.Buffer, name, dir string) error {
+	n := b.Len()
+	for _, pattern := range patterns {
+		found, err := filepath.Glob(filepath.Join(dir, pattern))
+		if err != nil {
+			return err
+		}
+		slices.Sort(found)
+		for _, path := range found {
+			if fi, err := os.Stat(path); err != nil || !fi.Mode().IsRegular() {
+				continue // a folder of that name: its files are found by a pattern of their own
+			}
+			text, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(b, "==== %s, %s\n\n%s\n\n", name, filepath.Base(path), bytes.TrimSpace(text))
+		}
+	}
+	if b.Len() == n {
+		return fmt.Errorf("no licence of %s in %s", name, dir)
+	}
+	return nil
+}
+
+// escape is how the module cache writes a path: an upper-case letter as ! and its lower case.
+func escape(path string) string {
+	var b strings.Builder
+	for _, r := range path {
+		if unicode.IsUpper(r) {
+			b.WriteByte('!')
+			r = unicode.ToLower(r)
+		}
+		b.WriteRune(r)
+	}
+	return b.String()
+}

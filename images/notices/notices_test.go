@@ -1,0 +1,55 @@
+package notices
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// The test's own binary stands for a program: it has Go's licence alone, since this package uses nothing else.
+func TestOf(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := Of(t.Context(), "go", exe)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(string(b), "==== The Go distribution, go1.") || !strings.Contains(string(b), "Redistributions in binary form") {
+		t.Errorf("%.300s", b)
+	}
+	if _, err := Of(t.Context(), "go", os.Args[0]+".none"); err == nil {
+		t.Error("a program that is not there has licences")
+	}
+}
+
+func TestAddWantsALicence(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), escape("example.org/Some/Module")+"@v1.0.0")
+	if want := "/example.org/!some/!module@v1.0.0"; !strings.HasSuffix(dir, "/!module@v1.0.0") || !strings.Contains(dir, want) {
+		t.Fatalf("%s, want %s", dir, want)
+	}
+	for _, sub := range []string{"LICENSES", "LICENSE.d"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var b bytes.Buffer
+	if err := add(&b, "m v1", dir); err == nil || !strings.Contains(err.Error(), "no licence of m v1") {
+		t.Fatalf("a module without a licence: %v", err)
+	}
+	for name, text := range map[string]string{"LICENSE.md": "the licence", "LICENSES/MIT.txt": "another", "NOTICE": "a notice", "README": "no licence"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := add(&b, "m v1", dir); err != nil {
+		t.Fatal(err)
+	}
+	want := "==== m v1, LICENSE.md\n\nthe licence\n\n==== m v1, NOTICE\n\na notice\n\n==== m v1, MIT.txt\n\nanother\n\n"
+	if b.String() != want {
+		t.Errorf("%q, want %q", b.String(), want)
+	}
+}
