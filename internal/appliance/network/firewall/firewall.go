@@ -228,13 +228,19 @@ func chains(t *nftables.Table, ports []Port) []chain {
 		input.rules = append(input.rules, append(slices.Concat(matches...), &expr.Verdict{Kind: expr.VerdictAccept}))
 	}
 	add(from("lo"))
+	// Before answers: all requests of one ping are one flow, which the first answer establishes.
+	for _, echo := range [][]expr.Any{
+		slices.Concat(family(unix.NFPROTO_IPV4), transport(unix.IPPROTO_ICMP), icmpType(8)),
+		slices.Concat(family(unix.NFPROTO_IPV6), transport(unix.IPPROTO_ICMPV6), icmpType(128)),
+	} {
+		add(echo, limit())
+		input.rules = append(input.rules, append(slices.Clone(echo), &expr.Verdict{Kind: expr.VerdictDrop}))
+	}
 	add(answers())
 	for _, kind := range []byte{134, 135, 136} { // router advertisement, neighbour solicitation and advertisement
 		add(family(unix.NFPROTO_IPV6), transport(unix.IPPROTO_ICMPV6), hopLimit(255), icmpType(kind))
 	}
 	add(family(unix.NFPROTO_IPV6), transport(unix.IPPROTO_ICMPV6), sourceIsLinkLocal(), icmpType(130)) // multicast listener query
-	add(family(unix.NFPROTO_IPV4), transport(unix.IPPROTO_ICMP), icmpType(8), limit())
-	add(family(unix.NFPROTO_IPV6), transport(unix.IPPROTO_ICMPV6), icmpType(128), limit())
 	add(family(unix.NFPROTO_IPV6), transport(unix.IPPROTO_UDP), sourceIsLinkLocal(), portIs(sourcePort, 547, 547), portIs(destinationPort, 546, 546))
 	for _, p := range ports {
 		add(transport(p.Protocol.number()), portIs(destinationPort, p.First, p.Last))
