@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -236,9 +235,4 @@ func listenError(addr, flag string, err error) error {
 		hint = "another program listens there (ss -ltnp); stop it, or " + hint
 	}
 	return fmt.Errorf("listen on %s: %w\n%s", addr, err, hint)
-}
-
-// openSealer opens the data folder's master key; create makes it.
-func openSealer(dir string, create bool) (*pki.Sealer, error) {
-	return pki.LoadOrCreateSealer(filepath.Join(dir, masterFile), create)
 }

@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -28,18 +26,6 @@ func (s *Server) remembered(ctx context.Context) error {
 	return s.store.Update(ctx, func(tx store.Tx) error { return tx.PutMeta(ctx, credentialMeta, b) })
 }
 
-// existing opens a data folder that a platform has run on.
-func existing(ctx context.Context, dir string) (*store.DB, *registry.Registry, error) {
-	if _, err := os.Stat(filepath.Join(dir, databaseFile)); err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, nil, fmt.Errorf("there is no platform in %s: start one with `platformd serve`, or name its folder with --data", dir)
-		}
-		return nil, nil, err
-	}
-	st, reg, err := openRegistry(ctx, dir, slog.New(slog.DiscardHandler), time.Now)
-	return st, reg, err
-}
-
 // TokenRequest is what an administrator's token may do.
 type TokenRequest struct {
 	Name     string
@@ -50,9 +36,9 @@ type TokenRequest struct {
 	RevokeOthers bool
 }
 
-// AdminToken makes a fresh credential for the platform in a data folder, whether its server runs or not.
-func AdminToken(ctx context.Context, dir string, req TokenRequest) (c control.AdminCredential, err error) {
-	st, reg, err := existing(ctx, dir)
+// AdminToken makes a fresh credential for the platform of a home, whether its server runs or not.
+func (h Home) AdminToken(ctx context.Context, req TokenRequest) (c control.AdminCredential, err error) {
+	st, reg, err := h.existing(ctx)
 	if err != nil {
 		return c, err
 	}
@@ -65,7 +51,7 @@ func AdminToken(ctx context.Context, dir string, req TokenRequest) (c control.Ad
 		}
 		return json.Unmarshal(b, &c)
 	}); err != nil {
-		return c, fmt.Errorf("the platform in %s has never served, so its URL is not known: start it with `platformd serve` (%w)", dir, err)
+		return c, fmt.Errorf("the platform in %s has never served, so its URL is not known: start it with `platformd serve` (%w)", h, err)
 	}
 	if req.RevokeOthers {
 		if _, err := reg.RevokeAPITokens(ctx, req.Org); err != nil {
@@ -80,10 +66,10 @@ func AdminToken(ctx context.Context, dir string, req TokenRequest) (c control.Ad
 	return c, err
 }
 
-// Backup writes a consistent copy of the database in a data folder to a new file, whether its server runs or not. The master key is not
+// Backup writes a consistent copy of the database to a new file, whether its server runs or not. The master key is not
 // in it.
-func Backup(ctx context.Context, dir, file string) (err error) {
-	st, _, err := existing(ctx, dir)
+func (h Home) Backup(ctx context.Context, file string) (err error) {
+	st, _, err := h.existing(ctx)
 	if err != nil {
 		return err
 	}
@@ -91,19 +77,24 @@ func Backup(ctx context.Context, dir, file string) (err error) {
 	return st.Backup(ctx, file)
 }
 
-// Restore puts a backup in the place of a data folder's database, which no server may use, and raises all versions past what nodes may
-// have seen. It returns where the old database is kept, "" when there was none.
-func Restore(ctx context.Context, dir, file string) (old string, err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+// Restore puts a backup in the place of the database, which no server may use, and raises all versions past what nodes may have seen. It returns
+// where the old database is kept, "" when there was none. A PostgreSQL must be empty (store.ErrNotEmpty): the old one stays as it is.
+func (h Home) Restore(ctx context.Context, file string) (old string, err error) {
+	if err := os.MkdirAll(h.Data, 0o700); err != nil {
 		return "", err
 	}
-	if _, err := os.Stat(filepath.Join(dir, masterFile)); err != nil {
-		return "", fmt.Errorf("the master key that the backup's keys are sealed under is missing: put it back at %s first: %w", filepath.Join(dir, masterFile), err)
+	if _, err := h.master(ctx, false); err != nil {
+		return "", fmt.Errorf("the master key that the backup's keys are sealed under is needed first: %w", err)
 	}
-	if old, err = store.RestoreSQLite(ctx, file, filepath.Join(dir, databaseFile)); err != nil {
+	if c := h.store(); c.Replicated() {
+		err = store.RestorePostgres(ctx, file, store.PostgresConfig{URL: c.URL, Connections: c.Connections})
+	} else {
+		old, err = store.RestoreSQLite(ctx, file, c.Path)
+	}
+	if err != nil {
 		return old, err
 	}
-	st, reg, err := existing(ctx, dir)
+	st, reg, err := h.existing(ctx)
 	if err != nil {
 		return old, err
 	}
@@ -111,9 +102,9 @@ func Restore(ctx context.Context, dir, file string) (old string, err error) {
 	return old, reg.Restored(registry.WithActor(ctx, "platformd admin"), filepath.Base(file))
 }
 
-// Migrate brings the database of a data folder up to date and returns its schema's number. Serving does so by itself.
-func Migrate(ctx context.Context, dir string) (v int64, err error) {
-	st, _, err := existing(ctx, dir)
+// Migrate brings the database up to date and returns its schema's number. Serving does so by itself.
+func (h Home) Migrate(ctx context.Context) (v int64, err error) {
+	st, _, err := h.existing(ctx)
 	if err != nil {
 		return 0, err
 	}

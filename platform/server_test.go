@@ -113,8 +113,8 @@ func TestBackupAndRestore(t *testing.T) {
 	t.Parallel()
 	w := populate(t, start(t))
 	file := filepath.Join(t.TempDir(), "backup.db")
-	must(t, Backup(t.Context(), w.cfg.Data, file)) // beside the running server
-	if err := Backup(t.Context(), w.cfg.Data, file); err == nil {
+	must(t, Home{Data: w.cfg.Data}.Backup(t.Context(), file)) // beside the running server
+	if err := (Home{Data: w.cfg.Data}).Backup(t.Context(), file); err == nil {
 		t.Error("a backup was overwritten")
 	}
 	if st, err := os.Stat(file); err != nil || st.Mode().Perm() != 0o600 {
@@ -124,7 +124,7 @@ func TestBackupAndRestore(t *testing.T) {
 	gw := w.gateway.stream().settled()
 	seen := gw.last.Version
 	w.stop()
-	old, err := Restore(t.Context(), w.cfg.Data, file)
+	old, err := Home{Data: w.cfg.Data}.Restore(t.Context(), file)
 	must(t, err)
 	if _, err := os.Stat(old); err != nil {
 		t.Errorf("the database from before: %v", err)
@@ -142,12 +142,12 @@ func TestBackupAndRestore(t *testing.T) {
 	if !v.OK || !w.audited("default", "database.restore", "default", "") {
 		t.Errorf("audit %+v", v)
 	}
-	if _, err := Restore(t.Context(), t.TempDir(), file); err == nil || !strings.Contains(err.Error(), "master key") {
+	if _, err := (Home{Data: t.TempDir()}).Restore(t.Context(), file); err == nil || !strings.Contains(err.Error(), "master key") {
 		t.Errorf("restored without the master key: %v", err)
 	}
 	junk := filepath.Join(t.TempDir(), "junk")
 	must(t, os.WriteFile(junk, []byte(strings.Repeat("junk", 1000)), 0o600))
-	if _, err := Restore(t.Context(), w.cfg.Data, junk); err == nil {
+	if _, err := (Home{Data: w.cfg.Data}).Restore(t.Context(), junk); err == nil {
 		t.Error("junk was restored")
 	}
 }

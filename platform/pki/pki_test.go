@@ -227,21 +227,23 @@ func FuzzParseRequest(f *testing.F) {
 
 func TestSealer(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "master.key")
-	if _, err := LoadOrCreateSealer(path, false); err == nil {
+	if _, err := LoadMaster(path, false); err == nil {
 		t.Error("made a key where none was asked for")
 	}
-	s, err := LoadOrCreateSealer(path, true)
+	m, err := LoadMaster(path, true)
 	if err != nil {
 		t.Fatal(err)
 	}
+	s := m.Sealer()
 	sealed := s.Seal("a", []byte("secret"))
 	if bytes.Contains(sealed, []byte("secret")) || bytes.Equal(sealed, s.Seal("a", []byte("secret"))) {
 		t.Error("not sealed, or not by a fresh nonce")
 	}
-	again, err := LoadOrCreateSealer(path, true)
-	if err != nil {
+	m2, err := LoadMaster(path, true)
+	if err != nil || m2.ID() != m.ID() || NewMaster().ID() == m.ID() {
 		t.Fatal(err)
 	}
+	again := m2.Sealer()
 	if b, err := again.Open("a", sealed); err != nil || string(b) != "secret" {
 		t.Errorf("%q %v", b, err)
 	}
@@ -261,7 +263,7 @@ func TestSealer(t *testing.T) {
 	if err := os.Chmod(path, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := LoadOrCreateSealer(path, false); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+	if _, err := LoadMaster(path, false); err == nil || !strings.Contains(err.Error(), "chmod 600") {
 		t.Errorf("a key that others can read: %v", err)
 	}
 }

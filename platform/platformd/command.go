@@ -7,10 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/url"
 	"path/filepath"
 	"runtime/debug"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -58,7 +56,7 @@ func Command() *cobra.Command {
 type serveOptions struct {
 	daemon   daemon.Options
 	platform platform.Config
-	database string
+	home     homeFlags
 	redis    string
 }
 
@@ -68,7 +66,12 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 		Use:   "serve",
 		Short: "Run the platform in the foreground",
 		Args:  cobra.NoArgs,
-		RunE:  func(cmd *cobra.Command, _ []string) error { return o.run(cmd.Context(), sp, cmd.ErrOrStderr()) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := o.home.resolve(cmd); err != nil {
+				return err
+			}
+			return o.run(cmd.Context(), sp, cmd.ErrOrStderr())
+		},
 	}
 	o.daemon.Register(cmd, sp)
 	f, c := cmd.Flags(), &o.platform
@@ -81,7 +84,7 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.DurationVar(&c.CredentialLife, "relay-credential-life", 0, "how long nodes' credentials for relays hold while the platform is there, renewed at half of it, such as 2h; during an outage they hold as long as the node's certificate (0: always so long)")
 	f.DurationVar(&c.KeyRotation, "turn-key-rotation", 24*time.Hour, "age at which relays get new TURN keys")
 	f.DurationVar(&c.TokenLife, "token-life", control.TokenLife, "how long enrolment tokens work")
-	f.StringVar(&o.database, "database", "", "database URL: sqlite: (the default, in the data folder)")
+	o.home.register(f)
 	f.StringVar(&o.redis, "redis", "", "not supported by this version")
 	daemon.Bind(cmd)
 	return cmd
@@ -91,12 +94,6 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 func (o *serveOptions) check() error {
 	if o.redis != "" {
 		return daemon.Usagef("--redis is not supported by this version: one platformd serves alone and needs none\nleave it out")
-	}
-	if o.database != "" {
-		if u, err := url.Parse(o.database); err != nil || u.Scheme != "sqlite" || u.Host+u.Path+u.Opaque != "" {
-			scheme, _, _ := strings.Cut(o.database, ":") // the rest may hold a password
-			return daemon.Usagef("--database %.20s: is not supported by this version, sqlite: is\nleave it out: the database is %s in the data folder", scheme, "platform.db")
-		}
 	}
 	const shortest = time.Minute
 	if o.platform.DocumentLife < shortest || o.platform.DocumentLife > 30*24*time.Hour {
@@ -127,10 +124,14 @@ func (o *serveOptions) run(ctx context.Context, sp daemon.Spec, logTo io.Writer)
 	defer sh.Close()
 	c := o.platform
 	c.Data, c.Log, c.Metrics, c.Health = sh.State.Dir(), sh.Log, sh.Metrics, sh.Health.Set
+	h := o.home.home
+	c.Database, c.Connections, c.MasterKey, c.MasterKeyCommand = h.Database, h.Connections, h.MasterKey, h.MasterKeyCommand
 	srv, err := platform.Open(ctx, c)
 	switch {
-	case errors.Is(err, store.ErrUnavailable):
+	case errors.Is(err, store.ErrUnavailable) && !(store.Config{URL: c.Database}).Replicated():
 		return daemon.Failf("%w\nmake room on the disk of %s and see that this user can write there", err, c.Data)
+	case errors.Is(err, store.ErrUnavailable):
+		return daemon.Failf("%w", err)
 	case err != nil:
 		return daemon.Usagef("%w", err)
 	}
@@ -196,18 +197,34 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 // adminOptions are the flags of admin's commands.
 type adminOptions struct {
 	data  string
+	where homeFlags
 	token platform.TokenRequest
+}
+
+// home is where the platform keeps what it knows.
+func (o *adminOptions) home() platform.Home {
+	h := o.where.home
+	h.Data = o.data
+	return h
 }
 
 func (o *adminOptions) command(c *cobra.Command) *cobra.Command {
 	c.Flags().StringVar(&o.data, "data", daemon.DefaultStateDir("platformd"), "data folder of the platform")
+	o.where.register(c.Flags())
+	run := c.RunE
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := o.where.resolve(cmd); err != nil {
+			return err
+		}
+		return run(cmd, args)
+	}
 	daemon.Bind(c)
 	return c
 }
 
 func adminCommand() *cobra.Command {
 	c := &cobra.Command{Use: "admin", Short: "Credentials, backup and restore, on the platform's own host"}
-	c.AddCommand(tokenCommand(), backupCommand(), restoreCommand(), migrateCommand())
+	c.AddCommand(tokenCommand(), backupCommand(), restoreCommand(), migrateCommand(), rotateCommand())
 	return c
 }
 
@@ -218,7 +235,7 @@ func tokenCommand() *cobra.Command {
 		Short: "Print a fresh credential for `sallyway login --token-file -`",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cred, err := platform.AdminToken(cmd.Context(), o.data, o.token)
+			cred, err := o.home().AdminToken(cmd.Context(), o.token)
 			if err != nil {
 				return daemon.Failf("%w", err)
 			}
@@ -247,10 +264,10 @@ func backupCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := platform.Backup(cmd.Context(), o.data, file); err != nil {
+			if err := o.home().Backup(cmd.Context(), file); err != nil {
 				return daemon.Failf("%w", err)
 			}
-			_, err = fmt.Fprintf(cmd.ErrOrStderr(), "wrote %s\nthe keys in it are sealed: keep %s too, in another place\n", file, filepath.Join(o.data, "master.key"))
+			_, err = fmt.Fprintf(cmd.ErrOrStderr(), "wrote %s\nTHE MASTER KEY IS NOT IN IT, and without that the backup is worth nothing: keep %s too, in another place\n", file, o.home().MasterKeyName())
 			return err
 		},
 	})
@@ -260,7 +277,7 @@ func restoreCommand() *cobra.Command {
 	o := &adminOptions{}
 	return o.command(&cobra.Command{
 		Use:   "restore FILE",
-		Short: "Put a backup in the place of the database; the platform must be stopped",
+		Short: "Put a backup in the place of the database; the platform must be stopped, a PostgreSQL empty",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			state, err := daemon.OpenState(o.data, "platformd")
@@ -268,7 +285,7 @@ func restoreCommand() *cobra.Command {
 				return err
 			}
 			defer state.Close()
-			old, err := platform.Restore(cmd.Context(), o.data, args[0])
+			old, err := o.home().Restore(cmd.Context(), args[0])
 			if err != nil {
 				return daemon.Failf("%w", err)
 			}
@@ -293,7 +310,7 @@ func migrateCommand() *cobra.Command {
 				return err
 			}
 			defer state.Close()
-			v, err := platform.Migrate(cmd.Context(), o.data)
+			v, err := o.home().Migrate(cmd.Context())
 			if err != nil {
 				return daemon.Failf("%w", err)
 			}

@@ -35,8 +35,10 @@ func TestRefusals(t *testing.T) {
 		code int
 		says string
 	}{
-		{"serve --database postgres://user:hunter2@db/x", daemon.ExitUsage, "sqlite: is"},
-		{"serve --database sqlite:/elsewhere.db", daemon.ExitUsage, "platform.db in the data folder"},
+		{"serve --database postgres://user:hunter2@db/x", daemon.ExitUsage, "--database-file"},
+		{"serve --database mysql://user:hunter2@db/x", daemon.ExitUsage, "--database-file"},
+		{"serve --database mysql://db/x", daemon.ExitUsage, "postgres://"},
+		{"serve --database sqlite:/elsewhere.db", daemon.ExitUsage, "the file in the data folder"},
 		{"serve --redis redis://h", daemon.ExitUsage, "--redis is not supported"},
 		{"serve --snapshot-life 1s", daemon.ExitUsage, "--snapshot-life"},
 		{"serve --relay-credential-life 1s", daemon.ExitUsage, "--relay-credential-life"},

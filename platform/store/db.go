@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 	"time"
 )
 
@@ -23,6 +24,43 @@ type DB struct {
 }
 
 var _ Store = (*DB)(nil)
+
+// Config says which database.
+type Config struct {
+	// URL is empty or sqlite: for the file at Path, or that of a PostgreSQL; see PostgresConfig.
+	URL         string
+	Path        string
+	Connections int
+}
+
+// Replicated says whether the database can serve several platforms at once.
+func (c Config) Replicated() bool {
+	return strings.HasPrefix(c.URL, "postgres://") || strings.HasPrefix(c.URL, "postgresql://")
+}
+
+// Check says what is wrong with the URL, without its password.
+func (c Config) Check() error {
+	if c.URL == "" || c.URL == "sqlite:" {
+		return nil
+	}
+	if !c.Replicated() {
+		scheme, _, _ := strings.Cut(c.URL, ":") // the rest may hold a password
+		return fmt.Errorf("a database URL begins with postgres://, or is sqlite: for the file in the data folder; this one begins with %.20q", scheme)
+	}
+	_, err := parsePostgres(c.URL)
+	return err
+}
+
+// Open opens or makes the database, and brings its schema up to date.
+func Open(ctx context.Context, c Config) (*DB, error) {
+	if err := c.Check(); err != nil {
+		return nil, err
+	}
+	if c.Replicated() {
+		return OpenPostgres(ctx, PostgresConfig{URL: c.URL, Connections: c.Connections})
+	}
+	return OpenSQLite(ctx, c.Path)
+}
 
 // Update implements Store.
 func (s *DB) Update(ctx context.Context, fn func(Tx) error) error { return s.updates.do(ctx, fn) }

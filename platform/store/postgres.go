@@ -51,9 +51,9 @@ type PostgresConfig struct {
 // OpenPostgres opens the database, which must exist, and brings its schema up to date. Several programs may do so at once. An error that
 // ErrUnavailable wraps says what to do; none holds the password.
 func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
-	c, err := pgx.ParseConfig(cfg.URL)
+	c, err := parsePostgres(cfg.URL)
 	if err != nil {
-		return nil, fmt.Errorf("database URL: %w\nit is of the form postgres://USER@HOST:5432/DATABASE?sslmode=verify-full", err) // pgx hides passwords
+		return nil, err
 	}
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = connectTimeout
@@ -85,6 +85,14 @@ func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
 			return beginPostgres(ctx, w, attempt)
 		}},
 	}, nil
+}
+
+func parsePostgres(url string) (*pgx.ConnConfig, error) {
+	c, err := pgx.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("database URL: %w\nit is of the form postgres://USER@HOST:5432/DATABASE?sslmode=verify-full", err) // pgx hides passwords
+	}
+	return c, nil
 }
 
 func pool(c *pgx.ConnConfig, most int) *sql.DB {

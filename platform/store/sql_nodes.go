@@ -82,6 +82,10 @@ func (t *sqlTx) Authorities(ctx context.Context, org string) ([]*Authority, erro
 	return many(ctx, t, scanAuthority, `SELECT `+authorityColumns+` FROM authorities WHERE org = ? ORDER BY kind, generation DESC`, org)
 }
 
+func (t *sqlTx) UpdateAuthorityKey(ctx context.Context, a *Authority) error {
+	return t.exec(ctx, true, `UPDATE authorities SET key = ? WHERE org = ? AND kind = ? AND generation = ?`, a.Key, a.Org, a.Kind, a.Generation)
+}
+
 const nodeColumns = `id, org, kind, name, status, host, port, peers, draining, address, enrolment, version, created, enrolled, last_seen, deleted, next_host, next_from`
 
 func scanNode(r row) (*Node, error) {

@@ -238,6 +238,7 @@ type Tx interface {
 
 	InsertAuthority(ctx context.Context, a *Authority) error
 	Authorities(ctx context.Context, org string) ([]*Authority, error) // newest generation of a kind first
+	UpdateAuthorityKey(ctx context.Context, a *Authority) error        // the sealed key alone
 
 	InsertNode(ctx context.Context, n *Node) error
 	Node(ctx context.Context, id string) (*Node, error) // a deleted one, too
