@@ -9,7 +9,7 @@
 // Everything it keeps lies in one folder:
 //
 //	platform.db   organizations, nodes, policies, certificates of CAs, their keys sealed, hashes of tokens, the audit chains
-//	master.key    what seals the keys that seal them, 0600: back it up apart from the database
+//	master.key    what seals the keys, 0600: back it up apart from the database
 //	admin.token   credential for `sallyway login`, made at the first start, 0600
 package platform
 
@@ -34,6 +34,8 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/platform/api"
+	"sallyway/platform/people"
+	"sallyway/platform/presence"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
@@ -63,13 +65,6 @@ const (
 // Config is what a platform needs. Only Data is required.
 type Config struct {
 	Data string // folder
-	// Database is the URL of the database: empty or sqlite: is a file in Data. On postgres://… several platforms can serve together; each opens at
-	// most Connections connections (zero is store.PostgresConnections).
-	Database    string
-	Connections int
-	// MasterKey is the file with the master key: empty is one in Data. MasterKeyCommand is a command of the shell that prints the key, and takes its
-	// place; a KMS or a hardware module is asked so.
-	MasterKey, MasterKeyCommand string
 	// Listen is the HTTPS address; empty is none. HTTPListen is a plain one for a load balancer that ends TLS; empty is none.
 	Listen, HTTPListen string
 	// AdvertiseURL is the URL under which nodes and administrators reach the platform; empty is made from the listen address.
@@ -99,6 +94,7 @@ type Server struct {
 	store   *store.DB
 	reg     *registry.Registry
 	hub     *push.Hub
+	people  *people.Service
 	url     string
 	pin     string
 	https   net.Listener // nil when off
@@ -137,7 +133,7 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 }
 
 func (s *Server) open(ctx context.Context) (err error) {
-	if s.store, s.reg, err = s.cfg.Home().open(ctx, s.cfg.Log, s.cfg.Now); err != nil {
+	if s.store, s.reg, err = openRegistry(ctx, s.cfg.Data, s.cfg.Log, s.cfg.Now); err != nil {
 		return err
 	}
 	s.reg.TokenLife = s.cfg.TokenLife
@@ -155,12 +151,38 @@ func (s *Server) open(ctx context.Context) (err error) {
 		return err
 	}
 	s.hub = push.New(push.Config{Registry: s.reg, Log: s.cfg.Log, DocumentLife: s.cfg.DocumentLife, CredentialLife: s.cfg.CredentialLife, KeyRotation: s.cfg.KeyRotation}, s.cfg.Metrics)
+	s.people = people.New(people.Config{Registry: s.reg, Log: s.cfg.Log})
 	s.handler = s.routes()
 	s.cfg.Metrics.MustRegister(&census{s: s})
 	if err := s.remembered(ctx); err != nil {
 		return err
 	}
-	return s.adminToken(ctx)
+	if err := s.adminToken(ctx); err != nil {
+		return err
+	}
+	return s.firstOwner(ctx)
+}
+
+// openRegistry opens the database and the keys in a data folder, and makes what is missing.
+func openRegistry(ctx context.Context, dir string, log *slog.Logger, now func() time.Time) (*store.DB, *registry.Registry, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, nil, fmt.Errorf("data folder: %w", err)
+	}
+	path := filepath.Join(dir, databaseFile)
+	_, err := os.Stat(path)
+	seal, err := openSealer(dir, errors.Is(err, fs.ErrNotExist))
+	if err != nil {
+		return nil, nil, err
+	}
+	st, err := store.OpenSQLite(ctx, path)
+	if err != nil {
+		return nil, nil, err
+	}
+	reg := &registry.Registry{Store: st, Seal: seal, Board: new(presence.Board), Log: log, Now: now}
+	if _, err := reg.Bootstrap(ctx); err != nil {
+		return nil, nil, errors.Join(err, st.Close())
+	}
+	return st, reg, nil
 }
 
 // adminToken writes the first administrator's credential, and shows how to log in. At later starts it keeps the file's URL and pin up to
@@ -225,7 +247,7 @@ func (s *Server) AdminFile() string { return filepath.Join(s.cfg.Data, adminFile
 func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/api/", api.New(api.Config{
-		Registry: s.reg, Hub: s.hub, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
+		Registry: s.reg, Hub: s.hub, People: s.people, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
 		Unavailable: func(err error) { s.condition("database", err) },
 	}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -285,6 +307,7 @@ func (s *Server) Run(ctx context.Context) error {
 		g.Go(func() error { return s.serve(ctx, s.plain, false) })
 	}
 	g.Go(func() error { return s.hub.Run(ctx) })
+	g.Go(func() error { return s.people.Run(ctx) })
 	g.Go(func() error { s.probe(ctx); return nil })
 	s.cfg.Log.Info("platform serves", "url", s.url, "listen", s.cfg.Listen, "http_listen", s.cfg.HTTPListen)
 	return errors.Join(g.Wait(), s.Close())

@@ -6,7 +6,7 @@ import "time"
 //
 //	GET|PATCH           /me                                             Me; PATCH UpdateMe
 //	GET                 /me/sessions                                    List[WebSession]; DELETE /me/sessions/{id}
-//	GET|POST            /me/tokens                                      List[AccessToken]; POST CreateAccessToken → CreatedAccessToken; DELETE /me/tokens/{id}
+//	GET|POST            /me/tokens                                      List[APIToken]; POST CreateAPIToken → CreatedAPIToken; DELETE /me/tokens/{id}
 //	GET|POST            /orgs/{org}/my/clients                          own client nodes: List[NodeRecord]; POST CreateNode → CreatedNode; DELETE …/{name}, POST …/{name}/token
 //	GET                 /orgs/{org}/my/resources                        List[MyResource]: what the own clients reach
 //	GET|POST            /people, /orgs/{org}/people                     PersonRecord; POST CreatePerson → InvitedPerson
@@ -14,8 +14,8 @@ import "time"
 //	POST                …/people/{name}/invite                          a link for a new password → Invitation
 //	POST                …/people/{name}/forget-factor                   takes the second factor away → PersonRecord
 //	GET|POST            /service-accounts, /orgs/{org}/service-accounts ServiceAccountRecord; POST CreateServiceAccount; GET, PATCH, DELETE …/{name}
-//	GET|POST            …/service-accounts/{name}/tokens                List[AccessToken]; POST CreateAccessToken → CreatedAccessToken; DELETE …/{id}
-//	GET|POST            /tokens, /orgs/{org}/tokens                     API tokens of their own: List[AccessToken]; POST CreateAccessToken; DELETE …/{id}
+//	GET|POST            …/service-accounts/{name}/tokens                List[APIToken]; POST CreateAPIToken → CreatedAPIToken; DELETE …/{id}
+//	GET|POST            /tokens, /orgs/{org}/tokens                     API tokens of their own: List[APIToken]; POST CreateAPIToken; DELETE …/{id}
 //	GET|POST            /providers, /orgs/{org}/providers               single sign-on: ProviderRecord; POST CreateProvider; GET, PATCH, DELETE …/{name}
 //	POST                /auth/device, /auth/token                       login of programs (RFC 8628, RFC 8252), without credential
 
@@ -111,8 +111,8 @@ type WebSession struct {
 	Current  bool      `json:"current,omitempty"`
 }
 
-// AccessToken is an API token without its secret.
-type AccessToken struct {
+// APIToken is an API token without its secret.
+type APIToken struct {
 	ID       string     `json:"id"`
 	Name     string     `json:"name"`
 	Scopes   []string   `json:"scopes" doc:"OBJECT:VERB; none is all that its owner may do"`
@@ -123,16 +123,16 @@ type AccessToken struct {
 	Source   string     `json:"source,omitempty" doc:"where it was used from last"`
 }
 
-// CreateAccessToken makes an API token.
-type CreateAccessToken struct {
+// CreateAPIToken makes an API token.
+type CreateAPIToken struct {
 	Name   string   `json:"name" maxLength:"64"`
 	Scopes []string `json:"scopes,omitempty" maxItems:"64" doc:"such as relays:read, gateways:write, audit:read, *:read, *; none is all that its owner may do"`
 	Life   int      `json:"life,omitempty" minimum:"0" doc:"seconds; 0 is for ever"`
 }
 
-// CreatedAccessToken is shown once: the token is a secret that the platform keeps only as a hash.
-type CreatedAccessToken struct {
-	AccessToken
+// CreatedAPIToken is shown once: the token is a secret that the platform keeps only as a hash.
+type CreatedAPIToken struct {
+	APIToken
 	Token string `json:"token"`
 }
 

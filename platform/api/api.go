@@ -1,8 +1,8 @@
 // Package api is the platform's HTTP API: the admin API, described by OpenAPI 3.1 that is made from the code, and the endpoints of nodes.
 // It decides who may call what; what is done is package registry's.
 //
-// Who calls is known from the bearer token alone, and the organization in a path is held against it before a handler runs: a token of one
-// organization gets 404 for every other, as if it did not exist.
+// Who calls is known from the bearer token (or a browser's session) alone, and the organization in a path and what is done there are held
+// against the caller's scopes before a handler runs: a caller of one organization gets 404 for every other, as if it did not exist.
 package api
 
 import (
@@ -18,8 +18,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyway/internal/control"
-	"sallyway/internal/identity"
 	"sallyway/internal/version"
+	"sallyway/platform/people"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
@@ -36,12 +36,13 @@ const (
 const CodeUnavailable = "storage_unavailable"
 
 // CodeReadOnly says that a read-only token was used to change something.
-const CodeReadOnly = "read_only_token"
+const CodeReadOnly = people.CodeReadOnly
 
 // Config is what the API needs.
 type Config struct {
 	Registry *registry.Registry
 	Hub      *push.Hub
+	People   *people.Service
 	Log      *slog.Logger
 	// Unavailable is told of a database that can not be used. It must not block.
 	Unavailable func(error)
@@ -50,6 +51,7 @@ type Config struct {
 
 type server struct {
 	reg     *registry.Registry
+	people  *people.Service
 	hub     *push.Hub
 	log     *slog.Logger
 	cfg     Config
@@ -62,7 +64,7 @@ type server struct {
 // New returns the handler of everything under /api/v1.
 func New(cfg Config) http.Handler {
 	useProblems()
-	s := &server{reg: cfg.Registry, hub: cfg.Hub, log: cfg.Log, cfg: cfg, mux: http.NewServeMux()}
+	s := &server{reg: cfg.Registry, people: cfg.People, hub: cfg.Hub, log: cfg.Log, cfg: cfg, mux: http.NewServeMux()}
 	s.refused = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sallyway_platform_refusals_total", Help: "Requests that were refused, by code.",
 	}, []string{"code"})
@@ -74,7 +76,7 @@ func New(cfg Config) http.Handler {
 	c.OpenAPIPath = "/api/v1/openapi"
 	c.Info.Description = "Admin API and node endpoints of a Sallyway platform. Errors are problem+json (RFC 9457) with a stable code and a remedy."
 	c.Components.SecuritySchemes = map[string]*huma.SecurityScheme{
-		"token": {Type: "http", Scheme: "bearer", Description: "API token, as `platformd admin token` prints it"},
+		"token": {Type: "http", Scheme: "bearer", Description: "API token: of a person (`sallyway login`), of a service account, or of its own (`platformd admin token`)"},
 		"node":  {Type: "http", Scheme: "bearer", Description: "access token of a node, from /api/v1/node/token"},
 	}
 	s.api = humago.New(s.mux, c)
@@ -83,6 +85,8 @@ func New(cfg Config) http.Handler {
 	s.nodeRoutes()
 	s.accessRoutes()
 	s.nodeEndpoints()
+	s.peopleRoutes()
+	s.serviceAccountRoutes()
 	s.mux.HandleFunc("/api/", func(w http.ResponseWriter, r *http.Request) {
 		write(w, &control.Problem{Status: http.StatusNotFound, Code: control.CodeNotFound, Detail: "there is no " + clip(r.Method+" "+r.URL.Path), Remedy: "see /api/v1/openapi.json"})
 	})
@@ -161,88 +165,6 @@ func (s *server) fail(ctx context.Context, err error) *problem {
 		Status: http.StatusInternalServerError, Title: http.StatusText(http.StatusInternalServerError), Detail: "the platform failed at this request",
 		Remedy: "its log says more: journalctl -u sallyway-platform",
 	}}
-}
-
-// adminKey is the key of the caller in a context.
-type adminKey struct{}
-
-func caller(ctx context.Context) *registry.Administrator {
-	a, _ := ctx.Value(adminKey{}).(*registry.Administrator)
-	return a
-}
-
-// reads marks operations that change nothing although they are not GET.
-const reads = "reads"
-
-// authorize runs before every operation of the admin API.
-func (s *server) authorize(ctx huma.Context, next func(huma.Context)) {
-	op := ctx.Operation()
-	admin, p := s.authenticate(ctx)
-	if p == nil {
-		p = s.permit(admin, ctx.Param("org"), strings.Contains(op.Path, "{org}"), op)
-	}
-	if p != nil {
-		answer(ctx, p)
-		return
-	}
-	c := context.WithValue(ctx.Context(), adminKey{}, admin)
-	next(huma.WithContext(ctx, registry.WithActor(c, "token:"+admin.Name)))
-}
-
-func (s *server) authenticate(ctx huma.Context) (*registry.Administrator, *problem) {
-	r, _ := humago.Unwrap(ctx)
-	from := source(r)
-	token, ok := strings.CutPrefix(ctx.Header("Authorization"), "Bearer ")
-	if !ok {
-		return nil, &problem{control.Problem{
-			Status: http.StatusUnauthorized, Title: http.StatusText(http.StatusUnauthorized), Code: control.CodeTokenUnknown, Detail: "no API token in the request",
-			Remedy: "sallyway login --url URL --token-file FILE; a token is in admin.token in the platform's data folder, or printed by platformd admin token",
-		}}
-	}
-	admin, err := s.reg.Administrator(ctx.Context(), token)
-	if err != nil {
-		if code := registry.Code(err); code != "" {
-			// A good token always passes: whoever guesses from behind the same address locks nobody out.
-			if !s.limiter.allow(from, s.reg.Now()) {
-				return nil, tooMany()
-			}
-			s.limiter.failed(from, s.reg.Now())
-			err = errors.Join(err, s.reg.APITokenRefused(ctx.Context(), code, from))
-		}
-		return nil, s.fail(ctx.Context(), err)
-	}
-	return admin, nil
-}
-
-// permit holds the caller's scope against the operation. An organization that is not the caller's is not found.
-func (s *server) permit(a *registry.Administrator, org string, inOrg bool, op *huma.Operation) *problem {
-	if inOrg && org == identity.SharedOrg && op.Metadata["chain"] == nil {
-		return &problem{control.Problem{
-			Status: http.StatusNotFound, Title: http.StatusText(http.StatusNotFound), Code: control.CodeNotFound, Detail: org + " is the platform itself, not an organization",
-			Remedy: "its relays are under /api/v1/shared/relays, its audit under /api/v1/orgs/" + org + "/audit",
-		}}
-	}
-	if a.Org != "" {
-		if inOrg && org != a.Org {
-			return &problem{control.Problem{
-				Status: http.StatusNotFound, Title: http.StatusText(http.StatusNotFound), Code: control.CodeNotFound, Detail: "there is no organization " + clip(org),
-				Remedy: "this token is for organization " + a.Org + ": use --org " + a.Org,
-			}}
-		}
-		if !inOrg && op.Metadata["own"] == nil || inOrg && op.Metadata["platform"] != nil {
-			return &problem{control.Problem{
-				Status: http.StatusForbidden, Title: http.StatusText(http.StatusForbidden), Code: control.CodeForbidden, Detail: "a token of organization " + a.Org + " may not do this",
-				Remedy: "use a token of the platform: platformd admin token",
-			}}
-		}
-	}
-	if a.Scope != store.ScopeAdmin && op.Method != http.MethodGet && op.Metadata[reads] == nil {
-		return &problem{control.Problem{
-			Status: http.StatusForbidden, Title: http.StatusText(http.StatusForbidden), Code: CodeReadOnly, Detail: "this API token may only read",
-			Remedy: "use a token with the scope admin: platformd admin token",
-		}}
-	}
-	return nil
 }
 
 func tooMany() *problem {

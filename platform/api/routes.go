@@ -70,8 +70,8 @@ type option func(*huma.Operation)
 
 func status(code int) option { return func(o *huma.Operation) { o.DefaultStatus = code } }
 
-// marked sets a mark that permit looks at: reads, own (a token of an organization may call it), platform (it may not), chain (the
-// platform itself has this, too).
+// marked sets a mark that permit looks at: reads, own (whoever is logged in may call it, and gets their own), mine (what persons do for
+// themselves), platform (a caller of an organization may not), chain (the platform itself has this, too).
 func marked(name string) option {
 	return func(o *huma.Operation) {
 		if o.Metadata == nil {
@@ -108,12 +108,16 @@ func one[T any](v *T, err error) (*body[T], error) {
 
 func (s *server) orgRoutes() {
 	route(s, "GET", "/orgs", "list-organizations", "List organizations", func(ctx context.Context, in *struct{ PageQuery }) (*body[control.List[control.Organization]], error) {
-		if own := caller(ctx).Org; own != "" {
-			o, err := s.reg.Org(ctx, own)
-			if err != nil {
-				return nil, err
+		if own, all := caller(ctx).Organizations(); !all {
+			out := &body[control.List[control.Organization]]{control.List[control.Organization]{Items: []control.Organization{}}}
+			for _, name := range own {
+				o, err := s.reg.Org(ctx, name)
+				if err != nil {
+					return nil, err
+				}
+				out.Body.Items = append(out.Body.Items, *o)
 			}
-			return &body[control.List[control.Organization]]{control.List[control.Organization]{Items: []control.Organization{*o}}}, nil
+			return out, nil
 		}
 		return paged(in.PageQuery, func(p store.Page) (*control.List[control.Organization], error) { return s.reg.Orgs(ctx, p) })
 	}, marked("own"))

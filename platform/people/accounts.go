@@ -537,7 +537,7 @@ func (s *Service) DeletePerson(ctx context.Context, by *Principal, org, name str
 					return err
 				}
 			}
-			if err := revokeNodes(ctx, c, p.ID, org, "its person left the organization"); err != nil {
+			if err := errors.Join(c.ForgetPerson(ctx, p.ID, org), revokeNodes(ctx, c, p.ID, org, "its person left the organization")); err != nil {
 				return err
 			}
 			return c.Record(ctx, org, "person.remove", "person/"+p.ID, map[string]any{"login": p.Login})
@@ -549,7 +549,7 @@ func (s *Service) DeletePerson(ctx context.Context, by *Principal, org, name str
 		if err != nil {
 			return err
 		}
-		if err := revokeNodes(ctx, c, p.ID, "", "its person was deleted"); err != nil {
+		if err := errors.Join(c.ForgetPerson(ctx, p.ID, ""), revokeNodes(ctx, c, p.ID, "", "its person was deleted")); err != nil {
 			return err
 		}
 		if err := c.DeletePerson(ctx, p.ID); err != nil {

@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"maps"
 	"net/http"
+	"slices"
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
@@ -40,8 +42,8 @@ func (s *Service) own(ctx context.Context, by *Principal, fn func(c *registry.Ch
 	if err := by.person(); err != nil {
 		return err
 	}
-	if by.narrow != nil && !by.narrow.May(self, Write) {
-		return refuseScope(by, Platform, self, Write)
+	if by.narrow != nil && !by.narrow.May(Self, Write) {
+		return refuseScope(by, Platform, Self, Write)
 	}
 	return s.transact(ctx, by, func(c *registry.Change) error {
 		p, err := c.Person(ctx, by.ID)
@@ -313,7 +315,7 @@ func (s *Service) mine(by *Principal, org, verb string) error {
 	if err := by.person(); err != nil {
 		return err
 	}
-	return by.Require(org, self, verb)
+	return by.Require(org, Self, verb)
 }
 
 // maxClients is how many client nodes a person may have in an organization.
@@ -325,7 +327,7 @@ func (s *Service) CreateMyClient(ctx context.Context, by *Principal, org string,
 		return nil, err
 	}
 	return s.reg.CreateNodeOf(registry.WithActor(ctx, by.Actor), org, identity.Client, req, func(c *registry.Change, n *store.Node) error {
-		if err := s.still(ctx, c, by, org, self, Write); err != nil {
+		if err := s.still(ctx, c, by, org, Self, Write); err != nil {
 			return err
 		}
 		have, err := c.PersonNodes(ctx, by.ID)
@@ -384,4 +386,34 @@ func (s *Service) DeleteMyClient(ctx context.Context, by *Principal, org, name s
 		return err
 	}
 	return s.reg.DeleteNode(registry.WithActor(ctx, by.Actor), org, identity.Client, n.ID)
+}
+
+// MyResources lists what the person's own clients in org reach.
+func (s *Service) MyResources(ctx context.Context, by *Principal, org string) ([]control.MyResource, error) {
+	clients, err := s.MyClients(ctx, by, org)
+	if err != nil {
+		return nil, err
+	}
+	reach, err := s.reg.Reach(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	reached := map[string][]string{}
+	for _, c := range clients {
+		for _, r := range reach.Subjects["client:"+c.Name] {
+			reached[r] = append(reached[r], c.Name)
+		}
+	}
+	out := []control.MyResource{}
+	for _, name := range slices.Sorted(maps.Keys(reached)) {
+		r, err := s.reg.Resource(ctx, org, name)
+		if registry.Code(err) == control.CodeNotFound {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, control.MyResource{Name: r.Name, Address: r.Address, DNS: r.Name + "." + org + ".sallyway.internal", Clients: reached[name]})
+	}
+	return out, nil
 }

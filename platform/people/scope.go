@@ -38,8 +38,8 @@ type Scope string
 // Scopes are a set: what one of them grants and none takes away.
 type Scopes []Scope
 
-// self is the object of what a person does for themselves.
-const self = "self"
+// Self is the object of what a person does for themselves.
+const Self = "self"
 
 var roleScopes = map[Role]Scopes{
 	Owner:   {"*"},

@@ -166,7 +166,7 @@ func (s *Service) DeleteServiceAccount(ctx context.Context, by *Principal, org, 
 }
 
 // AccountTokens lists the tokens of a service account.
-func (s *Service) AccountTokens(ctx context.Context, org, name string) (out []control.AccessToken, err error) {
+func (s *Service) AccountTokens(ctx context.Context, org, name string) (out []control.APIToken, err error) {
 	err = s.reg.Store.View(ctx, func(tx store.Tx) error {
 		if _, err := tx.Org(ctx, org); err != nil {
 			return orgError(err, org)
@@ -183,12 +183,12 @@ func (s *Service) AccountTokens(ctx context.Context, org, name string) (out []co
 }
 
 // CreateAccountToken makes a token of a service account; its scopes narrow the account's.
-func (s *Service) CreateAccountToken(ctx context.Context, by *Principal, org, name string, req control.CreateAccessToken) (*control.CreatedAccessToken, error) {
+func (s *Service) CreateAccountToken(ctx context.Context, by *Principal, org, name string, req control.CreateAPIToken) (*control.CreatedAPIToken, error) {
 	scopes, life, err := checkTokenRequest(req)
 	if err != nil {
 		return nil, err
 	}
-	out := &control.CreatedAccessToken{}
+	out := &control.CreatedAPIToken{}
 	err = s.account(ctx, by, org, name, func(c *registry.Change, a *store.ServiceAccount) error {
 		// Who holds a token has the rights of the account: nobody gets more that way than they may hand out.
 		if err := mayHand(by, org, scopesOf(a.Scopes)); err != nil {
@@ -205,7 +205,7 @@ func (s *Service) CreateAccountToken(ctx context.Context, by *Principal, org, na
 		if out.Token, err = newToken(ctx, c, accountPrefix, t, life); err != nil {
 			return err
 		}
-		out.AccessToken = tokenRecord(t)
+		out.APIToken = tokenRecord(t)
 		return c.Record(ctx, org, "api-token.issue", t.ID, map[string]any{"name": t.Name, "service_account": a.Name, "scopes": t.Scopes})
 	})
 	return out, err

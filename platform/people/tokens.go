@@ -119,27 +119,27 @@ func newToken(ctx context.Context, c *registry.Change, prefix string, t *store.A
 	return token, c.InsertAccessToken(ctx, t)
 }
 
-func tokenRecord(t *store.AccessToken) control.AccessToken {
+func tokenRecord(t *store.AccessToken) control.APIToken {
 	opt := func(t time.Time) *time.Time {
 		if t.IsZero() {
 			return nil
 		}
 		return &t
 	}
-	return control.AccessToken{
+	return control.APIToken{
 		ID: t.ID, Name: t.Name, Scopes: t.Scopes, Created: t.Created, Expires: opt(t.Expires), Revoked: opt(t.Revoked), LastUsed: opt(t.LastUsed), Source: t.Source,
 	}
 }
 
-func tokenRecords(ts []*store.AccessToken) []control.AccessToken {
-	out := []control.AccessToken{}
+func tokenRecords(ts []*store.AccessToken) []control.APIToken {
+	out := []control.APIToken{}
 	for _, t := range ts {
 		out = append(out, tokenRecord(t))
 	}
 	return out
 }
 
-func checkTokenRequest(req control.CreateAccessToken) (Scopes, time.Duration, error) {
+func checkTokenRequest(req control.CreateAPIToken) (Scopes, time.Duration, error) {
 	if strings.TrimSpace(req.Name) == "" {
 		return nil, 0, registry.Invalid("body.name", "say what the token is for", "the token has no name")
 	}
@@ -166,7 +166,7 @@ func maxLive(ts []*store.AccessToken, now time.Time) error {
 }
 
 // MyTokens lists the person's own tokens.
-func (s *Service) MyTokens(ctx context.Context, by *Principal) (out []control.AccessToken, err error) {
+func (s *Service) MyTokens(ctx context.Context, by *Principal) (out []control.APIToken, err error) {
 	if err := by.person(); err != nil {
 		return nil, err
 	}
@@ -179,7 +179,7 @@ func (s *Service) MyTokens(ctx context.Context, by *Principal) (out []control.Ac
 }
 
 // CreateMyToken makes a token of the person who calls: it may do what the person may, as far as its scopes go.
-func (s *Service) CreateMyToken(ctx context.Context, by *Principal, req control.CreateAccessToken) (*control.CreatedAccessToken, error) {
+func (s *Service) CreateMyToken(ctx context.Context, by *Principal, req control.CreateAPIToken) (*control.CreatedAPIToken, error) {
 	scopes, life, err := checkTokenRequest(req)
 	if err != nil {
 		return nil, err
@@ -187,7 +187,7 @@ func (s *Service) CreateMyToken(ctx context.Context, by *Principal, req control.
 	if by.narrow != nil && (len(scopes) == 0 || !by.narrow.Contains(scopes)) {
 		return nil, forbidden("name scopes that this token has", "a token with scopes can not make one with more")
 	}
-	out := &control.CreatedAccessToken{}
+	out := &control.CreatedAPIToken{}
 	err = s.own(ctx, by, func(c *registry.Change, p *store.Person) error {
 		have, err := c.PersonTokens(ctx, p.ID)
 		if err != nil {
@@ -200,7 +200,7 @@ func (s *Service) CreateMyToken(ctx context.Context, by *Principal, req control.
 		if out.Token, err = newToken(ctx, c, personPrefix, t, life); err != nil {
 			return err
 		}
-		out.AccessToken = tokenRecord(t)
+		out.APIToken = tokenRecord(t)
 		return c.Record(ctx, p.Org, "api-token.issue", t.ID, map[string]any{"name": t.Name, "login": p.Login, "scopes": t.Scopes})
 	})
 	return out, err
@@ -244,5 +244,101 @@ func (s *Service) ForgetToken(ctx context.Context, by *Principal) error {
 			return err
 		}
 		return revokeOne(ctx, c, ts, by.Token, homeOf(ctx, c, by.ID))
+	})
+}
+
+// Tokens lists the API tokens of their own: those of org, or of the platform.
+func (s *Service) Tokens(ctx context.Context, org string) (out []control.APIToken, err error) {
+	err = s.reg.Store.View(ctx, func(tx store.Tx) error {
+		if _, err := tx.Org(ctx, org); err != nil {
+			return orgError(err, org)
+		}
+		ts, err := tx.APITokens(ctx, homeWord(org))
+		if err != nil {
+			return err
+		}
+		out = []control.APIToken{}
+		for _, t := range ts {
+			p := tokenPrincipal(&registry.Administrator{Name: t.Name, Org: t.Org, Scope: t.Scope})
+			out = append(out, tokenRecord(&store.AccessToken{
+				ID: t.ID, Name: t.Name, Scopes: p.Grants[0].Scopes.Words(), Created: t.Created, Expires: t.Expires, Revoked: t.Revoked,
+			}))
+		}
+		return nil
+	})
+	return out, err
+}
+
+// CreateToken makes an API token of its own, with scopes that the caller has.
+func (s *Service) CreateToken(ctx context.Context, by *Principal, org string, req control.CreateAPIToken) (*control.CreatedAPIToken, error) {
+	if err := by.Require(org, "tokens", Write); err != nil {
+		return nil, err
+	}
+	scopes, life, err := checkTokenRequest(req)
+	if err != nil {
+		return nil, err
+	}
+	if err := mayHand(by, org, scopes); err != nil {
+		return nil, err
+	}
+	out := &control.CreatedAPIToken{}
+	err = s.transact(ctx, by, func(c *registry.Change) error {
+		if err := s.still(ctx, c, by, org, "tokens", Write); err != nil {
+			return err
+		}
+		if _, err := c.FindOrg(ctx, org); err != nil {
+			return err
+		}
+		scope := store.Scope(strings.Join(scopes.Words(), " "))
+		switch scope { // as platformd admin token writes them
+		case "*":
+			scope = store.ScopeAdmin
+		case "*:read":
+			scope = store.ScopeReadOnly
+		}
+		t := &store.APIToken{ID: identity.NewID("token"), Name: clip(req.Name, 64), Org: homeWord(org), Scope: scope, Created: c.Now()}
+		out.Token = "swt1." + secret()
+		t.Hash = hashOf(out.Token)
+		if life > 0 {
+			t.Expires = c.Now().Add(life)
+		}
+		if err := c.InsertAPIToken(ctx, t); err != nil {
+			return err
+		}
+		out.APIToken = tokenRecord(&store.AccessToken{ID: t.ID, Name: t.Name, Scopes: scopes.Words(), Created: t.Created, Expires: t.Expires})
+		return c.Record(ctx, org, "api-token.issue", t.ID, map[string]any{"name": t.Name, "scopes": scopes.Words()})
+	})
+	return out, err
+}
+
+// RevokeToken revokes an API token of its own.
+func (s *Service) RevokeToken(ctx context.Context, by *Principal, org, id string) error {
+	if err := by.Require(org, "tokens", Write); err != nil {
+		return err
+	}
+	return s.transact(ctx, by, func(c *registry.Change) error {
+		if err := s.still(ctx, c, by, org, "tokens", Write); err != nil {
+			return err
+		}
+		if _, err := c.FindOrg(ctx, org); err != nil {
+			return err
+		}
+		ts, err := c.APITokens(ctx, homeWord(org))
+		if err != nil {
+			return err
+		}
+		for _, t := range ts {
+			if t.ID != id {
+				continue
+			}
+			if !t.Revoked.IsZero() {
+				return registry.Conflict("", "the token was revoked at %s", t.Revoked.Format(time.RFC3339))
+			}
+			if err := c.RevokeAPIToken(ctx, t.ID, c.Now()); err != nil {
+				return err
+			}
+			return c.Record(ctx, org, "api-token.revoke", t.ID, map[string]any{"name": t.Name})
+		}
+		return registry.NotFound(store.ErrNotFound, "token", id, org)
 	})
 }

@@ -19,7 +19,7 @@ const subjectGroup = "group"
 
 const maxMembers = 10_000
 
-// subject resolves client:NAME, gateway:NAME or group:NAME to its kind, id and nodes.
+// subject resolves client:NAME, gateway:NAME, group:NAME or person:LOGIN to its kind, id and nodes.
 func subject(ctx context.Context, tx store.Tx, org, s string) (kind, id string, nodes []*store.Node, err error) {
 	kind, name, _ := strings.Cut(s, ":")
 	switch kind {
@@ -34,16 +34,30 @@ func subject(ctx context.Context, tx store.Tx, org, s string) (kind, id string, 
 		if err != nil {
 			return "", "", nil, notFound(err, kind, name, org)
 		}
-		for _, m := range g.Members {
-			n, err := tx.Node(ctx, m)
-			if err != nil {
-				return "", "", nil, err
-			}
-			nodes = append(nodes, n)
+		gs, err := view.Groups(ctx, tx, org)
+		if err != nil {
+			return "", "", nil, err
 		}
-		return kind, g.ID, nodes, nil
+		for _, v := range gs {
+			if v.ID == g.ID {
+				g = v
+			}
+		}
+		nodes, err = nodesOf(ctx, tx, g.Members)
+		return kind, g.ID, nodes, err
+	case view.SubjectPerson:
+		p, err := findPerson(ctx, tx, org, name)
+		if err != nil {
+			return "", "", nil, err
+		}
+		people, err := view.PeopleNodes(ctx, tx, org)
+		if err != nil {
+			return "", "", nil, err
+		}
+		nodes, err = nodesOf(ctx, tx, people[p.ID])
+		return kind, p.ID, nodes, err
 	}
-	return "", "", nil, invalid("body.subject", "client:NAME, gateway:NAME or group:NAME", "subject %.80q names nobody", s)
+	return "", "", nil, invalid("body.subject", "client:NAME, gateway:NAME, group:NAME or person:LOGIN", "subject %.80q names nobody", s)
 }
 
 // subjectName is the reverse of subject.
@@ -54,6 +68,13 @@ func subjectName(ctx context.Context, tx store.Tx, org, kind, id string) (string
 			return "", err
 		}
 		return kind + ":" + g.Name, nil
+	}
+	if kind == view.SubjectPerson {
+		p, err := tx.Person(ctx, id)
+		if err != nil {
+			return "", err
+		}
+		return kind + ":" + p.Login, nil
 	}
 	n, err := tx.Node(ctx, id)
 	if err != nil {
@@ -265,22 +286,26 @@ func (r *Registry) Explain(ctx context.Context, org string, req control.ExplainR
 	return &out, err
 }
 
-func (c *change) members(ctx context.Context, org string, names []string) ([]string, error) {
+func (c *change) members(ctx context.Context, org string, names []string) (nodes, people []string, err error) {
 	if len(names) > maxMembers {
-		return nil, invalid("body.members", "use several groups", "%d members, limit %d", len(names), maxMembers)
+		return nil, nil, invalid("body.members", "use several groups", "%d members, limit %d", len(names), maxMembers)
 	}
-	var ids []string
 	for _, s := range names {
 		kind, id, _, err := subject(ctx, c.Tx, org, s)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		if kind == subjectGroup {
-			return nil, invalid("body.members", "name clients and gateways", "a group can not be a member of a group")
+		switch kind {
+		case subjectGroup:
+			return nil, nil, invalid("body.members", "name clients, gateways and people", "a group can not be a member of a group")
+		case view.SubjectPerson:
+			people = append(people, id)
+		default:
+			nodes = append(nodes, id)
 		}
-		ids = append(ids, id)
 	}
-	return ids, nil
+	slices.Sort(people)
+	return nodes, slices.Compact(people), nil
 }
 
 func groupRecord(ctx context.Context, tx store.Tx, g *store.Group) (*control.GroupRecord, error) {
@@ -291,6 +316,17 @@ func groupRecord(ctx context.Context, tx store.Tx, g *store.Group) (*control.Gro
 			return nil, err
 		}
 		rec.Members = append(rec.Members, string(n.Kind)+":"+n.Name)
+	}
+	people, err := tx.GroupPeople(ctx, g.Org)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range people[g.ID] {
+		p, err := tx.Person(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		rec.Members = append(rec.Members, view.SubjectPerson+":"+p.Login)
 	}
 	return rec, nil
 }
@@ -307,10 +343,10 @@ func (r *Registry) PutGroup(ctx context.Context, org, name string, members *[]st
 		if _, err := c.org(ctx, org); err != nil {
 			return err
 		}
-		var ids []string
+		var ids, people []string
 		var err error
 		if members != nil {
-			if ids, err = c.members(ctx, org, *members); err != nil {
+			if ids, people, err = c.members(ctx, org, *members); err != nil {
 				return err
 			}
 		}
@@ -329,6 +365,11 @@ func (r *Registry) PutGroup(ctx context.Context, org, name string, members *[]st
 				g.Members = ids
 			}
 			if err := c.UpdateGroup(ctx, g); err != nil {
+				return err
+			}
+		}
+		if members != nil {
+			if err := c.PutGroupPeople(ctx, g.ID, people); err != nil {
 				return err
 			}
 		}

@@ -7,6 +7,7 @@ import (
 
 	"sallyway/internal/identity"
 	"sallyway/platform/store"
+	"sallyway/platform/view"
 )
 
 // Reach is who reaches what in an organization: policies resolved to nodes, resources and the gateways and relays between them, by name. It
@@ -64,13 +65,17 @@ func (r *Registry) Reach(ctx context.Context, org string) (*Reach, error) {
 				}
 			}
 		}
-		groups, err := tx.Groups(ctx, org, store.Page{})
+		groups, err := view.Groups(ctx, tx, org)
 		if err != nil {
 			return err
 		}
 		members := make(map[string][]string, len(groups))
 		for _, g := range groups {
 			members[g.ID] = g.Members
+		}
+		people, err := view.PeopleNodes(ctx, tx, org)
+		if err != nil {
+			return err
 		}
 		policies, err := tx.Policies(ctx, org, store.Page{})
 		if err != nil {
@@ -82,8 +87,11 @@ func (r *Registry) Reach(ctx context.Context, org string) (*Reach, error) {
 				continue
 			}
 			subjects := []string{p.Subject}
-			if p.SubjectKind == subjectGroup {
+			switch p.SubjectKind {
+			case subjectGroup:
 				subjects = members[p.Subject]
+			case view.SubjectPerson:
+				subjects = people[p.Subject]
 			}
 			for _, id := range subjects {
 				if n := byID[id]; n != nil {

@@ -37,7 +37,8 @@ type View struct {
 	good        map[identity.KeyHash]string
 	resources   []*store.Resource
 	policies    []*store.Policy
-	groups      map[string]*store.Group
+	groups      map[string]*store.Group // with the nodes of their people
+	people      map[string][]string     // nodes by person
 	assignments map[string][]string
 	relayKeys   map[string][]control.RelayKey // newest first, by relay
 	denied      []identity.Node
@@ -113,12 +114,15 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 	if v.policies, err = tx.Policies(ctx, org, store.Page{}); err != nil {
 		return nil, err
 	}
-	groups, err := tx.Groups(ctx, org, store.Page{})
+	groups, err := Groups(ctx, tx, org)
 	if err != nil {
 		return nil, err
 	}
 	for _, g := range groups {
 		v.groups[g.ID] = g
+	}
+	if v.people, err = PeopleNodes(ctx, tx, org); err != nil {
+		return nil, err
 	}
 	if v.rungs, err = tx.RelayRungs(ctx, org); err != nil {
 		return nil, err
@@ -333,12 +337,15 @@ func (v *View) resource(r *store.Resource) policy.Resource {
 // subjects are the active nodes that a policy is for, sorted.
 func (v *View) subjects(p *store.Policy) []identity.Node {
 	ids := []string{p.Subject}
-	if p.SubjectKind == "group" {
+	switch p.SubjectKind {
+	case "group":
 		g := v.groups[p.Subject]
 		if g == nil {
 			return nil
 		}
 		ids = g.Members
+	case SubjectPerson:
+		ids = v.people[p.Subject]
 	}
 	var out []identity.Node
 	for _, id := range ids {

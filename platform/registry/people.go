@@ -1,0 +1,89 @@
+package registry
+
+import (
+	"context"
+	"strings"
+
+	"sallyway/platform/store"
+	"sallyway/platform/view"
+)
+
+// nodesOf reads nodes by id.
+func nodesOf(ctx context.Context, tx store.Tx, ids []string) (out []*store.Node, err error) {
+	for _, id := range ids {
+		n, err := tx.Node(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, n)
+	}
+	return out, nil
+}
+
+// findPerson finds a person who has a role in org, or in all organizations, by login or id.
+func findPerson(ctx context.Context, tx store.Tx, org, name string) (*store.Person, error) {
+	p, err := tx.FindPerson(ctx, strings.ToLower(name))
+	if err != nil {
+		return nil, notFound(err, "user", name, org)
+	}
+	roles, err := tx.PersonRoles(ctx, p.ID)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range roles {
+		if r.Org == org {
+			return p, nil
+		}
+	}
+	return nil, notFound(store.ErrNotFound, "user", name, org)
+}
+
+// ForgetPerson takes a person out of the policies and groups of org (empty: of every organization).
+func (c *Change) ForgetPerson(ctx context.Context, person, org string) error {
+	orgs, err := c.Orgs(ctx, store.Page{})
+	if err != nil {
+		return err
+	}
+	for _, o := range orgs {
+		if org != "" && o.Name != org {
+			continue
+		}
+		changed := false
+		ps, err := c.Policies(ctx, o.Name, store.Page{})
+		if err != nil {
+			return err
+		}
+		for _, p := range ps {
+			if p.SubjectKind == view.SubjectPerson && p.Subject == person {
+				if err := c.DeletePolicy(ctx, p.ID); err != nil {
+					return err
+				}
+				changed = true
+			}
+		}
+		groups, err := c.GroupPeople(ctx, o.Name)
+		if err != nil {
+			return err
+		}
+		for g, people := range groups {
+			var rest []string
+			for _, p := range people {
+				if p != person {
+					rest = append(rest, p)
+				}
+			}
+			if len(rest) < len(people) {
+				if err := c.PutGroupPeople(ctx, g, rest); err != nil {
+					return err
+				}
+				changed = true
+			}
+		}
+		if changed {
+			if err := c.Bump(ctx, o.Name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
