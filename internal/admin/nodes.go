@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -29,7 +30,8 @@ var (
   sallyway relay create eu-1 --shared --host eu.example # for every organization of the platform`}
 	gateways = nodeKind{"gateway", "gateways", "Gateways: hosts in the private network", `  sallyway gateway create office
   sallyway gateway token office                        # a fresh token, for a new host or after a loss
-  sallyway gateway create office --json | jq -r .token | ssh office sudo gatewayd install --token-file -`}
+  sallyway gateway create office --json | jq -r .token | ssh office sudo gatewayd install --token-file -
+  sallyway gateway create office --appliance-iso office.iso # a disk for the appliance's image`}
 	clients = nodeKind{"client", "clients", "Clients: who reaches private resources", `  sallyway client create laptop
   sallyway client revoke laptop                        # open sessions end within seconds`}
 )
@@ -66,28 +68,39 @@ func (a *app) node(k nodeKind) *cobra.Command {
 
 func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 	var relay relayFlags
+	var appliance applianceFlags
 	cmd := &cobra.Command{
 		Use: "create NAME", Short: "Make a " + k.name + " and print the command for its host", Args: one("the " + k.name + "'s name"),
 		Long: "Make a " + k.name + " and print the command for its host. The token in it is good for one use within an hour; `sallyway " + k.name + " token NAME` makes a fresh one.",
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			req := control.CreateNode{Name: args[0], Host: relay.host, Port: relay.port}
 			if k == relays {
 				if relay.host == "" {
 					return daemon.Usagef("under which address do nodes reach the relay? add --host: sallyway relay create %s --host HOST", args[0])
 				}
-				var err error
 				if req.Peers, err = parseAll(relay.peers, "--peer", netip.ParseAddrPort); err != nil {
 					return err
 				}
 			}
+			disk, err := appliance.open()
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, disk.close()) }()
 			return a.do(cmd, "create "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
 				n, err := post[control.CreatedNode](ctx, c, c.path(k.plural), req)
 				if err != nil {
 					return err
 				}
-				return a.show(cmd, n, func(w io.Writer) { created(w, k, n, "created") })
+				if err := disk.write(k, n); err != nil {
+					return err
+				}
+				return a.show(cmd, n, func(w io.Writer) { disk.tell(w, k, n, "created") })
 			})
 		},
+	}
+	if k.appliance() {
+		appliance.register(cmd)
 	}
 	if k == relays {
 		cmd.Use = "create NAME --host HOST [--port N] [--peer ADDR:PORT]"
@@ -308,18 +321,31 @@ func (a *app) deleteOne(cmd *cobra.Command, name, plural, object string) error {
 }
 
 func (a *app) nodeToken(k nodeKind) *cobra.Command {
-	return a.completing(k.plural, &cobra.Command{
+	var appliance applianceFlags
+	cmd := &cobra.Command{
 		Use: "token NAME", Short: "Make a fresh enrolment token and print the command for the host", Args: one("the " + k.name + "'s name"),
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			disk, err := appliance.open()
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, disk.close()) }()
 			return a.do(cmd, "make a token for "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
 				n, err := post[control.CreatedNode](ctx, c, c.path(k.plural, args[0], "token"), nil)
 				if err != nil {
 					return err
 				}
-				return a.show(cmd, n, func(w io.Writer) { created(w, k, n, "has a fresh token; older ones are void") })
+				if err := disk.write(k, n); err != nil {
+					return err
+				}
+				return a.show(cmd, n, func(w io.Writer) { disk.tell(w, k, n, "has a fresh token; older ones are void") })
 			})
 		},
-	})
+	}
+	if k.appliance() {
+		appliance.register(cmd)
+	}
+	return a.completing(k.plural, cmd)
 }
 
 func (a *app) nodeAction(k nodeKind, verb, short, done string) *cobra.Command {
