@@ -198,7 +198,7 @@ func TestAPITokens(t *testing.T) {
 		t.Errorf("expired: %d %+v", status, p)
 	}
 	// From the host, while the server runs.
-	cred, err := AdminToken(t.Context(), l.cfg.Data, TokenRequest{Name: "fresh", RevokeOthers: true})
+	cred, err := Home{Data: l.cfg.Data}.AdminToken(t.Context(), TokenRequest{Name: "fresh", RevokeOthers: true})
 	must(t, err)
 	if cred.URL != l.srv.URL() || cred.Pin != l.srv.Pin() {
 		t.Errorf("credential for %s, pin %s", cred.URL, cred.Pin)

@@ -9,7 +9,7 @@
 // Everything it keeps lies in one folder:
 //
 //	platform.db   organizations, nodes, policies, certificates of CAs, their keys sealed, hashes of tokens, the audit chains
-//	master.key    what seals the keys, 0600: back it up apart from the database
+//	master.key    what seals the keys that seal them, 0600: back it up apart from the database
 //	admin.token   credential for `sallyway login`, made at the first start, 0600
 package platform
 
@@ -35,7 +35,6 @@ import (
 	"sallyway/internal/control"
 	"sallyway/platform/api"
 	"sallyway/platform/people"
-	"sallyway/platform/presence"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
@@ -65,6 +64,13 @@ const (
 // Config is what a platform needs. Only Data is required.
 type Config struct {
 	Data string // folder
+	// Database is the URL of the database: empty or sqlite: is a file in Data. On postgres://… several platforms can serve together; each opens at
+	// most Connections connections (zero is store.PostgresConnections).
+	Database    string
+	Connections int
+	// MasterKey is the file with the master key: empty is one in Data. MasterKeyCommand is a command of the shell that prints the key, and takes its
+	// place; a KMS or a hardware module is asked so.
+	MasterKey, MasterKeyCommand string
 	// Listen is the HTTPS address; empty is none. HTTPListen is a plain one for a load balancer that ends TLS; empty is none.
 	Listen, HTTPListen string
 	// AdvertiseURL is the URL under which nodes and administrators reach the platform; empty is made from the listen address.
@@ -133,7 +139,7 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 }
 
 func (s *Server) open(ctx context.Context) (err error) {
-	if s.store, s.reg, err = openRegistry(ctx, s.cfg.Data, s.cfg.Log, s.cfg.Now); err != nil {
+	if s.store, s.reg, err = s.cfg.Home().open(ctx, s.cfg.Log, s.cfg.Now); err != nil {
 		return err
 	}
 	s.reg.TokenLife = s.cfg.TokenLife
@@ -161,28 +167,6 @@ func (s *Server) open(ctx context.Context) (err error) {
 		return err
 	}
 	return s.firstOwner(ctx)
-}
-
-// openRegistry opens the database and the keys in a data folder, and makes what is missing.
-func openRegistry(ctx context.Context, dir string, log *slog.Logger, now func() time.Time) (*store.DB, *registry.Registry, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, nil, fmt.Errorf("data folder: %w", err)
-	}
-	path := filepath.Join(dir, databaseFile)
-	_, err := os.Stat(path)
-	seal, err := openSealer(dir, errors.Is(err, fs.ErrNotExist))
-	if err != nil {
-		return nil, nil, err
-	}
-	st, err := store.OpenSQLite(ctx, path)
-	if err != nil {
-		return nil, nil, err
-	}
-	reg := &registry.Registry{Store: st, Seal: seal, Board: new(presence.Board), Log: log, Now: now}
-	if _, err := reg.Bootstrap(ctx); err != nil {
-		return nil, nil, errors.Join(err, st.Close())
-	}
-	return st, reg, nil
 }
 
 // adminToken writes the first administrator's credential, and shows how to log in. At later starts it keeps the file's URL and pin up to
