@@ -91,6 +91,7 @@ var heavy = map[string][]string{
 	"modernc.org/sqlite":                  {"platform/store"},
 	"github.com/pressly/goose":            {"platform/store"},
 	"github.com/jackc/pgx":                {"platform/store"},
+	"rsc.io/qr":                           {"platform/web"},
 	"github.com/danielgtaylor/huma":       {"platform/api"},
 	"golang.org/x/crypto/ssh":             {"relay/reverse", "relay/fallback", "platform/pki"},
 	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "platform"},

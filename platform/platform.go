@@ -38,6 +38,7 @@ import (
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
+	"sallyway/platform/web"
 )
 
 // Names in the data folder.
@@ -101,6 +102,7 @@ type Server struct {
 	reg     *registry.Registry
 	hub     *push.Hub
 	people  *people.Service
+	web     *web.Server
 	url     string
 	pin     string
 	https   net.Listener // nil when off
@@ -158,6 +160,12 @@ func (s *Server) open(ctx context.Context) (err error) {
 	}
 	s.hub = push.New(push.Config{Registry: s.reg, Log: s.cfg.Log, DocumentLife: s.cfg.DocumentLife, CredentialLife: s.cfg.CredentialLife, KeyRotation: s.cfg.KeyRotation}, s.cfg.Metrics)
 	s.people = people.New(people.Config{Registry: s.reg, Log: s.cfg.Log})
+	if s.web, err = web.New(web.Config{
+		Registry: s.reg, People: s.people, Log: s.cfg.Log, Source: api.Source, Conditions: s.Conditions,
+		Unavailable: func(err error) { s.condition("database", err) },
+	}); err != nil {
+		return err
+	}
 	s.handler = s.routes()
 	s.cfg.Metrics.MustRegister(&census{s: s})
 	if err := s.remembered(ctx); err != nil {
@@ -234,6 +242,7 @@ func (s *Server) routes() http.Handler {
 		Registry: s.reg, Hub: s.hub, People: s.people, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
 		Unavailable: func(err error) { s.condition("database", err) },
 	}))
+	mux.Handle("/", s.web)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = fmt.Fprintln(w, "ok") // the peer has gone: nobody is left to tell
 	})
@@ -292,6 +301,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	g.Go(func() error { return s.hub.Run(ctx) })
 	g.Go(func() error { return s.people.Run(ctx) })
+	g.Go(func() error { return s.web.Run(ctx) })
 	g.Go(func() error { s.probe(ctx); return nil })
 	s.cfg.Log.Info("platform serves", "url", s.url, "listen", s.cfg.Listen, "http_listen", s.cfg.HTTPListen)
 	return errors.Join(g.Wait(), s.Close())
