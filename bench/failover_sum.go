@@ -230,13 +230,11 @@ func (row FailoverRow) bars() (out []bar) {
 		add("longest stall, median", row.Stall.Median, addressMost)
 		add("longest stall, p95", row.Stall.P95, addressMost)
 	case CauseBothGone, CauseBothKill:
-		most := float64(resumeMost)
-		if row.Cause == CauseBothKill {
-			most = allocateMost
-		}
+		// In both causes the relay that comes back has no allocation of the nodes' any more: a killed one has forgotten them, the other's were given up
+		// by the nodes in the silence.
 		if row.Resumed != nil {
-			add("resumed after one is back, median", row.Resumed.Median, most)
-			add("resumed after one is back, max", row.Resumed.Max, most)
+			add("resumed after one is back, median", row.Resumed.Median, resumeMost)
+			add("resumed after one is back, max", row.Resumed.Max, allocateMost)
 		}
 	}
 	return out
