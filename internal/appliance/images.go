@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
 
@@ -86,6 +87,9 @@ func (n *node) newUpdater(c *config.Config) (*update.Updater, error) {
 		n.updates.mu.Lock()
 		n.updates.mounted = true
 		n.updates.mu.Unlock()
+	}
+	if _, err := os.Stat(filepath.Join(bootFolder, "bios/syslinux.cfg")); !boot.UEFI && err != nil {
+		return nil, nil // no loader of the image's started this kernel
 	}
 	cfg := update.Config{ESP: bootFolder, Writable: writableBoot, Boot: boot, Log: n.slog}
 	if boot.Version == "" {

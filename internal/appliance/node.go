@@ -303,7 +303,7 @@ const (
 func (s *service) watch(ctx context.Context, failed <-chan error) error {
 	var unconfigured sync.Once
 	began := time.Now()
-	t := time.NewTimer(0)
+	t := time.NewTimer(watchFast) // daemons have begun by then
 	defer t.Stop()
 	for {
 		enter := false
@@ -329,14 +329,15 @@ func (s *service) watch(ctx context.Context, failed <-chan error) error {
 			stuck = stuck || v.status.State == supervise.Refused
 		}
 		s.healthy.Store(healthy || s.result.Config == nil && len(s.result.Errs) == 0 && net.Online)
-		if healthy && !s.ready {
+		announced := healthy && !s.ready
+		if announced {
 			s.ready = true
 			s.console.Machine(console.ReadyLine, s.readyDocument(views, net))
 		}
 		if s.result.Config == nil && (net.Online || time.Since(began) > onlineWait) {
 			unconfigured.Do(func() { s.console.Machine(console.UnconfiguredLine, s.unconfiguredDocument(net)) })
 		}
-		s.draw(s.block(views, net), enter)
+		s.draw(s.block(views, net), announced, enter)
 		if stuck && !slices.Equal(s.devices, blockDevices("/sys")) {
 			return errAgain
 		}
@@ -449,11 +450,11 @@ func (s *service) block(views []view, net network.Status) console.Block {
 }
 
 // drawEvery is the shortest time between two blocks that nobody asked for.
-const drawEvery = 2 * time.Second
+const drawEvery = 4 * time.Second
 
-// draw shows the block when it has changed, or somebody asks for it.
-func (s *service) draw(b console.Block, asked bool) {
-	if !asked && (s.last.Same(b) || time.Since(s.drawn) < drawEvery) {
+// draw shows the block when it has changed, and now where that is said or somebody asks for it; who asks sees the latest of the logs, too.
+func (s *service) draw(b console.Block, now, asked bool) {
+	if !now && !asked && (s.last.Same(b) || time.Since(s.drawn) < drawEvery) {
 		return
 	}
 	s.last, s.drawn = b, time.Now()

@@ -50,6 +50,9 @@ type Mounted struct {
 type Finder struct {
 	Sys, Dev string // /sys and /dev
 	Log      *slog.Logger
+
+	// tell tells the kernel of a partition; tests have no kernel for their disks. Nil is tellKernel.
+	tell func(w *os.File, op, number int, start, length int64) error
 }
 
 // disks are whole disks, without those that come and go or live in memory.
@@ -254,7 +257,11 @@ func (f Finder) commit(disk string, t *Table, number int, isNew bool) error {
 	if isNew {
 		op = blkpgAdd
 	}
-	return tellKernel(w, op, number, int64(p.First)*t.block, int64(p.Last-p.First+1)*t.block)
+	tell := f.tell
+	if tell == nil {
+		tell = tellKernel
+	}
+	return tell(w, op, number, int64(p.First)*t.block, int64(p.Last-p.First+1)*t.block)
 }
 
 // The operations of ioctl BLKPG (linux/blkpg.h).
