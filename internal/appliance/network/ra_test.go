@@ -15,6 +15,7 @@ import (
 
 	"github.com/insomniacslk/dhcp/dhcpv6"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/net/ipv6"
 
 	"sallyway/internal/lab/alone"
 )
@@ -104,7 +105,7 @@ func TestRouterAdvertisements(t *testing.T) {
 
 // sendRaw sends with the hop limit that shows that no router was passed.
 func sendRaw(conn net.PacketConn, b []byte, to net.Addr) error {
-	if err := setHopLimit(conn); err != nil {
+	if err := ipv6.NewPacketConn(conn).SetMulticastHopLimit(255); err != nil {
 		return err
 	}
 	_, err := conn.WriteTo(b, to)

@@ -15,8 +15,8 @@ type Boot struct {
 	UEFI bool
 	// Version is that of the image that runs; "" where nothing says it.
 	Version Version
-	// Path is the image's file as it was called when it was started, as LoaderBootCountPath and LoaderEntrySelected say: without its folder.
-	// "" where they do not.
+	// File is the name of the image's file, or of its entry, as LoaderBootCountPath or LoaderEntrySelected say it, without its folder. "" where
+	// they do not.
 	File string
 	// Partition is the unique identifier of the GPT partition that it was started from, in lower case; "" where nothing says it.
 	Partition string
@@ -49,7 +49,7 @@ func FindBoot(efivars, cmdline string) Boot {
 		for _, name := range []string{"LoaderBootCountPath", "LoaderEntrySelected", "StubImageIdentifier"} {
 			path := variable(efivars, name)
 			file := path[strings.LastIndexAny(path, `\/`)+1:]
-			if e, ok := ParseEntry(file); ok {
+			if e, _, ok := parseEntry(file); ok {
 				b.Version, b.File = e.Version, file
 				break
 			}

@@ -88,16 +88,29 @@ const (
 	maxTries = 99
 )
 
-// ParseEntry reads a file name. Upper and lower case are the same, as on FAT and for the firmware. It says false for files that are not ours.
+// ParseEntry reads the name of an image. Upper and lower case are the same, as on FAT and for the firmware. It says false for files that are not ours.
 func ParseEntry(name string) (Entry, bool) {
+	e, got, ok := parseEntry(name)
+	return e, ok && got == suffix
+}
+
+// parseEntry reads the name of an image or of a boot loader's entry, and returns its suffix.
+func parseEntry(name string) (Entry, string, bool) {
 	name = strings.ToLower(name)
 	name, ok := strings.CutPrefix(name, prefix)
 	if !ok {
-		return Entry{}, false
+		return Entry{}, "", false
 	}
-	if name, ok = strings.CutSuffix(name, suffix); !ok {
-		return Entry{}, false
+	for _, end := range []string{suffix, ".conf"} {
+		if rest, ok := strings.CutSuffix(name, end); ok {
+			e, ok := parseCounted(rest)
+			return e, end, ok
+		}
 	}
+	return Entry{}, "", false
+}
+
+func parseCounted(name string) (Entry, bool) {
 	version, counter, counted := strings.Cut(name, "+")
 	if len(version) > maxVersion || !versions.MatchString(version) {
 		return Entry{}, false
@@ -107,6 +120,7 @@ func ParseEntry(name string) (Entry, bool) {
 		return e, true
 	}
 	left, done, tried := strings.Cut(counter, "-")
+	var ok bool
 	if e.Left, ok = tries(left); !ok {
 		return Entry{}, false
 	}

@@ -19,6 +19,7 @@
 // # Files on the boot partition
 //
 //	EFI/Linux/sallyway_VERSION[+LEFT[-DONE]].efi    UEFI, see Entry
+//	loader/entries/sallyway_VERSION.conf            UEFI, the image that a disk for both comes with
 //	bios/VERSION/vmlinuz, bios/VERSION/initrd       BIOS
 //	bios/VERSION/tried, bios/VERSION/good           empty; this one was started, this one was blessed
 //	bios/syslinux.cfg                               the menu
