@@ -110,10 +110,12 @@ mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
 mount -t tmpfs -o mode=755 tmpfs "$root/run"
 mount -t tmpfs -o mode=755 tmpfs "$root/dev"
 mkdir "$root/dev/net" "$root/dev/pts" "$root/dev/shm"
-for d in null zero full random urandom tty net/tun; do
-	touch "$root/dev/$d"
-	mount --bind "/dev/$d" "$root/dev/$d"
+for d in "null 1 3" "zero 1 5" "full 1 7" "random 1 8" "urandom 1 9" "tty 5 0" "net/tun 10 200"; do
+	set -- $d
+	mknod -m 666 "$root/dev/$1" c "$2" "$3"
 done
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
+ln -s pts/ptmx "$root/dev/ptmx"
 ln -s /proc/self/fd "$root/dev/fd"
 hostname "$name"
 echo "$name" >"$root/etc/hostname"
@@ -121,6 +123,7 @@ rm -f "$root/usr/sbin/policy-rc.d"
 cd "$root"
 pivot_root . mnt
 umount -l /mnt
+mount --make-rshared /
 exec env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin $init
 `
 
@@ -232,7 +235,8 @@ func (m *machine) feed(ctx context.Context, stdin string, args ...string) string
 	m.t.Helper()
 	r, err := m.try(ctx, stdin, args...)
 	if err != nil {
-		m.t.Fatalf("%s (%s): %s: %v\n%s%s", m.Name, m.release, strings.Join(args, " "), err, r.Stdout, r.Stderr)
+		log, _ := m.try(context.WithoutCancel(ctx), "", "journalctl", "--no-pager", "-n", "30") // a chroot has none
+		m.t.Fatalf("%s (%s): %s: %v\n%s%s%s", m.Name, m.release, strings.Join(args, " "), err, r.Stdout, r.Stderr, log.Stdout)
 	}
 	return r.Stdout + r.Stderr
 }
