@@ -407,17 +407,30 @@ const (
 	fsckCorrected = 1 | 2 // 2: and a restart is due, which a mount that has not happened yet does not need
 )
 
+// fsckTries is how often a badly damaged file system is gone over: what one run corrects can bring out more.
+const fsckTries = 3
+
 // repair runs e2fsck in the way that needs nobody, and if that is not enough, answers yes to all of its questions.
 func (f Finder) repair(ctx context.Context, device string, m *Mounted, args ...string) error {
 	name := filepath.Base(device)
-	err := f.run(ctx, 15*time.Minute, fsckCorrected, "/sbin/e2fsck", append(append([]string{"-p"}, args...), device)...)
+	err := f.run(ctx, 15*time.Minute, fsckCorrected, "/sbin/e2fsck", append(append([]string{"-f", "-p"}, args...), device)...)
 	if err == nil {
 		m.Damaged = "the file system on " + name + " was damaged and has been repaired"
 		m.Notes = append(m.Notes, m.Damaged)
 		return nil
 	}
 	f.Log.Warn("e2fsck -p was not enough", "device", device, "err", err)
-	if err := f.run(ctx, 15*time.Minute, fsckCorrected, "/sbin/e2fsck", append(append([]string{"-y"}, args...), device)...); err != nil {
+	for try := range fsckTries {
+		good := fsckCorrected
+		if try == fsckTries-1 {
+			good = 0 // by now nothing may be left to correct
+		}
+		if err = f.run(ctx, 15*time.Minute, good, "/sbin/e2fsck", append(append([]string{"-f", "-y"}, args...), device)...); err != nil && try == 0 {
+			return fmt.Errorf("the file system on %s is damaged and could not be repaired: %w", name, err)
+		}
+		args = nil // the first superblock is there again
+	}
+	if err != nil {
 		return fmt.Errorf("the file system on %s is damaged and could not be repaired: %w", name, err)
 	}
 	m.Damaged = "the file system on " + name + " was damaged badly; it has been repaired, and files may be missing"
