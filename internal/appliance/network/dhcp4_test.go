@@ -171,9 +171,12 @@ func TestLeaseLife(t *testing.T) {
 	if err := peer.Up("192.0.2.1/24"); err != nil {
 		t.Fatal(err)
 	}
-	s := newServer(t, peer, lifetime(3*time.Second, time.Second, 2*time.Second)...)
+	s := newServer(t, peer, append(lifetime(3*time.Second, time.Second, 2*time.Second), dhcpv4.OptGeneric(dhcpv4.OptionInterfaceMTU, []byte{2, 64}))...)
 	n := begin(t, Config{})
 	<-n.Online()
+	if mtu := nicOf(n).MTU; mtu != 1500 {
+		t.Errorf("an MTU of 576 made %d", mtu)
+	}
 	until(t, "a renewal", func() bool { return s.has("renew") })
 	if s.has("from nowhere") {
 		t.Error("a renewal came from no address")

@@ -244,6 +244,23 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestReadBack has the disk give back other bytes than were written.
+func TestReadBack(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.efi")
+	put(t, filepath.Dir(path), map[string]string{"x.efi": "an image"})
+	m, err := Describe(path, "1.0.0", "amd64")
+	if err == nil {
+		err = check(path, m)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, filepath.Dir(path), map[string]string{"x.efi": "an imago"})
+	if err := check(path, m); err == nil || !strings.Contains(err.Error(), "failing") {
+		t.Error(err)
+	}
+}
+
 // TestManifestOfAnotherKind has a signature over the same bytes for another purpose.
 func TestManifestOfAnotherKind(t *testing.T) {
 	key := newKey(t)
