@@ -187,6 +187,7 @@ type ProviderRules struct {
 type GroupToRole struct {
 	Group string `json:"group" maxLength:"200" doc:"value of the claim; * is everybody of the provider"`
 	Role  string `json:"role" enum:"owner,admin,auditor,member"`
+	Org   string `json:"org,omitempty" maxLength:"63" doc:"for a provider of the platform: in which organization; none is the platform, whose roles hold in all"`
 }
 
 // CreateProvider adds single sign-on.

@@ -46,6 +46,8 @@ func (s *server) peopleRoutes() {
 	s.myRoutes()
 	peopleOf(s, "/orgs/{org}", "organization-")
 	peopleOf(s, "", "")
+	s.providerRoutes("/orgs/{org}", "organization-")
+	s.providerRoutes("", "")
 	s.loginRoutes()
 }
 

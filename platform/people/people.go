@@ -50,18 +50,17 @@ const Platform = identity.SharedOrg
 type Config struct {
 	Registry *registry.Registry
 	Log      *slog.Logger // nil discards
-	// HTTP makes requests to providers of single sign-on; nil is a client with time limits.
-	HTTP *http.Client
 }
 
 // Service serves all people. Its methods may be called concurrently.
 type Service struct {
 	reg   *registry.Registry
 	log   *slog.Logger
-	http  *http.Client
 	guard guard
 	hash  hasher
 	sso   providers
+	// httpPublic and httpPrivate make requests to providers; the former dials public addresses only.
+	httpPublic, httpPrivate *http.Client
 }
 
 // New makes a service. Run keeps its tables tidy.
@@ -69,10 +68,7 @@ func New(cfg Config) *Service {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	if cfg.HTTP == nil {
-		cfg.HTTP = providerClient()
-	}
-	return &Service{reg: cfg.Registry, log: cfg.Log, http: cfg.HTTP, hash: newHasher()}
+	return &Service{reg: cfg.Registry, log: cfg.Log, httpPublic: providerClient(false), httpPrivate: providerClient(true), hash: newHasher()}
 }
 
 // Run removes what has expired, until ctx ends.
