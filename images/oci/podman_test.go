@@ -113,7 +113,7 @@ func (p *podman) container(t *testing.T, name, image, netns string, args []strin
 		if t.Failed() {
 			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 			defer cancel()
-			cmd := exec.CommandContext(ctx, "tail", "-n", "25", p.logPath(ctx, name))
+			cmd := exec.CommandContext(ctx, "tail", "-n", "12", p.logPath(ctx, name))
 			out, _ := cmd.CombinedOutput() // shown as it is
 			t.Logf("log of %s:\n%s", name, out)
 		}

@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -140,7 +142,10 @@ func TestContainers(t *testing.T) {
 	// A token by a file, one by the engine's secret, one by the environment.
 	relay := s.file("relay.token", s.token("relay", "create", "relay-1", "--host", s.lab.Addr(s.lab.Relay1).String()))
 	s.container(t, "relay", s.names["relayd"], s.netns(s.lab.Relay1),
-		[]string{"--volume=" + relay + ":/run/secrets/token:ro", "--env=SALLYWAY_TOKEN_FILE=/run/secrets/token"})
+		[]string{
+			"--volume=" + relay + ":/run/secrets/token:ro", "--env=SALLYWAY_TOKEN_FILE=/run/secrets/token",
+			"--env=SALLYWAY_DRAIN_TIMEOUT=2s", // there is no other relay that its nodes could move to
+		})
 	s.healthy(t, "relay")
 	s.must(t, "secret", "create", "office", s.file("gateway.token", s.token("gateway", "create", "office")))
 	s.container(t, "gateway", s.names["gatewayd"], s.netns(s.lab.Gateway),
@@ -155,6 +160,8 @@ func TestContainers(t *testing.T) {
 		s.confined(name)
 	}
 
+	s.unenrolled()
+
 	fetch := func() error { return s.fetch("127.0.0.1:8080", page) }
 	until(t, "the page through the forward", 30*time.Second, fetch)
 	s.bySOCKS(page)
@@ -163,6 +170,10 @@ func TestContainers(t *testing.T) {
 			t.Errorf("%s: %d warnings, want the one about the TUN at most:\n%s", name, n, s.log(name))
 		}
 	}
+	for name, program := range map[string]string{"platform": "platformd", "relay": "relayd", "gateway": "gatewayd", "client": "sallyway connect"} {
+		s.doctor(name, strings.Fields(program))
+	}
+	s.withTUN(page)
 	s.flowSurvives("a restart of the relay", func() { s.must(t, "restart", "--time=10", "relay") }, page)
 	s.healthy(t, "relay")
 	until(t, "a page after the relay's restart", 30*time.Second, fetch)
@@ -238,6 +249,35 @@ func (s *site) bySOCKS(page string) {
 	}
 }
 
+// unenrolled runs a gateway that has no token: it ends at once, says what is missing, and is not to be started again.
+func (s *site) unenrolled() {
+	s.t.Helper()
+	out, err := s.run(s.t.Context(), append(append([]string{"run", "--rm", "--network=ns:" + s.netns(s.lab.Gateway)}, hardened...), s.names["gatewayd"])...)
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 2 || !strings.Contains(err.Error(), "sallyway gateway create NAME") {
+		s.t.Errorf("a gateway without a token: %v %s", err, out)
+	}
+}
+
+// withTUN runs a second client as the documentation says for those who want a TUN device: root with two capabilities, and the device.
+func (s *site) withTUN(page string) {
+	s.t.Helper()
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		s.t.Fatalf("this host has no TUN device: %v", err)
+	}
+	s.must(s.t, "secret", "create", "desktop", s.file("desktop.token", s.token("client", "create", "desktop")))
+	s.admin("policy", "allow", "--client", "desktop", "--resource", "web")
+	s.container(s.t, "desktop", s.names["sallyway"], s.netns(s.lab.Client), []string{
+		"--user=0:0", "--cap-add=NET_ADMIN", "--cap-add=NET_RAW", "--device=/dev/net/tun",
+		"--secret=desktop,type=mount,target=/etc/sallyway/token,mode=0400", "--env=SALLYWAY_TOKEN_FILE=/etc/sallyway/token",
+	}, "--tun=on")
+	s.healthy(s.t, "desktop")
+	until(s.t, "the page through the TUN device", 30*time.Second, func() error {
+		return s.fetch(net.JoinHostPort(lab.WebAddr.String(), "80"), page)
+	})
+	s.ends("desktop")
+}
+
 // flowSurvives holds an open connection to the private page over what do does.
 func (s *site) flowSurvives(what string, do func(), page string) {
 	s.t.Helper()
@@ -305,6 +345,27 @@ func status(text, key string) string {
 		}
 	}
 	return ""
+}
+
+// doctor wants no row of a container's doctor to fail.
+func (s *site) doctor(name string, program []string) {
+	s.t.Helper()
+	out, err := s.run(s.t.Context(), append(append([]string{"exec", name}, program...), "doctor", "--json")...)
+	if err != nil {
+		s.t.Errorf("doctor: %v", err)
+	}
+	var rows []struct{ Check, Result, Detail string }
+	if err := json.Unmarshal([]byte(out), &rows); err != nil {
+		s.t.Fatal(err)
+	}
+	if len(rows) < 5 {
+		s.t.Errorf("%s: %d rows", name, len(rows))
+	}
+	for _, r := range rows {
+		if r.Result != "PASS" && r.Check != "UDP buffers" && r.Check != "TUN" {
+			s.t.Errorf("%s: %s: %s: %s", name, r.Check, r.Result, r.Detail)
+		}
+	}
 }
 
 // ends stops a container as an operator does, and wants it to go by itself with 0.
