@@ -62,7 +62,7 @@ func (s *service) tokenFor(ctx context.Context, d *running) error {
 			host = all[0]
 		}
 		if host == "" {
-			return errors.New("the relay's address is not known: there is no address yet, and relay: has no advertise-ip:")
+			return errors.New("the relay's address is not known: there is no address yet, and advertise-ip is missing among the relay's settings")
 		}
 		args = append(args, "--host", host)
 	}

@@ -107,13 +107,13 @@ func look(ctx context.Context, p program, d *supervise.Daemon) view {
 	}
 	var raw json.RawMessage
 	if c.Get(ctx, "/status", &raw) == nil {
-		v.doc = readStatus(p.role, raw)
+		v.doc = readStatus(raw)
 	}
 	return v
 }
 
 // readStatus takes what it can of a status document. A field of another shape than expected, in a future version, is left out.
-func readStatus(role config.Role, raw json.RawMessage) document {
+func readStatus(raw json.RawMessage) document {
 	var fields map[string]json.RawMessage
 	if json.Unmarshal(raw, &fields) != nil {
 		return document{}

@@ -350,7 +350,9 @@ func TestMetadata(t *testing.T) {
 			t.Errorf("%s: %+v", name, f)
 		}
 	}
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound) }))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+	}))
 	defer srv.Close()
 	if f := askClouds(t.Context(), srv.URL); f.Config != nil || f.Err != nil || len(f.Notes) != 1 {
 		t.Errorf("a network that is no cloud: %+v", f)

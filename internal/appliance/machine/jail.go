@@ -59,12 +59,26 @@ func ParseJail(s string) (Jail, error) {
 // maxFiles is how many descriptors a daemon may have: a relay has one socket per allocation.
 const maxFiles = 1 << 20
 
+// raiseFiles raises the limit of open files to maxFiles, or as far as this process may.
+func raiseFiles() error {
+	err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: maxFiles, Max: maxFiles})
+	if !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return err
+	}
+	l.Cur = l.Max
+	return unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
+}
+
 // Enter turns this process into path with args as the jail's user; it returns only on error. The program it starts has the jail's
 // capabilities, permitted and ambient, can never get others (bounding set, no_new_privs), and writes no core file.
 func (j Jail) Enter(path string, args, env []string) error {
 	runtime.LockOSThread() // these are settings of a thread; exec keeps those of the calling one
 	defer runtime.UnlockOSThread()
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: maxFiles, Max: maxFiles}); err != nil {
+	if err := raiseFiles(); err != nil {
 		return fmt.Errorf("open files: %w", err)
 	}
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {

@@ -253,12 +253,12 @@ func TestNoExecutable(t *testing.T) {
 
 func TestParseNotice(t *testing.T) {
 	for in, want := range map[string]notice{
-		"READY=1":                       {ready: true},
-		"READY=0\nX":                    {},
-		"STOPPING=1":                    {stopping: true},
-		"WATCHDOG=1\nSTATUS=a b=c":      {alive: true, status: "a b=c"},
+		"READY=1":                        {ready: true},
+		"READY=0\nX":                     {},
+		"STOPPING=1":                     {stopping: true},
+		"WATCHDOG=1\nSTATUS=a b=c":       {alive: true, status: "a b=c"},
 		"STATUS=\x1b[2Jcleared\nREADY=1": {ready: true, status: "?[2Jcleared"},
-		"":                              {},
+		"":                               {},
 	} {
 		if got := parseNotice([]byte(in)); got != want {
 			t.Errorf("%q: %+v, want %+v", in, got, want)
