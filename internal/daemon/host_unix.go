@@ -4,7 +4,10 @@ package daemon
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
+	"os"
+	"path/filepath"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -35,4 +38,34 @@ func owner(fi fs.FileInfo) (uid int, known bool) {
 		return 0, false
 	}
 	return int(st.Uid), true
+}
+
+// giveBack makes root's files in dir the folder owner's. Links are left alone: only what lies in the folder itself, under one name, changes hands.
+func giveBack(dir string) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return nil //nolint:nilerr // a folder that is gone has nothing to give back
+	}
+	to, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok || to.Uid == 0 {
+		return nil
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("give files back to the owner of %s: %w", dir, err)
+	}
+	var errs error
+	for _, e := range entries {
+		fi, err := e.Info()
+		if err != nil || !fi.Mode().IsRegular() {
+			continue // gone meanwhile, or nothing that a daemon opens
+		}
+		if st, ok := fi.Sys().(*syscall.Stat_t); ok && st.Uid == 0 && st.Nlink == 1 {
+			errs = errors.Join(errs, os.Lchown(filepath.Join(dir, e.Name()), int(to.Uid), int(to.Gid)))
+		}
+	}
+	return errs
 }

@@ -132,13 +132,15 @@ func (s *State) WriteFile(name string, data []byte, mode fs.FileMode) error {
 	return WriteFile(s.Path(name), data, mode)
 }
 
-// Close gives the lock back. It is idempotent.
+// Close gives the lock back. It is idempotent. What root made in a folder of another user's, as `sudo platformd admin restore` does, becomes
+// that user's first: the daemon could not open it.
 func (s *State) Close() error {
+	given := giveBack(s.dir)
 	err := s.lock.Close()
 	if errors.Is(err, os.ErrClosed) {
 		return nil
 	}
-	return err
+	return errors.Join(given, err)
 }
 
 // WriteFile replaces path atomically: after a crash or a power cut it holds the old content or the new one, whole. A

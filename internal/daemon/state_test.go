@@ -153,3 +153,37 @@ func TestCheckState(t *testing.T) {
 		}
 	}
 }
+
+// What root made in a daemon's folder is the daemon's when the folder is closed: a restored database, say.
+func TestCloseGivesFilesBack(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("giving files to another user needs root")
+	}
+	const user = 65534
+	dir := filepath.Join(t.TempDir(), "state")
+	s, err := OpenState(dir, "testd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	outside := filepath.Join(t.TempDir(), "outside")
+	for _, path := range []string{s.Path("platform.db"), outside} {
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Link(outside, s.Path("hard")), os.Symlink(outside, s.Path("soft")), os.Chown(dir, user, user)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]int{s.Path("platform.db"): user, s.Path(lockFile): user, outside: 0, s.Path("hard"): 0} {
+		fi, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if uid, _ := owner(fi); uid != want {
+			t.Errorf("%s is of user %d, want %d", path, uid, want)
+		}
+	}
+}
