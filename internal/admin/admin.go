@@ -36,7 +36,8 @@ type app struct {
 	org    string
 	shared bool // relays of the platform instead of an organization's
 	json   bool
-	poll   time.Duration // of audit tail -f
+	poll   time.Duration    // of audit tail -f
+	browse func(url string) // opens a browser; nil is the desktop's
 }
 
 // Command returns the root command with every verb for administrators.
@@ -63,6 +64,7 @@ The usual way, where you are administrator:
 		a.login(), a.logout(), a.organization(),
 		a.node(relays), a.node(gateways), a.node(clients),
 		a.resource(), a.policy(), a.group(),
+		a.whoami(), a.user(), a.serviceAccount(), a.token(), a.provider(),
 		a.status(), a.session(), a.audit(), a.stun(), a.firewall(),
 		daemon.VersionCommand(daemon.Spec{Name: "sallyway"}),
 	)
@@ -153,7 +155,7 @@ func remedyFor(c *Client, doing string, p *link.Problem) string {
 	}
 	switch {
 	case p.Code == control.CodeTokenExpired, p.Status == http.StatusUnauthorized:
-		return "the stored login is not valid (any more); log in anew: sallyway login --url " + c.link.URL() + " --token-file F\na fresh token: platformd admin token, on the platform's host"
+		return "the stored login is not valid (any more); log in anew: sallyway login --url " + c.link.URL() + "\nor with a token: platformd admin token prints a fresh one, on the platform's host"
 	case p.Status == http.StatusForbidden:
 		return "log in with a token whose scope covers this, or ask who has one"
 	case p.Status == http.StatusNotFound:

@@ -70,21 +70,26 @@ func notLoggedIn() error {
 
 func (a *app) login() *cobra.Command {
 	var url, file, pin string
+	var device, browser bool
 	cmd := &cobra.Command{
-		Use:   "login [--url URL] --token-file F|- [--ca-pin P]",
-		Short: "Keep the credential of a platform for the other verbs",
-		Long: `Keep the credential of a platform for the other verbs.
+		Use:   "login --url URL [--device|--browser] | --token-file F|- [--ca-pin P]",
+		Short: "Log in to a platform, and keep the credential for the other verbs",
+		Long: `Log in to a platform, and keep the credential for the other verbs.
 
-F is the admin.token that platformd writes at its first start (it carries URL, CA pin and token), or holds an API token
+With a URL alone a person logs in: by the browser of this host where there is one, else with a code that is typed into a browser anywhere
+(--device). The credential speaks for that person for 30 days; sallyway logout ends it.
+
+With --token-file a token is kept. F is the admin.token that platformd writes at its first start (it carries URL, CA pin and token), or holds an API token
 alone; then --url says where the platform is, and --ca-pin how to know it where its certificate is its own.
 The credential is kept in your configuration folder, readable for you alone; SALLYWAY_CREDENTIALS names another file.`,
-		Example: `  sallyway login --token-file /var/lib/sallyway/platformd/admin.token
+		Example: `  sallyway login --url https://platform.example
+  sallyway login --token-file /var/lib/sallyway/platformd/admin.token
   ssh platform.example sudo cat /var/lib/sallyway/platformd/admin.token | sallyway login --token-file -
   sallyway login --url https://platform.example --token-file token.txt --org acme`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if file == "" {
-				return daemon.Usagef("which token? name its file: sallyway login --token-file F (- is standard input)")
+				return a.logInPerson(cmd, control.AdminCredential{URL: url, Pin: pin}, device, browser)
 			}
 			c, err := readToken(cmd.InOrStdin(), file)
 			if err != nil {
@@ -104,8 +109,39 @@ The credential is kept in your configuration folder, readable for you alone; SAL
 	}
 	cmd.Flags().StringVar(&url, "url", "", "the platform's URL (default: as the token file says)")
 	cmd.Flags().StringVar(&file, "token-file", "", "file with the token, - for standard input")
+	cmd.Flags().BoolVar(&device, "device", false, "log in with a code, in a browser of another host")
+	cmd.Flags().BoolVar(&browser, "browser", false, "log in with the browser of this host")
 	cmd.Flags().StringVar(&pin, "ca-pin", "", "SHA-256 of the key of the platform's CA, in hexadecimal (default: as the token file says)")
 	return cmd
+}
+
+// logInPerson logs a person in where the URL, or the last login, says.
+func (a *app) logInPerson(cmd *cobra.Command, cred control.AdminCredential, device, browser bool) error {
+	if device && browser {
+		return daemon.Usagef("--device or --browser: not both")
+	}
+	if cred.URL == "" {
+		old, err := loadCredential()
+		if err != nil {
+			return daemon.Usagef("where is the platform? sallyway login --url https://PLATFORM, or with a token: sallyway login --token-file F (- is standard input)")
+		}
+		cred.URL = old.URL
+		if cred.Pin == "" {
+			cred.Pin = old.Pin
+		}
+	}
+	how := ""
+	switch {
+	case device:
+		how = "device"
+	case browser:
+		how = "browser"
+	}
+	cred, err := a.signIn(cmd, cred, how)
+	if err != nil {
+		return err
+	}
+	return a.logIn(cmd, cred)
 }
 
 // readToken reads admin.token or a bare API token. Errors never repeat it.
@@ -224,11 +260,31 @@ func (a *app) logout() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			a.endToken(cmd)
 			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return daemon.Failf("log out: %w", err)
 			}
 			return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintln(w, "Logged out.") })
 		},
+	}
+}
+
+// personToken is how the token of a person's login begins.
+const personToken = "swu1."
+
+// endToken revokes the token of a person's login. The login is forgotten here all the same when the platform can not be reached.
+func (a *app) endToken(cmd *cobra.Command) {
+	cred, err := loadCredential()
+	if err != nil || !strings.HasPrefix(cred.Token, personToken) {
+		return
+	}
+	c, err := NewClient(cred.AdminCredential, defaultOrg)
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	if err := c.send(cmd.Context(), "POST", "/api/v1/me/logout", nil, nil); err != nil {
+		fmt.Fprintf(cmd.ErrOrStderr(), "warning: the token was not revoked at the platform: %v\nrevoke it in the browser, under your account; it expires by itself\n", err)
 	}
 }
 

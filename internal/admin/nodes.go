@@ -56,6 +56,9 @@ func (a *app) node(k nodeKind) *cobra.Command {
 		a.nodeAction(k, "enable", "Let a disabled NODE work again", "enabled"),
 		a.nodeAction(k, "revoke", "Deny the NODE's key: its sessions end within seconds, and it needs a new token", "revoked"),
 	}
+	if k == clients {
+		verbs = append(verbs, a.clientEnrol(), a.clientMine())
+	}
 	if k == relays {
 		verbs = append(verbs, a.nodeAction(k, "drain", "Move everybody off a relay, without a break", "draining"), a.relayCredential())
 	}

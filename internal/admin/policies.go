@@ -24,7 +24,7 @@ type subjectFlags struct{ client, from, group string }
 
 func (f *subjectFlags) register(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.client, "client", "", "a client")
-	cmd.Flags().StringVar(&f.from, "from", "", "gateway:NAME (a site), client:NAME or group:NAME")
+	cmd.Flags().StringVar(&f.from, "from", "", "gateway:NAME (a site), client:NAME, group:NAME or person:LOGIN")
 	cmd.Flags().StringVar(&f.group, "group", "", "a group")
 }
 
@@ -38,7 +38,7 @@ func (f *subjectFlags) subject() (string, error) {
 		found = append(found, "group:"+f.group)
 	}
 	if f.from != "" {
-		if err := checkSubject(f.from, "client", "gateway", "group"); err != nil {
+		if err := checkSubject(f.from, "client", "gateway", "group", "person"); err != nil {
 			return "", daemon.Usagef("--from %w", err)
 		}
 		found = append(found, f.from)
@@ -227,7 +227,7 @@ func (a *app) group() *cobra.Command {
 			})
 		},
 	}
-	create.Flags().StringSliceVar(&members, "member", nil, "client:NAME or gateway:NAME")
+	create.Flags().StringSliceVar(&members, "member", nil, "client:NAME, gateway:NAME or person:LOGIN")
 	ls := &cobra.Command{
 		Use: "list", Aliases: []string{"ls"}, Short: "List the groups", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -269,7 +269,7 @@ func (a *app) group() *cobra.Command {
 
 func checkMembers(members []string) error {
 	for _, m := range members {
-		if err := checkSubject(m, "client", "gateway"); err != nil {
+		if err := checkSubject(m, "client", "gateway", "person"); err != nil {
 			return daemon.Usagef("member %w", err)
 		}
 	}
@@ -309,7 +309,7 @@ func (a *app) groupUpdate() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringSliceVar(&set, "member", nil, "the members from now on: client:NAME or gateway:NAME")
+	cmd.Flags().StringSliceVar(&set, "member", nil, "the members from now on: client:NAME, gateway:NAME or person:LOGIN")
 	cmd.Flags().StringSliceVar(&add, "add", nil, "members to add")
 	cmd.Flags().StringSliceVar(&drop, "remove", nil, "members to remove")
 	cmd.MarkFlagsMutuallyExclusive("member", "add")
