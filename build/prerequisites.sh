@@ -24,6 +24,7 @@ bench)
 		tinyproxy-bin microsocks                                           # egress proxies
 		dnsmasq-base                                                       # a DHCP server and router for the appliance
 		gcc libc6-dev                                                      # the race detector
+		mmdebstrap rpm                                                     # Debians to install the packages on
 	)
 	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc)
 	;;

@@ -71,13 +71,15 @@ func (b *builder) build(p product, out string) ([]string, error) {
 	return made, nil
 }
 
+// rpmArch are rpm's names of architectures.
+var rpmArch = map[string]string{"amd64": "x86_64", "arm64": "aarch64"}
+
 // fileName follows what either system does: name_version_arch.deb, name-version-release.arch.rpm.
 func fileName(p product, version, arch, format string) string {
 	if format == "deb" {
 		return fmt.Sprintf("%s_%s_%s.deb", p.Name, version, arch)
 	}
-	rpm := map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[arch]
-	return fmt.Sprintf("%s-%s-1.%s.rpm", p.Name, version, rpm)
+	return fmt.Sprintf("%s-%s-1.%s.rpm", p.Name, version, rpmArch[arch])
 }
 
 // config writes nfpm's configuration, and the scripts that it names into folder scripts. JSON is YAML.
@@ -143,7 +145,7 @@ func render(name string, p product) (string, error) {
 	return b.String(), nil
 }
 
-// contents lists the staged files. Folders that others own are not the package's: only /etc/sallyway is.
+// contents lists the staged files. Folders that others own as well are not the package's.
 func (s *stager) contents() ([]entry, error) {
 	var out []entry
 	err := filepath.WalkDir(s.root, func(path string, d fs.DirEntry, err error) error {
@@ -153,7 +155,7 @@ func (s *stager) contents() ([]entry, error) {
 		dst := strings.TrimPrefix(path, s.root)
 		e := entry{Dst: dst, Info: info{Mode: 0o644, Owner: "root", Group: "root", MTime: s.builder.Version.Time}}
 		switch {
-		case d.IsDir() && dst == "/etc/sallyway":
+		case d.IsDir() && (dst == "/etc/sallyway" || dst == "/usr/share/doc/"+s.product.Name):
 			e.Type, e.Info.Mode = "dir", 0o755
 		case d.IsDir():
 			return nil

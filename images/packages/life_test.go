@@ -104,6 +104,7 @@ func TestLife(t *testing.T) {
 		t.FailNow()
 	}
 	t.Logf("two Debians and %d packages made in %v", 2*2*len(products), time.Since(began).Round(time.Second))
+	t.Run("rpm", func(t *testing.T) { rpm(ctx, t, roots[releases[0]], packages) })
 	for _, r := range releases {
 		t.Run("chroot/"+r, func(t *testing.T) { chroot(ctx, t, r, roots[r], packages) })
 	}
@@ -175,7 +176,61 @@ func chroot(ctx context.Context, t *testing.T, release, root, packages string) {
 	}
 }
 
-// site are the machines of an organization.
+// rpm is the life of the RPM packages, with their scripts, by the rpm that Debian has. Its database knows none of what Debian
+// brought, so dependencies are not asked for: the packages have none but files that every system has.
+func rpm(ctx context.Context, t *testing.T, root, packages string) {
+	l, err := lab.New(lab.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Close)
+	m := start(ctx, l.Peer, t, releases[0], root, packages, "/usr/bin/sleep infinity")
+	m.run(ctx, "rpm", "--initdb")
+	empty := m.tree(ctx)
+	files := func(version string) []string {
+		var out []string
+		for _, n := range names() {
+			out = append(out, "/packages/"+fileName(product{Name: n}, version, arch, "rpm"))
+		}
+		return out
+	}
+	said := m.run(ctx, append([]string{"rpm", "--install", "--nodeps"}, files(before)...)...)
+	for _, p := range products {
+		if !strings.Contains(said, p.Hint()) {
+			t.Errorf("the installation of %s does not say what is next:\n%s", p.Name, said)
+		}
+		m.run(ctx, p.Program, "version")
+		if out := m.run(ctx, "rpm", "--query", "--configfiles", p.Name); out != "/etc/sallyway/"+p.State+".yaml\n" {
+			t.Errorf("settings of %s: %q", p.Name, out)
+		}
+		if out := m.run(ctx, "getent", "passwd", p.Unit); !strings.HasPrefix(out, p.Unit+":") {
+			t.Errorf("user of %s: %q", p.Unit, out)
+		}
+		m.run(ctx, "rpm", "--verify", "--nodeps", p.Name)
+	}
+	m.feed(ctx, "log-level: debug\n", "tee", "/etc/sallyway/gatewayd.yaml")
+	said = m.run(ctx, append([]string{"rpm", "--upgrade", "--nodeps"}, files(after)...)...)
+	if strings.Contains(said, "not started") {
+		t.Errorf("an upgrade tells how to begin:\n%s", said)
+	}
+	if out := m.run(ctx, "cat", "/etc/sallyway/gatewayd.yaml"); out != "log-level: debug\n" {
+		t.Errorf("settings after the upgrade: %q", out)
+	}
+	if out := m.run(ctx, "rpm", "--query", "--queryformat", "%{VERSION}-%{RELEASE}.%{ARCH}", "sallyway-relay"); out != after+"-1."+rpmArch[arch] {
+		t.Errorf("rpm has %s", out)
+	}
+	m.run(ctx, append([]string{"rpm", "--erase"}, names()...)...)
+	left := slices.DeleteFunc(m.tree(ctx), func(p string) bool {
+		kept := strings.Contains(p, "/etc/sallyway/gatewayd.yaml.rpmsave ") || strings.HasPrefix(p, "/etc/sallyway d") ||
+			strings.HasPrefix(p, "/usr/share/zsh") || strings.HasPrefix(p, "/usr/share/fish") // where rpm is at home, these are the package filesystem's
+		return kept || slices.Contains(empty, p) || strings.HasPrefix(p, "/etc/") && (strings.HasSuffix(p, "- f") || strings.Contains(p, "/.pwd.lock"))
+	})
+	if len(left) > 0 {
+		t.Errorf("left after erase: %q", left)
+	}
+}
+
+// organizationSite are the machines of an organization.
 type organizationSite struct {
 	*lab.Lab
 	t                                         *testing.T
@@ -195,8 +250,11 @@ func organization(ctx context.Context, t *testing.T, roots map[string]string, pa
 		h       *lab.Host
 		release string
 	}{
-		{&s.platform, l.Platform, "bookworm"}, {&s.relay1, l.Relay1, "bookworm"}, {&s.relay2, l.Relay2, "trixie"},
-		{&s.gateway, l.Gateway, "trixie"}, {&s.client, l.Client, "bookworm"},
+		{&s.platform, l.Platform, "bookworm"},
+		{&s.relay1, l.Relay1, "bookworm"},
+		{&s.relay2, l.Relay2, "trixie"},
+		{&s.gateway, l.Gateway, "trixie"},
+		{&s.client, l.Client, "bookworm"},
 	} {
 		wg.Go(func() { *b.m = boot(ctx, b.h, t, b.release, roots[b.release], packages) })
 	}
@@ -204,10 +262,14 @@ func organization(ctx context.Context, t *testing.T, roots map[string]string, pa
 	if t.Failed() {
 		t.FailNow()
 	}
-	s.install(ctx)
-	s.configure(ctx)
-	s.upgrade(ctx)
-	s.leave(ctx)
+	for _, part := range []struct {
+		name string
+		do   func(context.Context)
+	}{{"installed", s.install}, {"configured and running", s.configure}, {"upgraded", s.upgrade}, {"removed and purged", s.leave}} {
+		began := time.Now()
+		part.do(ctx)
+		t.Logf("%s in %v", part.name, time.Since(began).Round(100*time.Millisecond))
+	}
 }
 
 // install puts the packages on their machines. Nothing runs then.
@@ -332,6 +394,7 @@ func (s *organizationSite) upgrade(ctx context.Context) {
 	}
 	pulse := s.connect(ctx, 7)
 	defer pulse.Stop()
+	s.look(ctx)
 	for _, u := range []struct {
 		m     *machine
 		names []string
@@ -392,6 +455,25 @@ func (s *organizationSite) relaysReady(ctx context.Context) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// look has every daemon's doctor examine its host, from where the operator stands, and sees that gateway and client have what
+// needs capabilities and devices.
+func (s *organizationSite) look(ctx context.Context) {
+	for m, doctor := range map[*machine][]string{
+		s.platform: {"platformd", "doctor"}, s.relay1: {"relayd", "doctor"}, s.relay2: {"relayd", "doctor"},
+		s.gateway: {"gatewayd", "doctor"}, s.client: {"sallyway", "connect", "doctor"},
+	} {
+		if r, err := m.try(ctx, "", doctor...); err != nil {
+			s.t.Errorf("%s: %v\n%s", strings.Join(doctor, " "), err, r.Stdout)
+		}
+	}
+	for _, m := range []*machine{s.gateway, s.client} {
+		if r, err := m.Run(ctx, "ip", "address", "show", "dev", "sally0"); err != nil || !strings.Contains(r.Stdout, "inet") {
+			s.t.Errorf("the TUN device on %s: %v %s", m.Name, err, r.Stdout)
+		}
+	}
+	s.client.run(ctx, "sh", "-c", "grep -q '^CapEff:.0*1000$' /proc/$(systemctl show -P MainPID sallyway-client)/status") // CAP_NET_ADMIN alone
 }
 
 // leave removes and purges.

@@ -48,7 +48,7 @@ func debian(ctx context.Context, t *testing.T, releases ...string) map[string]st
 				return
 			}
 			var log bytes.Buffer
-			cmd := exec.CommandContext(ctx, "mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase", "--include=systemd",
+			cmd := exec.CommandContext(ctx, "mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase", "--include=systemd,rpm",
 				"--dpkgopt=path-exclude=/usr/share/locale/*", r, root, mirror)
 			cmd.Stdout, cmd.Stderr = &log, &log
 			err := cmd.Run()
@@ -244,7 +244,7 @@ func (m *machine) feed(ctx context.Context, stdin string, args ...string) string
 // apt installs packages of one version, by the names of products.
 func (m *machine) apt(ctx context.Context, version string, names ...string) string {
 	m.t.Helper()
-	args := []string{"apt-get", "-q", "-y", "--no-install-recommends", "install"}
+	args := []string{"apt-get", "-q", "-y", "-o", "Dpkg::Use-Pty=0", "--no-install-recommends", "install"}
 	for _, n := range names {
 		args = append(args, "/packages/"+fileName(product{Name: n}, version, arch, "deb"))
 	}
