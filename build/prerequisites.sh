@@ -26,7 +26,7 @@ bench)
 		gcc libc6-dev                                                      # the race detector
 		mmdebstrap rpm                                                     # Debians to install the packages on
 	)
-	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc)
+	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc mmdebstrap rpm)
 	;;
 *)
 	echo "usage: $0 [demo|bench]" >&2
