@@ -90,7 +90,7 @@ func (a *app) serviceAccount() *cobra.Command {
 					return err
 				}
 				return a.show(cmd, s, func(w io.Writer) {
-					fmt.Fprintf(w, "service account %s of %s created\na token for it: sallyway service-account token create %[1]s --name WHAT-FOR\n", s.Name, at.where(c))
+					fmt.Fprintf(w, "service account %s of %s created\na token for it: sallyway service-account token %[1]s --name WHAT-FOR\n", s.Name, at.where(c))
 				})
 			})
 		},
@@ -169,8 +169,8 @@ func (a *app) serviceAccount() *cobra.Command {
 		},
 	}
 	cmd := at.register(group("service-account", "Programs that use the API, each with scopes of its own", `  sallyway service-account create terraform --scope gateways:write,gateways:read,resources:write,resources:read
-  sallyway service-account token create terraform --name ci --expires 2160h`,
-		create, ls, show, update, del, a.accountToken(&at)))
+  sallyway service-account token terraform --name ci --expires 2160h`,
+		append([]*cobra.Command{create, ls, show, update, del}, a.accountTokens(&at)...)...))
 	cmd.Aliases = []string{"sa"}
 	return cmd
 }
@@ -182,12 +182,13 @@ func accountState(s control.ServiceAccountRecord) string {
 	return "active"
 }
 
-func (a *app) accountToken(at *reach) *cobra.Command {
+// accountTokens are the verbs for a service account's tokens.
+func (a *app) accountTokens(at *reach) []*cobra.Command {
 	one := one("the service account's name")
 	var f tokenFlags
 	var name string
 	create := f.register(&cobra.Command{
-		Use: "create NAME", Short: "Make a token of a service account", Args: one,
+		Use: "token NAME", Short: "Make a token of a service account", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "create token of service-account "+args[0], func(ctx context.Context, c *Client) error {
 				t, err := post[control.CreatedAPIToken](ctx, c, at.path(c, serviceAccounts, args[0], "tokens"), f.request(name))
@@ -200,7 +201,7 @@ func (a *app) accountToken(at *reach) *cobra.Command {
 	})
 	create.Flags().StringVar(&name, "name", "token", "what it is for")
 	ls := &cobra.Command{
-		Use: "list NAME", Aliases: []string{"ls"}, Short: "List the tokens of a service account", Args: one,
+		Use: "tokens NAME", Short: "List the tokens of a service account", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "list tokens of service-account "+args[0], func(ctx context.Context, c *Client) error {
 				items, err := all[control.APIToken](ctx, c, at.path(c, serviceAccounts, args[0], "tokens"))
@@ -222,7 +223,7 @@ func (a *app) accountToken(at *reach) *cobra.Command {
 			})
 		},
 	}
-	return group("token", "Tokens of a service account", `  sallyway service-account token create terraform --name ci --scope gateways:write --expires 2160h`, create, ls, revoke)
+	return []*cobra.Command{create, ls, revoke}
 }
 
 // token are API tokens: one's own, or (--of) those of an organization or of the platform that stand for nobody.
