@@ -24,9 +24,10 @@ bench)
 		tinyproxy-bin microsocks                                           # egress proxies
 		dnsmasq-base                                                       # a DHCP server and router for the appliance
 		gcc libc6-dev                                                      # the race detector
+		chromium                                                           # the web UI's tests
 		mmdebstrap rpm                                                     # Debians to install the packages on
 	)
-	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc mmdebstrap rpm)
+	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc chromium mmdebstrap rpm)
 	;;
 *)
 	echo "usage: $0 [demo|bench]" >&2

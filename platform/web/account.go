@@ -78,7 +78,8 @@ type loginData struct {
 	Form   *form
 	Next   string
 	Ticket string // of a login that needs a code
-	SSO    []control.ProviderRecord
+	SSO    []signOnButton
+	Org    string // whose single sign-on is offered, too
 }
 
 func (q *request) login() error {
@@ -97,9 +98,10 @@ func (q *request) login() error {
 
 func (q *request) loginPage(status int, d loginData) error {
 	d.Next = local(q.value("next"), "")
+	d.Org = q.value("org")
 	var err error
 	if d.Ticket == "" {
-		if d.SSO, err = q.signOnButtons(); err != nil {
+		if d.SSO, err = q.signOnButtons(d.Next); err != nil {
 			return err
 		}
 	}

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"html/template"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/url"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -177,6 +179,8 @@ func functions() template.FuncMap {
 		"pathpart": url.PathEscape,
 		"ms":       func(d float64) string { return strconv.FormatFloat(d, 'f', 1, 64) + " ms" },
 		"msof":     func(d time.Duration) string { return strconv.FormatFloat(float64(d)/1e6, 'f', 1, 64) + " ms" },
+		"details":  details,
+		"short":    shortTime,
 		"once":     func(what, value string) *secretOnce { return &secretOnce{What: what, Value: value} },
 		"add":      func(a, b int) int { return a + b },
 		"count":    countText,
@@ -299,4 +303,44 @@ func clip(s string, most int) string {
 func (q *request) redirect(to string) error {
 	http.Redirect(q.w, q.r, to, http.StatusSeeOther)
 	return nil
+}
+
+// details are what an audit entry says besides its name: what is empty or false says nothing.
+func details(m map[string]any) [][2]string {
+	var out [][2]string
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		text := ""
+		switch v := m[k].(type) {
+		case nil, bool:
+			if v == true {
+				text = "yes"
+			}
+		case string:
+			text = v
+		case []any:
+			words := make([]string, len(v))
+			for i := range v {
+				words[i] = fmt.Sprint(v[i])
+			}
+			text = strings.Join(words, ", ")
+		default:
+			text = fmt.Sprint(v)
+		}
+		if text != "" && k != "name" {
+			out = append(out, [2]string{strings.ReplaceAll(k, "_", " "), text})
+		}
+	}
+	return out
+}
+
+// shortTime is a moment in UTC without what is the same as now.
+func shortTime(now, t time.Time) string {
+	now, t = now.UTC(), t.UTC()
+	switch {
+	case now.Format(time.DateOnly) == t.Format(time.DateOnly):
+		return t.Format("15:04:05")
+	case now.Year() == t.Year():
+		return t.Format("2 Jan 15:04:05")
+	}
+	return t.Format("2 Jan 2006 15:04")
 }
