@@ -147,11 +147,17 @@ func TestContainers(t *testing.T) {
 			"--env=SALLYWAY_DRAIN_TIMEOUT=2s", // there is no other relay that its nodes could move to
 		})
 	s.healthy(t, "relay")
+	err = s.lab.Gateway.Do(func() error { // what --sysctl does in a namespace of the engine's
+		return os.WriteFile("/proc/sys/net/ipv4/ping_group_range", fmt.Appendf(nil, "%d %[1]d", oci.UID), 0)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	s.must(t, "secret", "create", "office", s.file("gateway.token", s.token("gateway", "create", "office")))
 	s.container(t, "gateway", s.names["gatewayd"], s.netns(s.lab.Gateway),
 		[]string{fmt.Sprintf("--secret=office,type=mount,target=/etc/sallyway/token,uid=%d,mode=0400", oci.UID), "--env=SALLYWAY_TOKEN_FILE=/etc/sallyway/token"})
 	env := s.file("client.env", "SALLYWAY_TOKEN="+s.token("client", "create", "laptop")+"\nSALLYWAY_SOCKS=1080\n")
-	s.admin("resource", "create", "web", "--gateway", "office", "--address", lab.WebAddr.String(), "--tcp", "80")
+	s.admin("resource", "create", "web", "--gateway", "office", "--address", lab.WebAddr.String(), "--tcp", "80", "--icmp")
 	s.admin("policy", "allow", "--client", "laptop", "--resource", "web")
 	s.container(t, "client", s.names["sallyway"], s.netns(s.lab.Client), []string{"--env-file=" + env}, "--forward", "127.0.0.1:8080=web:80")
 	s.healthy(t, "gateway")
@@ -275,6 +281,9 @@ func (s *site) withTUN(page string) {
 	until(s.t, "the page through the TUN device", 30*time.Second, func() error {
 		return s.fetch(net.JoinHostPort(lab.WebAddr.String(), "80"), page)
 	})
+	if _, err := s.lab.Client.Run(s.t.Context(), "ping", "-c", "3", "-W", "5", lab.WebAddr.String()); err != nil {
+		s.t.Errorf("by a gateway without a capability: %v", err)
+	}
 	s.ends("desktop")
 }
 
