@@ -437,7 +437,7 @@ func (s *Session) watchPaths() {
 			s.flows.idle.Store(true)
 			busy = s.flows.total() != moved // else a byte passed just before it would have woken us
 		}
-		busy = busy || s.unanswered()
+		busy = busy || s.unproven()
 		var load pathstate.Load
 		if busy {
 			q := s.conn.ConnectionStats()

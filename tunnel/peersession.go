@@ -31,7 +31,7 @@ type peerSession struct {
 	rescued    atomic.Uint64
 	stuck      stuck // the server's watchRescues alone uses this and the next two
 	known      known
-	stoodIn    *port // the link that was shown under another's address last
+	stoodIn    int // how often its link was shown under another's address since it was not stuck
 	ctrl       atomic.Pointer[control]
 }
 

@@ -43,10 +43,10 @@ const (
 	// knockSoon is how long a client waits for QUIC's answer after a move before it sends all again, the first knocksSoon times, and knockEvery is
 	// how long from then on. QUIC's own timer is backed off by what came before the move.
 	knockSoon  = 200 * time.Millisecond
-	knocksSoon = 4
+	knocksSoon = 10
 	knockEvery = 700 * time.Millisecond
 	// mostKnocks bounds them by move: 20 s of a path that is alive.
-	mostKnocks = 32
+	mostKnocks = 36
 )
 
 // knock sends again what is under way when no packet has come over any link since the last move though the active path answers probes: it shows
@@ -75,13 +75,17 @@ func (s *Session) knock(now time.Time) time.Duration {
 	return every
 }
 
-// unanswered reports whether no packet has come over any link since the last move, and the session has not given up on one. Then its paths are
-// probed as if flows moved: they may wait to.
-func (s *Session) unanswered() bool {
+// unproven reports whether the session has moved a moment ago, or no packet has come over any link since and it has not given up on one. Then its
+// paths are probed as if flows moved, which may wait to: the other end may have closed the leg that answered first.
+func (s *Session) unproven() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.unansweredLocked() && time.Since(s.lastMove) < mostKnocks*knockEvery
+	since := time.Since(s.lastMove)
+	return s.moves > 0 && since < provenAfter || s.unansweredLocked() && since < mostKnocks*knockEvery
 }
+
+// provenAfter is how long paths are probed often after a move.
+const provenAfter = 3 * time.Second
 
 func (s *Session) unansweredLocked() bool {
 	if s.err != nil || s.moves == 0 || s.knocks >= mostKnocks {
@@ -195,7 +199,7 @@ func (s *Server) judge(sess *peerSession, p *port, now time.Duration) bool {
 		heard = active.heard()
 	}
 	if active == p {
-		sess.stuck, sess.stoodIn = stuck{}, nil
+		sess.stuck, sess.stoodIn = stuck{}, 0
 		if s.merged.lentFor(a, rescueAgain, now) {
 			s.relabel(p)
 		}
@@ -204,23 +208,36 @@ func (s *Server) judge(sess *peerSession, p *port, now time.Duration) bool {
 	if !sess.stuck.due(p, p.heard(), heard, now, min(rescueAfter+3*sess.conn.ConnectionStats().SmoothedRTT, mostRescueAfter)) {
 		return false
 	}
-	if id := sess.known.last(p, now); id != 0 && sess.stoodIn != p {
-		sess.stoodIn = p
+	if id := sess.known.best(p, heard, now); id != 0 && sess.stoodIn < mostStandIns {
+		sess.stoodIn++
+		sess.known.forget(id)
 		if s.merged.standIn(p, id) {
-			sess.known.forget(id)
 			return true
 		}
 	}
-	return s.merged.lend(a, p, now)
+	if !s.merged.lend(a, p, now) {
+		return false
+	}
+	// What QUIC sends now has its peer acknowledge, and QUIC find that all before was lost.
+	if ctrl := sess.ctrl.Load(); ctrl != nil {
+		_ = ctrl.send(Notice{Type: noticePath, Reason: "rescued"}) // a full queue is as good
+	}
+	return true
 }
+
+// mostStandIns bounds how many addresses are tried for a session before its active one is lent.
+const mostStandIns = 3
 
 // known are the addresses that QUIC may have paths for beside the active one: those from which packets of a session came since it moved last.
 // It forgets all others when it moves, and the one that was silent for longest when there are too many.
 type known struct {
 	active uint64
 	moved  time.Duration // to the active one, as far as was seen
-	heard  map[uint64]time.Duration
+	heard  map[uint64]sighting
 }
+
+// sighting is when packets came from an address for the first time, as far as was seen, and for the last time.
+type sighting struct{ first, last time.Duration }
 
 // note takes down when packets came from the addresses of a link.
 func (k *known) note(p *port) {
@@ -230,13 +247,18 @@ func (k *known) note(p *port) {
 			continue
 		}
 		if k.heard == nil {
-			k.heard = make(map[uint64]time.Duration)
+			k.heard = make(map[uint64]sighting)
 		}
-		k.heard[id] = at
+		seen, ok := k.heard[id]
+		if !ok {
+			seen.first = at
+		}
+		seen.last = at
+		k.heard[id] = seen
 		if len(k.heard) > mostKnown {
 			oldest := id
-			for id, at := range k.heard {
-				if at < k.heard[oldest] {
+			for id, seen := range k.heard {
+				if seen.last < k.heard[oldest].last {
 					oldest = id
 				}
 			}
@@ -259,12 +281,17 @@ func (k *known) at(active uint64, now time.Duration) {
 	}
 }
 
-// last is the address that was heard last of those whose packets come no more; 0 is none.
-func (k *known) last(working *port, now time.Duration) uint64 {
-	best := uint64(0)
-	for id, at := range k.heard {
-		if id != virtualID(working.main.addr.Load()) && id != virtualID(working.alias.addr.Load()) && now-at > rescueAfter && (best == 0 || at > k.heard[best]) {
-			best = id
+// best is the address, of those whose packets come no more, for whose path QUIC is likeliest to have a connection ID: one that was there before
+// the active path fell silent, at silent, and of these the one that was heard last; 0 is none.
+func (k *known) best(working *port, silent, now time.Duration) uint64 {
+	best, found := uint64(0), sighting{}
+	for id, seen := range k.heard {
+		if id == virtualID(working.main.addr.Load()) || id == virtualID(working.alias.addr.Load()) || now-seen.last < rescueAfter {
+			continue
+		}
+		before, than := seen.first <= silent, found.first <= silent
+		if best == 0 || before && !than || before == than && seen.last > found.last {
+			best, found = id, seen
 		}
 	}
 	return best
