@@ -79,6 +79,7 @@ var heavy = map[string][]string{
 	// The appliance alone owns its links, so it sets addresses and routes itself; a gateway's binary has the library anyway.
 	"github.com/vishvananda":              {"tun", "internal/appliance/network"},
 	"github.com/google/nftables":          {"internal/appliance/network/firewall"},
+	"filippo.io/age":                      {"internal/appliance/config"},
 	"github.com/insomniacslk/dhcp":        {"internal/appliance/network"},
 	"github.com/mdlayher/packet":          {"internal/appliance/network"},
 	"github.com/quic-go/quic-go":          {"tunnel"},

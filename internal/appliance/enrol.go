@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"sallyway/internal/appliance/config"
 	"sallyway/internal/appliance/machine"
 	"sallyway/internal/appliance/supervise"
+	"sallyway/internal/daemon"
 )
 
 // A host with all roles enrols its own relay and gateway: nobody could hand it tokens of a platform that does not exist yet.
@@ -35,16 +37,78 @@ func (s *service) enrolHere(ctx context.Context, d *running) error {
 		if !errors.Is(err, errPlatformStarts) {
 			s.note(fmt.Sprintf("enrol the %s here: %v", d.role, err))
 		}
-		wait := enrolRetry
-		if errors.Is(err, errPlatformStarts) {
-			wait = watchFast
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(wait):
+		if err := pause(ctx, err); err != nil {
+			return err
 		}
 	}
+}
+
+// pause waits until what failed with err may be tried again, or returns ctx's error.
+func pause(ctx context.Context, err error) error {
+	wait := enrolRetry
+	if errors.Is(err, errPlatformStarts) {
+		wait = watchFast
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(wait):
+		return nil
+	}
+}
+
+// sealedCredential is the file on the state partition with the credential that the console shows: the key that it is encrypted for, a line
+// break, and the text.
+var sealedCredential = filepath.Join(stateFolder, "appliance", "admin.age")
+
+// handOver gives the administrator of a new platform a credential: encrypted for the configuration's key, on the console. A new key gets a new
+// credential, which is also the way back in for who has lost the old one.
+func (s *service) handOver(ctx context.Context, c *config.Config) {
+	if c.AdminKey == "" {
+		s.note("admin-key is missing in the configuration: nobody can log in at this platform for the first time; it is a public key that age-keygen prints")
+		return
+	}
+	for {
+		text, err := s.credentialFor(ctx, c)
+		if err == nil {
+			s.mu.Lock()
+			s.node.sealed = text
+			s.mu.Unlock()
+			return
+		}
+		if !errors.Is(err, errPlatformStarts) {
+			s.note("credential for the administrator: " + err.Error())
+		}
+		if pause(ctx, err) != nil {
+			return
+		}
+	}
+}
+
+// credentialFor returns the encrypted credential; it makes one where there is none for the key, and shows it.
+func (s *service) credentialFor(ctx context.Context, c *config.Config) (string, error) {
+	if b, err := os.ReadFile(sealedCredential); err == nil {
+		if key, text, _ := strings.Cut(string(b), "\n"); key == c.AdminKey {
+			return text, nil
+		}
+	}
+	if s.daemons[0].daemon.Status().State != supervise.Ready {
+		return "", errPlatformStarts
+	}
+	out, err := s.asPlatform(ctx, "platformd", "admin", "token", "--data", s.daemons[0].folder(), "--name", "appliance console")
+	if err != nil {
+		return "", err
+	}
+	text, err := c.Seal(out)
+	if err != nil {
+		return "", err
+	}
+	if err := daemon.WriteFile(sealedCredential, []byte(c.AdminKey+"\n"+text), 0o600); err != nil {
+		return "", err
+	}
+	s.console.Print("The administrator's credential, for who has the key of " + c.AdminKey + " (Enter shows it again):\n" +
+		"  age --decrypt --identity KEYFILE CREDENTIAL | sallyway login --token-file -\n" + text)
+	return text, nil
 }
 
 var errPlatformStarts = errors.New("the platform is not ready yet")
@@ -82,12 +146,17 @@ func (s *service) tokenFor(ctx context.Context, d *running) error {
 	return secretFile(filepath.Join(runFolder, "credentials", d.name, "token"), []byte(made.Token), d.jail.UID)
 }
 
-// admin runs a verb of the sallyway program with the platform's own credential, as the platform's user.
+// admin runs a verb of the sallyway program with the platform's own credential.
 func (s *service) admin(ctx context.Context, args ...string) ([]byte, error) {
+	return s.asPlatform(ctx, append([]string{"sallyway"}, args...)...)
+}
+
+// asPlatform runs a program as the platform's user and returns what it prints.
+func (s *service) asPlatform(ctx context.Context, args ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	jail := machine.Jail{UID: platformUID}
-	cmd := exec.CommandContext(ctx, executable, append([]string{jailWord, jail.String(), "sallyway"}, args...)...)
+	cmd := exec.CommandContext(ctx, executable, append([]string{jailWord, jail.String()}, args...)...)
 	cmd.Dir, cmd.Env = "/", []string{"SALLYWAY_CREDENTIALS=" + filepath.Join(stateFolder, "platformd", "admin.token"), "HOME=/nonexistent", "TMPDIR=/tmp"}
 	var errText bytes.Buffer
 	cmd.Stderr = &errText

@@ -40,8 +40,9 @@ type node struct {
 	healthy atomic.Bool
 	updates updates
 
-	mu    sync.Mutex
-	notes []string // guarded by mu
+	mu     sync.Mutex
+	notes  []string // guarded by mu
+	sealed string   // a platform's credential for its administrator, encrypted; guarded by mu
 }
 
 // errAgain says that there may be another configuration.
@@ -176,6 +177,9 @@ func (s *service) run(ctx context.Context) error {
 		}
 		for _, d := range s.daemons {
 			wg.Go(func() { s.look(ctx, d) })
+		}
+		if c.Role.Has(config.Platform) {
+			wg.Go(func() { s.handOver(ctx, c) })
 		}
 		if s.health != nil {
 			wg.Go(func() { _ = s.health.daemon.Run(ctx) }) // always nil
@@ -461,8 +465,11 @@ func (s *service) draw(b console.Block, now, asked bool) {
 	s.console.Print(b.String())
 	if asked {
 		s.mu.Lock()
-		notes := slices.Clone(s.notes)
+		notes, sealed := slices.Clone(s.notes), s.sealed
 		s.mu.Unlock()
+		if sealed != "" {
+			s.console.Print(sealed)
+		}
 		for _, t := range notes {
 			s.console.Print("* " + t)
 		}

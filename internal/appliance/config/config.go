@@ -8,6 +8,7 @@
 //	hostname: office
 //	gateway: {allow: [10.0.3.0/24 5432], standby: 1}     # flags of `gatewayd up`; relay: and platform: alike
 //	network: {…}                 # see internal/appliance/network; nothing means DHCP and router advertisements
+//	admin-key: age1…             # of a platform: who can read the credential that the console shows, encrypted for this key
 //	health-listen: :9470         # answers GET /healthz for a load balancer; nothing means no port
 //
 // Keys that nobody knows are errors. On a NoCloud or config drive the same stands in user-data under the key sallyway:, beside
@@ -63,6 +64,8 @@ type Config struct {
 	Daemons map[Role]map[string]any
 	Network Network
 	Update  Update
+	// AdminKey is a public key of age for which a platform's first credential is encrypted; "" for nobody.
+	AdminKey string
 	// HealthListen is where the health of the daemons is answered by HTTP; "" is nowhere.
 	HealthListen string
 }
@@ -123,6 +126,7 @@ type document struct {
 	Platform     map[string]any `yaml:"platform,omitempty"`
 	Network      Network        `yaml:"network,omitempty"`
 	Update       Update         `yaml:"update,omitempty"`
+	AdminKey     string         `yaml:"admin-key,omitempty"`
 	HealthListen string         `yaml:"health-listen,omitempty"`
 }
 
@@ -164,7 +168,7 @@ func parseNode(n *yaml.Node) (*Config, error) {
 		return nil, quiet(err)
 	}
 	c := &Config{
-		Role: d.Role, Token: daemon.Secret(strings.TrimSpace(d.Token)), Hostname: d.Hostname, Network: d.Network, Update: d.Update, HealthListen: d.HealthListen,
+		Role: d.Role, Token: daemon.Secret(strings.TrimSpace(d.Token)), Hostname: d.Hostname, Network: d.Network, Update: d.Update, AdminKey: d.AdminKey, HealthListen: d.HealthListen,
 		Daemons: map[Role]map[string]any{Gateway: d.Gateway, Relay: d.Relay, Platform: d.Platform},
 	}
 	return c, c.validate()
@@ -220,6 +224,14 @@ func (c *Config) validate() error {
 			return err
 		}
 	}
+	if c.AdminKey != "" {
+		if _, err := adminKey(c.AdminKey); err != nil {
+			return err
+		}
+		if !c.Role.Has(Platform) {
+			return fmt.Errorf("admin-key: is for a platform, and the role is %s\nleave it out", c.Role)
+		}
+	}
 	for _, r := range []Role{Gateway, Relay, Platform} {
 		if len(c.Daemons[r]) == 0 {
 			continue
@@ -264,7 +276,7 @@ func (c *Config) HealthAddr() (netip.AddrPort, error) {
 func (c *Config) Save() ([]byte, error) {
 	d := document{
 		Role: c.Role, Hostname: c.Hostname, Gateway: c.Daemons[Gateway], Relay: c.Daemons[Relay], Platform: c.Daemons[Platform],
-		Network: c.Network, Update: c.Update, HealthListen: c.HealthListen,
+		Network: c.Network, Update: c.Update, AdminKey: c.AdminKey, HealthListen: c.HealthListen,
 	}
 	return yaml.Marshal(d)
 }

@@ -3,12 +3,16 @@ package config
 import (
 	"encoding/base64"
 	"errors"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
 	"strings"
 	"testing"
 	"testing/fstest"
+
+	"filippo.io/age"
+	"filippo.io/age/armor"
 
 	"sallyway/internal/control"
 	"sallyway/internal/daemon"
@@ -78,6 +82,37 @@ func TestErrorsShowNoSecret(t *testing.T) {
 		_, err := Parse([]byte(doc))
 		if err == nil || strings.Contains(err.Error(), "c2Vjcm") {
 			t.Errorf("%q: %v", doc, err)
+		}
+	}
+}
+
+func TestSeal(t *testing.T) {
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := Parse([]byte("role: platform\nadmin-key: " + id.Recipient().String()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := c.Seal([]byte("credential"))
+	if err != nil || strings.Contains(text, "credential") {
+		t.Fatalf("%q, %v", text, err)
+	}
+	r, err := age.Decrypt(armor.NewReader(strings.NewReader(text)), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(r); err != nil || string(b) != "credential" {
+		t.Errorf("%q, %v", b, err)
+	}
+	for doc, want := range map[string]string{
+		"role: platform\nadmin-key: " + id.String():            "no public key", // the private half: not shown either
+		"role: gateway\nadmin-key: " + id.Recipient().String(): "is for a platform",
+		"role: all\nadmin-key: ssh-ed25519 AAAA":               "no public key",
+	} {
+		if _, err := Parse([]byte(doc)); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), id.String()) {
+			t.Errorf("%v, want %q", err, want)
 		}
 	}
 }

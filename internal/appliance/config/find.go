@@ -76,7 +76,7 @@ func Choose(found []Found) Result {
 
 // tokenAlone says that a configuration has nothing but a token.
 func (c *Config) tokenAlone() bool {
-	if c.Token == "" || c.HealthListen != "" || !c.Network.IsZero() || !c.Update.IsZero() {
+	if c.Token == "" || c.HealthListen != "" || c.AdminKey != "" || !c.Network.IsZero() || !c.Update.IsZero() {
 		return false
 	}
 	for _, d := range c.Daemons {
