@@ -208,6 +208,7 @@ func (n *node) prepare() error {
 	if _, err := m.Load(modulesFolder); err != nil {
 		n.note(err.Error())
 	}
+	machine.MountOptional() // EFI's variables need a module
 	if err := machine.Settings("/proc/sys"); err != nil {
 		n.note(err.Error())
 	}

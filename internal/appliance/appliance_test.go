@@ -1,6 +1,7 @@
 package appliance
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"net"
@@ -21,6 +22,7 @@ import (
 	"sallyway/internal/appliance/config"
 	"sallyway/internal/appliance/console"
 	"sallyway/internal/appliance/network"
+	"sallyway/internal/appliance/seed"
 	"sallyway/internal/appliance/supervise"
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent"
@@ -376,5 +378,21 @@ func TestBlockDevices(t *testing.T) {
 	}
 	if got := blockDevices(sys); !slices.Equal(got, []string{"sr0", "vda", "vda1"}) {
 		t.Errorf("%v", got)
+	}
+	dev := t.TempDir()
+	before := present(sys, dev)
+	var texts []string
+	for _, name := range []string{"office", "factory"} {
+		var iso bytes.Buffer
+		if err := (seed.Seed{Role: "gateway", Token: "swe1.x", Hostname: name}).WriteISO(&iso); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dev, "sr0"), iso.Bytes(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		texts = append(texts, present(sys, dev))
+	}
+	if before == texts[0] || texts[0] == texts[1] || texts[1] != present(sys, dev) {
+		t.Errorf("without a seed %q, with one %q, with another %q", before, texts[0], texts[1])
 	}
 }

@@ -96,8 +96,8 @@ func keep(path string, c *config.Config) error {
 
 // configured finds a configuration and serves it. errAgain says that it wants to be called again.
 func (n *node) configured(ctx context.Context) error {
+	disks := present("/sys", "/dev")
 	found, only := n.sources()
-	devices := blockDevices("/sys")
 	r := config.Choose(found)
 	for _, t := range r.Notes {
 		n.note(t)
@@ -106,7 +106,7 @@ func (n *node) configured(ctx context.Context) error {
 		n.note("a configuration is wrong and is passed over: " + err.Error())
 	}
 	n.startUpdater(r.Config)
-	s := &service{node: n, result: r, devices: devices, metadata: only.Metadata && r.Config == nil, drawn: time.Now().Add(-time.Hour)}
+	s := &service{node: n, result: r, disks: disks, metadata: only.Metadata && r.Config == nil, drawn: time.Now().Add(-time.Hour)}
 	return s.run(ctx)
 }
 
@@ -114,8 +114,8 @@ func (n *node) configured(ctx context.Context) error {
 type service struct {
 	*node
 	result   config.Result
-	devices  []string // the block devices that the configuration was looked for on
-	metadata bool     // the cloud is to be asked
+	disks    string // what the configuration was looked for on
+	metadata bool   // the cloud is to be asked
 
 	net     *network.Network
 	daemons []*running
@@ -342,7 +342,7 @@ func (s *service) watch(ctx context.Context, failed <-chan error) error {
 			unconfigured.Do(func() { s.console.Machine(console.UnconfiguredLine, s.unconfiguredDocument(net)) })
 		}
 		s.draw(s.block(views, net), announced, enter)
-		if stuck && !slices.Equal(s.devices, blockDevices("/sys")) {
+		if stuck && s.disks != present("/sys", "/dev") {
 			return errAgain
 		}
 		wait := watchSlow

@@ -1,7 +1,9 @@
 package appliance
 
 import (
+	"crypto/sha256"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -23,6 +25,27 @@ func blockDevices(sys string) []string {
 		}
 	}
 	return out
+}
+
+// seedHead is how much of a seed disk is looked at to see whether it is another one: our own seeds are smaller, in bytes.
+const seedHead = 128 << 10
+
+// present describes the disks of this machine and the seeds among them: when it changes, there may be another configuration.
+func present(sys, dev string) string {
+	var out strings.Builder
+	for _, name := range blockDevices(sys) {
+		out.WriteString(name)
+		if r, err := os.Open(filepath.Join(dev, name)); err == nil {
+			if kind, _ := config.Seed(r); kind != config.NoSeed {
+				h := sha256.New()
+				_, _ = io.Copy(h, io.NewSectionReader(r, 0, seedHead)) // what cannot be read is not new
+				fmt.Fprintf(&out, ":%x", h.Sum(nil))
+			}
+			_ = r.Close() // was only read
+		}
+		out.WriteByte(' ')
+	}
+	return out.String()
 }
 
 // seeds reads every seed disk of this machine. Each is mounted read-only for as long as it is read.
