@@ -47,6 +47,15 @@ func Mount() error {
 	return nil
 }
 
+// MountOptional tries again what a kernel may lack: some of it comes with modules.
+func MountOptional() {
+	for _, m := range mounts {
+		if m.optional {
+			_ = unix.Mount(m.source, m.target, m.fstype, m.flags, m.data) // busy where it is there already
+		}
+	}
+}
+
 // Unmount writes everything out and takes a file system away; one that is in use becomes read-only.
 func Unmount(target string) error {
 	unix.Sync()

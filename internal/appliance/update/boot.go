@@ -38,10 +38,9 @@ const loader = "-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 // there stays empty.
 func FindBoot(efivars, cmdline string) Boot {
 	var b Boot
-	if st, err := os.Stat(efivars); err == nil && st.IsDir() {
-		if entries, err := os.ReadDir(efivars); err == nil && len(entries) > 0 {
-			b.UEFI = true
-		}
+	// The folder around it is the kernel's own; the variables may be missing, without a module or by a setting.
+	if st, err := os.Stat(filepath.Dir(efivars)); err == nil && st.IsDir() {
+		b.UEFI = true
 	}
 	if b.UEFI {
 		b.Partition = strings.ToLower(variable(efivars, "LoaderDevicePartUUID"))

@@ -771,10 +771,10 @@ func TestFindBoot(t *testing.T) {
 	} {
 		dir := t.TempDir()
 		for name, b := range tc.vars {
-			put(t, dir, map[string]string{"efivars/" + name + loader: b})
+			put(t, dir, map[string]string{"efi/efivars/" + name + loader: b})
 		}
 		put(t, dir, map[string]string{"cmdline": tc.cmdline + "\n"})
-		if got := FindBoot(filepath.Join(dir, "efivars"), filepath.Join(dir, "cmdline")); got != tc.want {
+		if got := FindBoot(filepath.Join(dir, "efi/efivars"), filepath.Join(dir, "cmdline")); got != tc.want {
 			t.Errorf("%s: %+v", tc.name, got)
 		}
 	}
