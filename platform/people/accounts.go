@@ -338,7 +338,7 @@ func owns(ctx context.Context, tx store.Tx, person string) (orgs []string, err e
 }
 
 // managed refuses what concerns the whole account to all but the person's home and the platform.
-func managed(by *Principal, p *store.Person, org string) error {
+func managed(p *store.Person, org string) error {
 	if p.Org == org || org == Platform {
 		return nil
 	}
@@ -380,10 +380,10 @@ func (s *Service) UpdatePerson(ctx context.Context, by *Principal, org, name str
 		}
 		detail := map[string]any{"login": p.Login}
 		if req.Name != nil || req.Email != nil || req.Disabled != nil {
-			if err := s.outranks(ctx, c, by, p); err != nil {
+			if err := managed(p, org); err != nil {
 				return err
 			}
-			if err := managed(by, p, org); err != nil {
+			if err := s.outranks(ctx, c, by, p); err != nil {
 				return err
 			}
 		}
@@ -442,8 +442,8 @@ func (s *Service) outranks(ctx context.Context, tx store.Tx, by *Principal, p *s
 		if r.Org != p.Org && !by.Sees(Platform) && r.Org != Platform {
 			continue // what the account may do elsewhere, its home may take away
 		}
-		if err := mayAssign(by, r.Org, r.Role); err != nil {
-			return err
+		if mayAssign(by, r.Org, r.Role) != nil {
+			return forbidden("ask an owner, or an administrator of the platform", "%s has no say over %s, whose rights are more than its own", by.Describe(), p.Login)
 		}
 	}
 	return nil
@@ -624,7 +624,10 @@ func (s *Service) manage(ctx context.Context, by *Principal, org, name string, f
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(managed(by, p, org), s.outranks(ctx, c, by, p)); err != nil {
+		if err := managed(p, org); err != nil {
+			return err
+		}
+		if err := s.outranks(ctx, c, by, p); err != nil {
 			return err
 		}
 		return fn(c, p)

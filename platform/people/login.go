@@ -321,7 +321,7 @@ func errBadCode() error {
 
 // spendCode uses up a code of the authenticator, or a recovery code.
 func (s *Service) spendCode(ctx context.Context, c *registry.Change, p *store.Person, code string) (string, error) {
-	key, err := s.reg.Seal.Open(totpLabel(p.ID), p.TOTP)
+	key, err := s.reg.Seal.Open(registry.TOTPLabel(p.ID), p.TOTP)
 	if err != nil {
 		return "", err
 	}
@@ -342,7 +342,5 @@ func (s *Service) spendCode(ctx context.Context, c *registry.Change, p *store.Pe
 	}
 	return "recovery code", nil
 }
-
-func totpLabel(person string) string { return "totp " + person }
 
 func recoveryHash(person, code string) [32]byte { return hashOf(person + " " + plain(code)) }

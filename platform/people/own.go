@@ -175,7 +175,7 @@ func (s *Service) BeginFactor(ctx context.Context, by *Principal, password, sour
 			return err
 		}
 		return c.InsertTicket(ctx, &store.Ticket{
-			Hash: hashOf(out.Ticket), Kind: ticketFactor, Subject: p.ID, Data: s.reg.Seal.Seal(totpLabel(p.ID), key), Created: c.Now(), Expires: c.Now().Add(secondLife * 3),
+			Hash: hashOf(out.Ticket), Kind: ticketFactor, Subject: p.ID, Data: s.reg.Seal.Seal(registry.TOTPLabel(p.ID), key), Created: c.Now(), Expires: c.Now().Add(secondLife * 3),
 		})
 	})
 	return out, err
@@ -194,7 +194,7 @@ func (s *Service) ConfirmFactor(ctx context.Context, by *Principal, ticket, code
 		if err != nil {
 			return err
 		}
-		key, err := s.reg.Seal.Open(totpLabel(p.ID), t.Data)
+		key, err := s.reg.Seal.Open(registry.TOTPLabel(p.ID), t.Data)
 		if err != nil {
 			return err
 		}

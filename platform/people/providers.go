@@ -109,8 +109,6 @@ type knownProvider struct {
 	fetched time.Time
 }
 
-func secretLabel(provider string) string { return "oidc secret " + provider }
-
 // redirectURI is of one provider alone, so that no provider's answer is taken for another's (RFC 9700 §4.4.2.1).
 func (s *Service) redirectURI(id string) string { return s.reg.URL + CallbackPath + id }
 
@@ -134,7 +132,7 @@ func settingsOf(v *store.Provider) (*providerSettings, error) {
 
 // discover returns a provider with its documents.
 func (s *Service) discover(ctx context.Context, v *store.Provider, set *providerSettings) (*oidc.Provider, error) {
-	key, err := s.reg.Seal.Open(secretLabel(v.ID), v.Secret)
+	key, err := s.reg.Seal.Open(registry.ProviderLabel(v.ID), v.Secret)
 	if err != nil {
 		return nil, err
 	}
@@ -305,7 +303,7 @@ func (s *Service) CreateProvider(ctx context.Context, by *Principal, org string,
 		return nil, err
 	}
 	v := &store.Provider{ID: identity.NewID("idp"), Org: org, Name: req.Name, Issuer: req.Issuer, ClientID: req.ClientID, Settings: b}
-	v.Secret = s.reg.Seal.Seal(secretLabel(v.ID), []byte(req.Secret))
+	v.Secret = s.reg.Seal.Seal(registry.ProviderLabel(v.ID), []byte(req.Secret))
 	if _, err := s.discover(ctx, v, set); err != nil {
 		return nil, err
 	}
@@ -357,7 +355,7 @@ func (s *Service) UpdateProvider(ctx context.Context, by *Principal, org, name s
 			detail["client_id"] = v.ClientID
 		}
 		if req.Secret != nil {
-			v.Secret = s.reg.Seal.Seal(secretLabel(v.ID), []byte(*req.Secret))
+			v.Secret = s.reg.Seal.Seal(registry.ProviderLabel(v.ID), []byte(*req.Secret))
 			detail["secret"] = "new"
 		}
 		if req.Disabled != nil {

@@ -87,3 +87,40 @@ func (c *Change) ForgetPerson(ctx context.Context, person, org string) error {
 	}
 	return nil
 }
+
+// TOTPLabel is what the secret of a person's second factor is sealed for.
+func TOTPLabel(person string) string { return "totp " + person }
+
+// ProviderLabel is what a provider's secret is sealed for.
+func ProviderLabel(provider string) string { return "oidc secret " + provider }
+
+func resealPeople(ctx context.Context, tx store.Tx, again func(label string, b []byte) ([]byte, error)) error {
+	people, err := tx.People(ctx, "", store.Page{})
+	if err != nil {
+		return err
+	}
+	for _, p := range people {
+		if p.TOTP == nil {
+			continue
+		}
+		if p.TOTP, err = again(TOTPLabel(p.ID), p.TOTP); err != nil {
+			return err
+		}
+		if err := tx.UpdatePerson(ctx, p); err != nil {
+			return err
+		}
+	}
+	providers, err := tx.Providers(ctx, "", store.Page{})
+	if err != nil {
+		return err
+	}
+	for _, v := range providers {
+		if v.Secret, err = again(ProviderLabel(v.ID), v.Secret); err != nil {
+			return err
+		}
+		if err := tx.UpdateProvider(ctx, v); err != nil {
+			return err
+		}
+	}
+	return nil
+}

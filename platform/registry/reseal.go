@@ -10,7 +10,7 @@ import (
 	"sallyway/platform/view"
 )
 
-// Reseal seals every CA key, TURN key and the key of access tokens anew. It is a keyring.Reseal.
+// Reseal seals every CA key, TURN key, secret of people's logins and the key of access tokens anew. It is a keyring.Reseal.
 func Reseal(ctx context.Context, tx store.Tx, from, to *pki.Sealer) error {
 	again := func(label string, b []byte) ([]byte, error) {
 		clear, err := from.Open(label, b)
@@ -63,7 +63,7 @@ func Reseal(ctx context.Context, tx store.Tx, from, to *pki.Sealer) error {
 			}
 		}
 	}
-	return nil
+	return resealPeople(ctx, tx, again)
 }
 
 func resealRelay(ctx context.Context, tx store.Tx, relay string, again func(label string, b []byte) ([]byte, error)) error {
