@@ -92,6 +92,7 @@ var heavy = map[string][]string{
 	"modernc.org/sqlite":                  {"platform/store"},
 	"github.com/pressly/goose":            {"platform/store"},
 	"github.com/jackc/pgx":                {"platform/store"},
+	"github.com/redis/go-redis":           {"platform/replica"},
 	"rsc.io/qr":                           {"platform/web"},
 	"github.com/danielgtaylor/huma":       {"platform/api"},
 	"golang.org/x/crypto/ssh":             {"relay/reverse", "relay/fallback", "platform/pki"},

@@ -37,6 +37,7 @@ import (
 	"sallyway/platform/people"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
+	"sallyway/platform/replica"
 	"sallyway/platform/store"
 	"sallyway/platform/web"
 )
@@ -69,6 +70,8 @@ type Config struct {
 	// most Connections connections (zero is store.PostgresConnections).
 	Database    string
 	Connections int
+	// Redis is the URL of the Redis by which platforms on one PostgreSQL talk; empty is none: they talk by the database, more slowly.
+	Redis string
 	// MasterKey is the file with the master key: empty is one in Data. MasterKeyCommand is a command of the shell that prints the key, and takes its
 	// place; a KMS or a hardware module is asked so.
 	MasterKey, MasterKeyCommand string
@@ -101,6 +104,8 @@ type Server struct {
 	store   *store.DB
 	reg     *registry.Registry
 	hub     *push.Hub
+	limiter api.Limiter
+	group   *replica.Group // nil on SQLite: nobody shares it
 	people  *people.Service
 	web     *web.Server
 	url     string
@@ -132,6 +137,10 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 		return nil, errors.New("neither an HTTPS nor an HTTP address to listen on")
 	case (cfg.TLSCert == "") != (cfg.TLSKey == ""):
 		return nil, errors.New("a TLS certificate and its key go together: give both or none")
+	case cfg.Redis != "" && !cfg.Home().store().Replicated():
+		return nil, errors.New("a Redis is for platforms that share a PostgreSQL, and this one is alone on SQLite: leave it out, or name the database with --database")
+	case cfg.Redis != "" && cfg.AdvertiseURL == "":
+		return nil, errors.New("platforms that share a database are reached under one URL, of a load balancer or a name with several addresses: name it with --advertise-url")
 	}
 	s := &Server{cfg: cfg, bad: make(map[string]error)}
 	if err := s.open(ctx); err != nil {
@@ -158,7 +167,19 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if err := s.address(ctx); err != nil {
 		return err
 	}
-	s.hub = push.New(push.Config{Registry: s.reg, Log: s.cfg.Log, DocumentLife: s.cfg.DocumentLife, CredentialLife: s.cfg.CredentialLife, KeyRotation: s.cfg.KeyRotation}, s.cfg.Metrics)
+	c := push.Config{Registry: s.reg, Log: s.cfg.Log, DocumentLife: s.cfg.DocumentLife, CredentialLife: s.cfg.CredentialLife, KeyRotation: s.cfg.KeyRotation}
+	if s.cfg.Home().store().Replicated() {
+		if s.group, err = replica.New(replica.Config{
+			Store: s.store, Seal: s.reg.Seal, Redis: s.cfg.Redis, Address: s.listens(), Log: s.cfg.Log, Now: s.cfg.Now, Metrics: s.cfg.Metrics,
+		}); err != nil {
+			return err
+		}
+		c.Peers, s.limiter.Tell = s.group, s.group.Refused
+	}
+	s.hub = push.New(c, s.cfg.Metrics)
+	if s.group != nil {
+		s.group.Join(local{s.hub, &s.limiter, s.cfg.Now})
+	}
 	s.people = people.New(people.Config{Registry: s.reg, Log: s.cfg.Log})
 	if s.web, err = web.New(web.Config{
 		Registry: s.reg, People: s.people, Log: s.cfg.Log, Source: api.Source, Conditions: s.Conditions,
@@ -240,7 +261,7 @@ func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/api/", api.New(api.Config{
 		Registry: s.reg, Hub: s.hub, People: s.people, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
-		Unavailable: func(err error) { s.condition("database", err) },
+		Unavailable: func(err error) { s.condition("database", err) }, Limiter: &s.limiter,
 	}))
 	mux.Handle("/", s.web)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -300,6 +321,9 @@ func (s *Server) Run(ctx context.Context) error {
 		g.Go(func() error { return s.serve(ctx, s.plain, false) })
 	}
 	g.Go(func() error { return s.hub.Run(ctx) })
+	if s.group != nil {
+		g.Go(func() error { return s.group.Run(ctx) })
+	}
 	g.Go(func() error { return s.people.Run(ctx) })
 	g.Go(func() error { return s.web.Run(ctx) })
 	g.Go(func() error { s.probe(ctx); return nil })

@@ -136,7 +136,7 @@ func (l *lab) do(bearer, method, path string, in, out any) (int, control.Problem
 		must(l.t, err)
 		body = bytes.NewReader(b)
 	}
-	req, err := http.NewRequestWithContext(l.t.Context(), method, l.srv.URL()+path, body)
+	req, err := http.NewRequestWithContext(l.t.Context(), method, l.at()+path, body)
 	must(l.t, err)
 	if bearer != "" {
 		req.Header.Set("Authorization", "Bearer "+bearer)
@@ -266,7 +266,7 @@ func (n *node) assertion(change func(*jwt.Claims)) string {
 
 func (n *node) exchange(assertion string) (string, control.Problem) {
 	n.l.t.Helper()
-	resp, err := n.l.http.PostForm(n.l.srv.URL()+"/api/v1/node/token", url.Values{
+	resp, err := n.l.http.PostForm(n.l.at()+"/api/v1/node/token", url.Values{
 		"grant_type": {"urn:ietf:params:oauth:grant-type:jwt-bearer"}, "assertion": {assertion},
 	})
 	must(n.l.t, err)
@@ -304,7 +304,7 @@ type feed struct {
 func (n *node) stream() *feed {
 	n.l.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	req, err := http.NewRequestWithContext(ctx, "GET", n.l.srv.URL()+"/api/v1/node/control", nil)
+	req, err := http.NewRequestWithContext(ctx, "GET", n.l.at()+"/api/v1/node/control", nil)
 	must(n.l.t, err)
 	req.Header.Set("Authorization", "Bearer "+n.bearer)
 	resp, err := n.l.http.Do(req)

@@ -5,6 +5,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
+	"sallyway/platform/replica"
 )
 
 // Status is what `platformd status` shows.
@@ -14,6 +15,7 @@ type Status struct {
 	Ready         bool              `json:"ready"`
 	Conditions    map[string]string `json:"conditions,omitempty"` // what does not work, and why
 	Organizations []OrgCounts       `json:"organizations"`
+	Replicas      *replica.Status   `json:"replicas,omitempty"` // of a platform on PostgreSQL
 }
 
 // Count is how many there are of a kind of node.
@@ -48,6 +50,10 @@ func count(nodes []control.NodeRecord) Count {
 func (s *Server) Status(ctx context.Context) (*Status, error) {
 	out := &Status{URL: s.url, Pin: s.pin, Conditions: s.Conditions(), Organizations: []OrgCounts{}}
 	out.Ready = len(out.Conditions) == 0
+	if s.group != nil {
+		st := s.group.Status()
+		out.Replicas = &st
+	}
 	names, err := s.reg.OrgNames(ctx)
 	if err != nil {
 		return nil, err

@@ -47,6 +47,8 @@ type Config struct {
 	// Unavailable is told of a database that can not be used. It must not block.
 	Unavailable func(error)
 	Metrics     prometheus.Registerer
+	// Limiter counts refused requests; nil is one of its own.
+	Limiter *Limiter
 }
 
 type server struct {
@@ -57,14 +59,17 @@ type server struct {
 	cfg     Config
 	api     huma.API
 	mux     *http.ServeMux
-	limiter limiter
+	limiter *Limiter
 	refused *prometheus.CounterVec
 }
 
 // New returns the handler of everything under /api/v1.
 func New(cfg Config) http.Handler {
 	useProblems()
-	s := &server{reg: cfg.Registry, people: cfg.People, hub: cfg.Hub, log: cfg.Log, cfg: cfg, mux: http.NewServeMux()}
+	s := &server{reg: cfg.Registry, people: cfg.People, hub: cfg.Hub, log: cfg.Log, cfg: cfg, mux: http.NewServeMux(), limiter: cfg.Limiter}
+	if s.limiter == nil {
+		s.limiter = new(Limiter)
+	}
 	s.refused = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sallyway_platform_refusals_total", Help: "Requests that were refused, by code.",
 	}, []string{"code"})

@@ -17,8 +17,11 @@ const (
 	limiterSources = 4096            // told apart; when there are more, the one that waited longest is forgotten
 )
 
-// limiter counts failures by source. The zero value is ready.
-type limiter struct {
+// Limiter counts failures by source. The zero value is ready.
+type Limiter struct {
+	// Tell is called with the source of each failure, for other platforms on the same database; nil is nobody. It must not block.
+	Tell func(source string)
+
 	mu      sync.Mutex
 	sources map[string]*bucket // guarded by mu
 }
@@ -34,7 +37,7 @@ func (b *bucket) fill(now time.Time) {
 }
 
 // allow says whether a source may try.
-func (l *limiter) allow(source string, now time.Time) bool {
+func (l *Limiter) allow(source string, now time.Time) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	b := l.sources[source]
@@ -48,8 +51,16 @@ func (l *limiter) allow(source string, now time.Time) bool {
 	return b.tokens >= 1
 }
 
-// failed counts a failure.
-func (l *limiter) failed(source string, now time.Time) {
+// failed counts a failure and tells of it.
+func (l *Limiter) failed(source string, now time.Time) {
+	l.Failed(source, now)
+	if l.Tell != nil {
+		l.Tell(source)
+	}
+}
+
+// Failed counts a failure that another platform told of.
+func (l *Limiter) Failed(source string, now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.sources == nil {

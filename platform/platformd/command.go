@@ -19,6 +19,7 @@ import (
 	"sallyway/internal/identity"
 	"sallyway/platform"
 	"sallyway/platform/audit"
+	"sallyway/platform/replica"
 	"sallyway/platform/store"
 )
 
@@ -57,7 +58,8 @@ type serveOptions struct {
 	daemon   daemon.Options
 	platform platform.Config
 	home     homeFlags
-	redis    string
+	// redisFile is a file with the URL.
+	redisFile string
 }
 
 func serveCommand(sp daemon.Spec) *cobra.Command {
@@ -67,7 +69,7 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 		Short: "Run the platform in the foreground",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := o.home.resolve(cmd); err != nil {
+			if err := o.resolve(cmd); err != nil {
 				return err
 			}
 			return o.run(cmd.Context(), sp, cmd.ErrOrStderr())
@@ -85,16 +87,28 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.DurationVar(&c.KeyRotation, "turn-key-rotation", 24*time.Hour, "age at which relays get new TURN keys")
 	f.DurationVar(&c.TokenLife, "token-life", control.TokenLife, "how long enrolment tokens work")
 	o.home.register(f)
-	f.StringVar(&o.redis, "redis", "", "not supported by this version")
+	f.StringVar(&c.Redis, "redis", "", "URL of the Redis that platforms on one PostgreSQL talk through: redis://HOST:6379/0")
+	f.StringVar(&o.redisFile, "redis-file", "", "file with the Redis URL (0600), for one with a password")
 	daemon.Bind(cmd)
 	return cmd
 }
 
-// check refuses what this version can not do.
-func (o *serveOptions) check() error {
-	if o.redis != "" {
-		return daemon.Usagef("--redis is not supported by this version: one platformd serves alone and needs none\nleave it out")
+// resolve reads what may stand in files.
+func (o *serveOptions) resolve(cmd *cobra.Command) (err error) {
+	if err := o.home.resolve(cmd); err != nil {
+		return err
 	}
+	if o.platform.Redis, err = secretURL(cmd, "redis", o.platform.Redis, o.redisFile); err != nil || o.platform.Redis == "" {
+		return err
+	}
+	if err := replica.CheckURL(o.platform.Redis); err != nil {
+		return daemon.Usagef("%w", err)
+	}
+	return nil
+}
+
+// check refuses what makes no sense.
+func (o *serveOptions) check() error {
 	const shortest = time.Minute
 	if o.platform.DocumentLife < shortest || o.platform.DocumentLife > 30*24*time.Hour {
 		return daemon.Usagef("--snapshot-life %v is not between 1m and 720h", o.platform.DocumentLife)
@@ -186,6 +200,18 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 	fmt.Fprintf(w, "platform %s: %s\n", s.URL, ready)
 	for name, why := range s.Conditions {
 		fmt.Fprintf(w, "  %s: %s\n", name, why)
+	}
+	if r := s.Replicas; r != nil {
+		for i, k := range r.Replicas {
+			note := ""
+			if i == 0 {
+				note = ", this one"
+				if r.Redis != "" {
+					note += ", Redis " + r.Redis
+				}
+			}
+			fmt.Fprintf(w, "replica %s at %s: %d control streams%s\n", k.ID, k.Address, k.Streams, note)
+		}
 	}
 	for _, o := range s.Organizations {
 		fmt.Fprintf(w, "organization %s: relays %d/%d, gateways %d/%d, clients %d/%d reachable; %d resources, %d policies, %d sessions\n", o.Name,

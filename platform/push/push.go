@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -46,7 +47,29 @@ type Config struct {
 	CredentialLife time.Duration
 	// KeyRotation is the age at which a relay's TURN key is followed by a new one: 24 h.
 	KeyRotation time.Duration
+	// Peers are the other platforms on the same database; nil is none.
+	Peers Peers
 }
+
+// Peers tells other platforms on the same database what happens here; what happens there comes by the Remote methods. Methods do not block.
+type Peers interface {
+	Changed(org string, version uint64)
+	Dropped(node string)
+	Opened(node string)
+	Beat(node string, b presence.Beat)
+	// Leads says whether this platform does what happens by itself: one of them does.
+	Leads() bool
+}
+
+// alone are the peers of a platform that has none.
+type alone struct{}
+
+// Changed implements Peers, as do the others.
+func (alone) Changed(string, uint64)     {}
+func (alone) Dropped(string)             {}
+func (alone) Opened(string)              {}
+func (alone) Beat(string, presence.Beat) {}
+func (alone) Leads() bool                { return true }
 
 // Hub serves all streams.
 type Hub struct {
@@ -54,6 +77,7 @@ type Hub struct {
 	reg     *registry.Registry
 	started time.Time
 	kick    chan struct{} // capacity 1: something changed that may move relays
+	moves   atomic.Bool   // another platform may have announced a relay's new address
 
 	mu      sync.Mutex
 	orgs    map[string]*org    // guarded by mu
@@ -69,12 +93,16 @@ type org struct {
 	// Guarded by Hub.mu:
 	changed    chan struct{} // closed at the next change
 	generation uint64
+	version    uint64     // the highest that was heard of
 	view       *view.View // nil when it is out of date
 	signer     *policy.Signer
 	renew      time.Time // when the signer is replaced
 }
 
-type stream struct{ cancel context.CancelCauseFunc }
+type stream struct {
+	cancel context.CancelCauseFunc
+	since  time.Time
+}
 
 type metrics struct {
 	pushes  prometheus.Counter
@@ -94,6 +122,9 @@ func New(cfg Config, metricsTo prometheus.Registerer) *Hub {
 	}
 	if cfg.KeyRotation == 0 {
 		cfg.KeyRotation = 24 * time.Hour
+	}
+	if cfg.Peers == nil {
+		cfg.Peers = alone{}
 	}
 	h := &Hub{
 		cfg: cfg, reg: cfg.Registry, started: cfg.Registry.Now(), kick: make(chan struct{}, 1),
@@ -117,16 +148,23 @@ func (h *Hub) orgLocked(name string) *org {
 	return o
 }
 
-// changed wakes the streams of an organization.
-func (h *Hub) changed(name string) {
+// changed is told of a change that was committed here.
+func (h *Hub) changed(name string, version uint64) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
+	h.invalidateLocked(name, version)
+	h.mu.Unlock()
+	h.wakeAllocation()
+	h.cfg.Peers.Changed(name, version)
+}
+
+// invalidateLocked wakes the streams of an organization.
+func (h *Hub) invalidateLocked(name string, version uint64) {
 	o := h.orgLocked(name)
+	o.version = max(o.version, version)
 	o.generation++
 	o.view = nil
 	close(o.changed)
 	o.changed = make(chan struct{})
-	h.wakeAllocation()
 }
 
 func (h *Hub) wakeAllocation() {
@@ -136,21 +174,35 @@ func (h *Hub) wakeAllocation() {
 	}
 }
 
-// dropped ends a node's stream.
+// dropped is told of a node that lost its rights by a change that was committed here.
 func (h *Hub) dropped(node string) {
+	h.end(node, 0, ErrDropped)
+	h.cfg.Peers.Dropped(node)
+}
+
+// end ends a node's stream that is older than age.
+func (h *Hub) end(node string, age time.Duration, why error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if s := h.streams[node]; s != nil {
-		s.cancel(ErrDropped)
+	if s := h.streams[node]; s != nil && time.Since(s.since) >= age {
+		s.cancel(why)
 	}
 }
 
 // Heartbeat records what a node says of itself.
 func (h *Hub) Heartbeat(node string, beat control.Heartbeat) {
+	b := presence.Beat{At: h.reg.Now(), Heartbeat: beat}
+	h.beat(node, b)
+	h.cfg.Peers.Beat(node, b)
+}
+
+func (h *Hub) beat(node string, beat presence.Beat) {
 	before, known := h.reg.Board.Get(node)
-	now := h.reg.Now()
-	h.reg.Board.Put(node, presence.Beat{At: now, Heartbeat: beat})
-	if !known || before.State != beat.State || len(before.Problems) != len(beat.Problems) || now.Sub(before.At) > presence.Timeout {
+	if known && before.At.After(beat.At) {
+		return // it took a longer way
+	}
+	h.reg.Board.Put(node, beat)
+	if !known || before.State != beat.State || len(before.Problems) != len(beat.Problems) || beat.At.Sub(before.At) > presence.Timeout {
 		h.wakeAllocation()
 	}
 }
@@ -184,6 +236,7 @@ func (h *Hub) current(ctx context.Context, name string) (*view.View, *policy.Sig
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	o.signer, o.renew = signer, renew
+	o.version = max(o.version, v.Org.Version)
 	if o.generation == generation {
 		o.view = v // else a change came meanwhile; changed is closed, so the caller comes back
 	}
@@ -195,7 +248,7 @@ func (h *Hub) current(ctx context.Context, name string) (*view.View, *policy.Sig
 func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(control.Event) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	s := &stream{cancel: cancel}
+	s := &stream{cancel: cancel, since: time.Now()}
 	h.mu.Lock()
 	if old := h.streams[who.Node.ID]; old != nil {
 		old.cancel(ErrReplaced)
@@ -203,6 +256,7 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 	h.streams[who.Node.ID] = s
 	h.mu.Unlock()
 	h.metrics.streams.Inc()
+	h.cfg.Peers.Opened(who.Node.ID)
 	defer func() {
 		h.metrics.streams.Dec()
 		h.mu.Lock()
@@ -218,6 +272,9 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 	defer refresh.Stop()
 	var last [sha256.Size]byte // of what the node has; zero is nothing
 	expiry := h.credentialExpiry()
+	if err := h.catchUp(ctx, who.Node.Org); err != nil {
+		return err
+	}
 	for {
 		v, signer, changed, err := h.current(ctx, who.Node.Org)
 		if err != nil {
@@ -288,31 +345,57 @@ func (h *Hub) Run(ctx context.Context) error {
 	defer sweep.Stop()
 	defer flush.Stop()
 	defer house.Stop()
-	h.rotate(ctx)
-	h.moveRelays(ctx)
 	looked := h.started
+	led := false
+	// leads says whether the work below is this platform's, and begins it when that has just become so.
+	leads := func() bool {
+		now := h.cfg.Peers.Leads()
+		if now && !led {
+			h.rotate(ctx)
+			h.moveRelays(ctx)
+			if h.cfg.Peers != (alone{}) {
+				h.allocate(ctx) // what happened while nobody did it
+			}
+		}
+		led = now
+		return now
+	}
+	leads()
 	for {
 		select {
 		case <-ctx.Done():
 			stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 			defer cancel()
-			return errors.Join(h.reg.FlushRefusals(stop, true), h.reg.Housekeeping(stop))
+			err := h.reg.FlushRefusals(stop, true)
+			if led {
+				err = errors.Join(err, h.reg.Housekeeping(stop))
+			}
+			return err
 		case <-h.kick:
-			h.allocate(ctx)
+			if leads() {
+				h.allocate(ctx)
+			}
 		case <-sweep.C:
 			// Silence alone moves relays at two ages: of a heartbeat, or of this process, where none has come yet.
 			now := h.reg.Now()
+			from := looked
+			looked = now
+			if !leads() {
+				continue
+			}
 			ages := []time.Duration{presence.Timeout, presence.Timeout + allocation.Patience}
-			if h.reg.Board.Passed(looked, now, ages...) || presence.Reached(h.started, looked, now, ages...) {
+			if h.reg.Board.Passed(from, now, ages...) || presence.Reached(h.started, from, now, ages...) {
 				h.allocate(ctx)
 			}
-			looked = now
-			if h.reg.MoveDue(now) {
+			if h.moves.Swap(false) || h.reg.MoveDue(now) {
 				h.moveRelays(ctx)
 			}
 		case <-flush.C:
 			h.note(ctx, "audit refusals", h.reg.FlushRefusals(ctx, false))
 		case <-house.C:
+			if !leads() {
+				continue
+			}
 			h.note(ctx, "housekeeping", h.reg.Housekeeping(ctx))
 			h.rotate(ctx)
 			h.moveRelays(ctx)

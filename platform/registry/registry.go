@@ -34,8 +34,8 @@ type Registry struct {
 	TokenLife time.Duration
 	// Audiences are the URLs under which the platform may be addressed by assertions, canonical (see CanonicalURL).
 	Audiences []string
-	// Changed is called after a commit that changed what nodes of org are told. It must not block.
-	Changed func(org string)
+	// Changed is called after a commit that changed what nodes of org are told, with the version that it has since. It must not block.
+	Changed func(org string, version uint64)
 	// Dropped is called after a commit that took a node its right to talk to the platform. It must not block.
 	Dropped func(node string)
 
@@ -91,6 +91,7 @@ type change struct {
 	r       *Registry
 	now     time.Time
 	bumped  []string
+	version map[string]uint64 // of those in bumped
 	dropped []string
 }
 
@@ -106,7 +107,7 @@ func (r *Registry) update(ctx context.Context, fn func(c *change) error) error {
 	}
 	for _, org := range last.bumped {
 		if r.Changed != nil {
-			r.Changed(org)
+			r.Changed(org, last.version[org])
 		}
 	}
 	for _, id := range last.dropped {
@@ -142,10 +143,14 @@ func (c *change) bump(ctx context.Context, org string) error {
 		if slices.Contains(c.bumped, o) {
 			continue
 		}
-		if _, err := c.BumpVersion(ctx, o, uint64(c.now.Unix())); err != nil {
+		v, err := c.BumpVersion(ctx, o, uint64(c.now.Unix()))
+		if err != nil {
 			return err
 		}
-		c.bumped = append(c.bumped, o)
+		if c.version == nil {
+			c.version = make(map[string]uint64)
+		}
+		c.bumped, c.version[o] = append(c.bumped, o), v
 	}
 	return nil
 }

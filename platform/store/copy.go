@@ -17,8 +17,8 @@ import (
 // ErrNotEmpty says that a database already holds a platform.
 var ErrNotEmpty = errors.New("the database is not empty")
 
-// notCopied are tables that the schema brings along.
-var notCopied = []string{"goose_db_version", "update_turns"}
+// notCopied are tables that the schema brings along, and what running platforms tell each other.
+var notCopied = []string{"goose_db_version", "update_turns", "replicas", "replica_beats", "leases"}
 
 // postgresBackup writes everything that a PostgreSQL holds to a new SQLite file.
 func postgresBackup(ctx context.Context, from *sql.DB, path string) (err error) {

@@ -224,6 +224,7 @@ type Page struct {
 // and groups are ids, except in the methods that say "name or id".
 type Tx interface {
 	PeopleTx
+	ReplicaTx
 
 	Meta(ctx context.Context, key string) ([]byte, error)
 	PutMeta(ctx context.Context, key string, value []byte) error

@@ -39,6 +39,10 @@ func TestSQLite(t *testing.T) {
 func TestPostgres(t *testing.T) {
 	pg := backing.StartPostgres(t, false)
 	suite(t, func(t *testing.T) Store { return openPostgres(t, pg.Database(t)) })
+	t.Run("three programs", func(t *testing.T) { testThree(t, pg) })
+	t.Run("refusals", func(t *testing.T) { testRefusals(t, pg) })
+	t.Run("move", func(t *testing.T) { testMove(t, pg) })
+	t.Run("away", func(t *testing.T) { testAway(t, pg) })
 }
 
 func openPostgres(t *testing.T, url string) *DB {
@@ -62,7 +66,7 @@ func suite(t *testing.T, open func(t *testing.T) Store) {
 	for name, test := range map[string]func(*testing.T, Store){
 		"organizations": testOrgs, "nodes": testNodes, "keys": testKeys, "tokens": testTokens, "access": testAccess, "relays": testRelays,
 		"API tokens": testAPITokens, "audit": testAudit, "transactions": testTransactions, "concurrency": testConcurrency, "backup": testBackup,
-		"deletion": testDeletion, "a token is spent once": testSpendOnce, "updates together": testTogether,
+		"deletion": testDeletion, "a token is spent once": testSpendOnce, "updates together": testTogether, "replicas": testReplicas,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, open(t)) })
 	}

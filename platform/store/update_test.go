@@ -171,9 +171,60 @@ func testTogether(t *testing.T, s Store) {
 	}
 }
 
-// TestReplicas has three programs on one PostgreSQL.
-func TestReplicas(t *testing.T) {
-	pg := backing.StartPostgres(t, false)
+func testReplicas(t *testing.T, s Store) {
+	update(t, s, func(ctx context.Context, tx Tx) error {
+		a, b := &Replica{ID: "a", Address: "x:1", Started: at, Seen: at}, &Replica{ID: "b", Address: "y:1", Started: at.Add(time.Second), Seen: at.Add(time.Hour)}
+		if err := errors.Join(tx.PutReplica(ctx, b), tx.PutReplica(ctx, a)); err != nil {
+			return err
+		}
+		a.Streams, a.Seen = 7, at.Add(time.Second)
+		if err := tx.PutReplica(ctx, a); err != nil {
+			return err
+		}
+		got, err := tx.Replicas(ctx)
+		equal(t, "replicas", got, []*Replica{a, b})
+		if err != nil {
+			return err
+		}
+		var beats []*Beat
+		for i := range 2*beatsAtOnce + 1 {
+			beats = append(beats, &Beat{Node: fmt.Sprint("n-", i), Replica: "a", At: at.Add(time.Duration(i) * time.Second), Beat: []byte("{}")})
+		}
+		if err := errors.Join(tx.PutBeats(ctx, nil), tx.PutBeats(ctx, beats), tx.PutBeats(ctx, beats[:3])); err != nil {
+			return err
+		}
+		bs, err := tx.Beats(ctx, at.Add(2*beatsAtOnce*time.Second), "b")
+		equal(t, "beats", bs, beats[2*beatsAtOnce:])
+		if err != nil {
+			return err
+		}
+		if bs, err := tx.Beats(ctx, at, "a"); err != nil || len(bs) != 0 {
+			t.Errorf("one's own beats: %v %v", bs, err)
+		}
+		for _, try := range []struct {
+			holder    string
+			now, life time.Duration
+			want      bool
+		}{{"a", 0, 10, true}, {"b", 5, 10, false}, {"a", 5, 10, true}, {"b", 14, 10, false}, {"b", 15, 10, true}, {"a", 16, 10, false}} {
+			ok, err := tx.TakeLease(ctx, "jobs", try.holder, at.Add(try.now*time.Second), at.Add((try.now+try.life)*time.Second))
+			if err != nil || ok != try.want {
+				t.Errorf("lease %+v: %v %v", try, ok, err)
+			}
+		}
+		if err := errors.Join(tx.DropLease(ctx, "jobs", "a"), tx.DropLease(ctx, "jobs", "b"), tx.PurgeReplicas(ctx, at.Add(time.Minute))); err != nil {
+			return err
+		}
+		if ok, err := tx.TakeLease(ctx, "jobs", "a", at, at.Add(time.Second)); err != nil || !ok {
+			t.Errorf("a lease that was given back: %v %v", ok, err)
+		}
+		got, err = tx.Replicas(ctx)
+		equal(t, "replicas that are left", got, []*Replica{b})
+		return errors.Join(err, tx.DropReplica(ctx, "b"), tx.DropReplica(ctx, "b"))
+	})
+}
+
+// testThree has three programs on one PostgreSQL.
+func testThree(t *testing.T, pg *backing.Postgres) {
 	url := pg.Database(t)
 	stores := make([]Store, 3)
 	var wg sync.WaitGroup
@@ -232,9 +283,8 @@ func TestReplicas(t *testing.T) {
 	wg.Wait()
 }
 
-// TestPostgresAway takes the server away: the error says so, and it works again when the server is back.
-func TestPostgresAway(t *testing.T) {
-	pg := backing.StartPostgres(t, false)
+// testAway takes the server away: the error says so, and it works again when the server is back.
+func testAway(t *testing.T, pg *backing.Postgres) {
 	s := openPostgres(t, pg.Database(t))
 	read := func() error {
 		return s.View(t.Context(), func(tx Tx) error {
@@ -267,17 +317,16 @@ func TestPostgresAway(t *testing.T) {
 	}
 }
 
-// TestPostgresRefuses holds errors to what a user needs, and to keeping the password.
-func TestPostgresRefuses(t *testing.T) {
-	pg := backing.StartPostgres(t, false)
+// testRefusals holds errors to what a user needs, and to keeping the password.
+func testRefusals(t *testing.T, pg *backing.Postgres) {
 	pg.SQL(t, "postgres", "CREATE ROLE reader LOGIN")
-	pg.Database(t)
+	database := pg.Database(t)
 	for what, try := range map[string]struct{ url, say string }{
 		"no database":   {strings.Replace(pg.URL("none"), "postgres@", "postgres:sesame@", 1), "createdb"},
-		"no rights":     {strings.Replace(pg.URL("test_1"), "postgres@", "reader:sesame@", 1), "owner"},
+		"no rights":     {strings.Replace(database, "postgres@", "reader:sesame@", 1), "owner"},
 		"no server":     {"postgres://postgres:sesame@127.0.0.1:1/x?connect_timeout=1", "see that the server runs"},
 		"no URL":        {"postgres://postgres:sesame@h:port/x", "of the form"},
-		"no such param": {pg.URL("test_1") + "&password=sesame&sallyway=1", "sallyway"},
+		"no such param": {database + "&password=sesame&sallyway=1", "sallyway"},
 	} {
 		_, err := OpenPostgres(t.Context(), PostgresConfig{URL: try.url})
 		if err == nil || !strings.Contains(err.Error(), try.say) || strings.Contains(err.Error(), "sesame") {
@@ -286,9 +335,8 @@ func TestPostgresRefuses(t *testing.T) {
 	}
 }
 
-// TestMove restores a backup of either database to either.
-func TestMove(t *testing.T) {
-	pg := backing.StartPostgres(t, false)
+// testMove restores a backup of either database to either.
+func testMove(t *testing.T, pg *backing.Postgres) {
 	dir := t.TempDir()
 	first, err := OpenSQLite(t.Context(), filepath.Join(dir, "first"))
 	if err != nil {
