@@ -33,7 +33,7 @@ var spec = daemon.Spec{
 	RenderStatus: renderStatus, Checks: doctor.Network,
 }
 
-var program = agent.Program{Create: "sallyway client create NAME", Start: "sallyway connect"}
+var program = agent.Program{Create: "sallyway client create NAME", Start: "sallyway connect", Install: "sudo sallyway connect install"}
 
 // options are the flags of `sallyway connect`.
 type options struct {

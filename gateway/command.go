@@ -27,7 +27,7 @@ var spec = daemon.Spec{
 	HostDNS: true, RenderStatus: renderStatus, Checks: doctor.Network, StopTimeout: DefaultDrain + 15*time.Second,
 }
 
-var program = agent.Program{Create: "sallyway gateway create NAME", Start: "sudo gatewayd up"}
+var program = agent.Program{Create: "sallyway gateway create NAME", Start: "sudo gatewayd up", Install: "sudo gatewayd install"}
 
 // options are the flags of `gatewayd up`.
 type options struct {

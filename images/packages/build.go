@@ -49,7 +49,7 @@ func (b *builder) build(p product, out string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(stage)
+	defer func() { _ = os.RemoveAll(stage) }()
 	var made []string
 	for _, format := range []string{"deb", "rpm"} {
 		s := &stager{product: p, builder: b, format: format, root: filepath.Join(stage, format)}

@@ -91,6 +91,7 @@ func TestLife(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounts, namespaces and packages need root")
 	}
+	t.Parallel() // it waits for a mirror first
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	var roots map[string]string
@@ -288,7 +289,7 @@ func (s *organizationSite) install(ctx context.Context) {
 	if _, err := s.gateway.try(ctx, "", "systemctl", "start", "sallyway-gateway"); err == nil {
 		s.t.Error("a gateway without a token started")
 	}
-	if out := s.gateway.run(ctx, "journalctl", "-u", "sallyway-gateway", "--no-pager"); !strings.Contains(out, "sallyway gateway create NAME") || strings.Contains(out, "Scheduled restart") {
+	if out := s.gateway.run(ctx, "journalctl", "-u", "sallyway-gateway", "--no-pager"); !strings.Contains(out, "sallyway gateway create NAME") || !strings.Contains(out, "sudo gatewayd install --token-file -") || strings.Contains(out, "Scheduled restart") {
 		s.t.Errorf("a gateway without a token says:\n%s", out)
 	}
 }

@@ -47,7 +47,7 @@ func run(out string, archs []string, nfpm, goTool string) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(work)
+	defer func() { _ = os.RemoveAll(work) }()
 	if err := os.MkdirAll(out, 0o755); err != nil {
 		return err
 	}

@@ -108,7 +108,7 @@ func (s *stager) manual() error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	root := s.tidy()
 	root.DisableAutoGenTag = true
 	at := s.builder.Version.Time

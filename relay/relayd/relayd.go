@@ -46,7 +46,7 @@ var spec = daemon.Spec{
 	StopTimeout: DefaultDrain + 15*time.Second, RenderStatus: renderStatus, Checks: doctor.Network,
 }
 
-var program = agent.Program{Create: "sallyway relay create NAME --host ADDRESS", Start: "relayd start"}
+var program = agent.Program{Create: "sallyway relay create NAME --host ADDRESS", Start: "relayd start", Install: "sudo relayd install"}
 
 // options are the flags of `relayd start`.
 type options struct {

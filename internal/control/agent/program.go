@@ -2,6 +2,8 @@ package agent
 
 import (
 	"errors"
+	"os"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -10,8 +12,9 @@ import (
 
 // Program is how a person makes a node and starts it, for texts that say what to do.
 type Program struct {
-	Create string // where they are admin: sallyway gateway create NAME
-	Start  string // on the node: sudo gatewayd up
+	Create  string // where they are admin: sallyway gateway create NAME
+	Start   string // on the node: sudo gatewayd up
+	Install string // on a node where systemd runs it: sudo gatewayd install; empty where there is none
 }
 
 // Token reads the enrolment token that a start command was given, "" for none. A host that has neither a token nor a node in its state
@@ -35,6 +38,8 @@ func (p Program) Token(cmd *cobra.Command, o *daemon.Options) (string, error) {
 func (p Program) Error(err error) error {
 	var refused *EnrolmentRefusedError
 	switch {
+	case errors.Is(err, ErrNotEnrolled) && p.Install != "" && os.Getenv("SYSTEMD_EXEC_PID") == strconv.Itoa(os.Getpid()): // systemd.exec(5): this is a unit's process
+		return daemon.Usagef("this host is not enrolled and no token was given.\nWhere you are admin, run: %s   and then here: %s --token-file -", p.Create, p.Install)
 	case errors.Is(err, ErrNotEnrolled):
 		return daemon.Usagef("this host is not enrolled and no token was given.\nWhere you are admin, run: %s   and then here: %s --token-file FILE\nTo try everything on one machine first: make demo, in Sallyway's source folder", p.Create, p.Start)
 	case errors.As(err, &refused):
