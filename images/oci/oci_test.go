@@ -152,6 +152,12 @@ func TestImage(t *testing.T) {
 				if h.Mode&0o6000 != 0 {
 					t.Errorf("%s is set-id: %o", path, h.Mode)
 				}
+				if h.Typeflag != tar.TypeDir && h.Mode&0o111 != 0 && path != i.Program.Path() {
+					t.Errorf("%s can be run", path)
+				}
+				if h.Typeflag != tar.TypeDir && h.Typeflag != tar.TypeReg {
+					t.Errorf("%s is of type %c", path, h.Typeflag)
+				}
 			}
 			if string(data["/usr/bin/"+i.Program.Name]) != "/"+i.Program.Name+"-"+i.Arch {
 				t.Errorf("the program is %.50q", data["/usr/bin/"+i.Program.Name])

@@ -52,7 +52,7 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(tmp)
+	defer func() { _ = os.RemoveAll(tmp) }() // the system's temporary folder is emptied anyway
 	c := oci.Compiler{Go: *goCommand, Source: *source, Dir: tmp, Version: *version, Commit: *commit}
 	list := strings.Split(*arches, ",")
 	for _, arch := range list {
