@@ -4,13 +4,20 @@
 #
 #   prerequisites.sh          what `make test` uses
 #   prerequisites.sh demo     only what `make demo` and `make bench-quick` use
+#   prerequisites.sh image    only what `make image` uses
 #   prerequisites.sh bench    what `make bench` uses: the other products that it measures
 set -euo pipefail
 
 packages=(iperf3 iproute2 iputils-ping nftables curl procps ca-certificates)
 tools=(iperf3 ip ping nft curl)
+image=(ca-certificates kmod xz-utils dosfstools mtools syslinux qemu-utils)
+image_tools=(depmod xz mkfs.vfat mcopy syslinux qemu-img)
 case "${1:-}" in
 demo) ;;
+image)
+	packages=("${image[@]}")
+	tools=("${image_tools[@]}")
+	;;
 bench)
 	packages+=(openssh-server openssh-client wireguard-tools nebula openvpn coturn)
 	tools+=(ssh sshd wg nebula openvpn turnserver)
@@ -26,11 +33,12 @@ bench)
 		gcc libc6-dev                                                      # the race detector
 		chromium                                                           # the web UI's tests
 		mmdebstrap rpm                                                     # Debians to install the packages on
+		"${image[@]}" qemu-system-x86 ovmf                                 # the appliance
 	)
-	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc chromium mmdebstrap rpm)
+	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc chromium mmdebstrap rpm "${image_tools[@]}" qemu-system-x86_64)
 	;;
 *)
-	echo "usage: $0 [demo|bench]" >&2
+	echo "usage: $0 [demo|image|bench]" >&2
 	exit 2
 	;;
 esac

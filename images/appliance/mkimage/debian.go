@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -108,22 +109,28 @@ func (a apt) index(ctx context.Context) error {
 	return os.WriteFile(stamp, nil, 0o644)
 }
 
-// show returns the fields of a package's newest version.
-func (a apt) show(ctx context.Context, name string) (map[string]string, error) {
-	out, err := a.run(ctx, a.dir, "apt-cache", "show", "--no-all-versions", name)
+// show returns the fields of the newest versions of packages, by name.
+func (a apt) show(ctx context.Context, names ...string) (map[string]map[string]string, error) {
+	out, err := a.run(ctx, a.dir, "apt-cache", append([]string{"show", "--no-all-versions"}, names...)...)
 	if err != nil {
 		return nil, err
 	}
-	fields := make(map[string]string)
-	for line := range strings.Lines(string(out)) {
-		if key, value, ok := strings.Cut(strings.TrimSpace(line), ": "); ok && line[0] != ' ' {
-			fields[key] = value
+	all := make(map[string]map[string]string)
+	for paragraph := range strings.SplitSeq(string(out), "\n\n") {
+		fields := make(map[string]string)
+		for line := range strings.Lines(paragraph) {
+			if key, value, ok := strings.Cut(strings.TrimSpace(line), ": "); ok && line[0] != ' ' {
+				fields[key] = value
+			}
+		}
+		all[fields["Package"]] = fields
+	}
+	for _, name := range names {
+		if all[name]["Filename"] == "" {
+			return nil, fmt.Errorf("Debian %s has no package %s for %s", release, name, a.arch)
 		}
 	}
-	if fields["Filename"] == "" {
-		return nil, fmt.Errorf("Debian %s has no package %s for %s", release, name, a.arch)
-	}
-	return fields, nil
+	return all, nil
 }
 
 // fetch downloads what is not in the cache yet and unpacks everything below b.root.
@@ -140,14 +147,18 @@ func (b *builder) fetch(ctx context.Context) error {
 		return err
 	}
 	// The package without a version in its name depends on exactly one kernel.
-	meta, err := a.show(ctx, "linux-image-cloud-"+b.arch)
+	meta, err := a.show(ctx, flavour[b.arch])
 	if err != nil {
 		return err
 	}
-	image, _, _ := strings.Cut(meta["Depends"], " ")
+	image, _, _ := strings.Cut(meta[flavour[b.arch]]["Depends"], " ")
+	all, err := a.show(ctx, append([]string{image}, wanted...)...)
+	if err != nil {
+		return err
+	}
 	b.root = filepath.Join(b.work, "root")
-	for _, name := range append([]string{image}, wanted...) {
-		p, err := a.get(ctx, name)
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		p, err := a.get(ctx, name, all[name])
 		if err != nil {
 			return err
 		}
@@ -156,16 +167,11 @@ func (b *builder) fetch(ctx context.Context) error {
 		}
 		b.packages = append(b.packages, p)
 	}
-	slices.SortFunc(b.packages, func(x, y debianPackage) int { return strings.Compare(x.Name, y.Name) })
 	return nil
 }
 
 // get returns a package out of the cache, where it is put first when it is missing there or is not what the index says.
-func (a apt) get(ctx context.Context, name string) (debianPackage, error) {
-	fields, err := a.show(ctx, name)
-	if err != nil {
-		return debianPackage{}, err
-	}
+func (a apt) get(ctx context.Context, name string, fields map[string]string) (debianPackage, error) {
 	p := debianPackage{Name: name, Version: fields["Version"], Source: fields["Source"], SHA256: fields["SHA256"]}
 	if p.Source == "" {
 		p.Source = name

@@ -1,4 +1,4 @@
-// Command mkimage builds Sallyway's appliance: a Debian cloud kernel and one static program as process 1, as disks that virtual machines boot.
+// Command mkimage builds Sallyway's appliance: a kernel of Debian and one static program as process 1, as disks that virtual machines boot.
 //
 //	mkimage build --init PROGRAM --version 1.2.0 --epoch SECONDS [--arch arm64] [--out DIR]
 //	mkimage key FILE                     # makes a key for signing images, and prints its public half
@@ -72,9 +72,9 @@ type options struct {
 	quick                                   bool
 }
 
-// cmdline is the kernel's command line, see internal/appliance.
+// cmdline is the kernel's command line, see internal/appliance. A check of the timer at start fails on busy emulators, and helps no virtual machine.
 var cmdline = map[string]string{
-	"amd64": "console=tty0 console=ttyS0,115200 quiet panic=5 oops=panic",
+	"amd64": "console=tty0 console=ttyS0,115200 quiet panic=5 oops=panic no_timer_check",
 	"arm64": "console=tty0 console=ttyAMA0 console=ttyS0 quiet panic=5 oops=panic",
 }
 

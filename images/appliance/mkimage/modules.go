@@ -11,30 +11,36 @@ import (
 	"strings"
 )
 
-// always are modules that every machine loads at start.
+// flavour is the kernel's package without its version. Debian's usual kernel for amd64 is packed more tightly than its cloud kernel, and knows the
+// CD drives and network cards that hypervisors offer unless they are told otherwise: SATA, e1000.
+var flavour = map[string]string{"amd64": "linux-image-amd64", "arm64": "linux-image-cloud-arm64"}
+
+// always are modules that every machine loads at start. What is built into a kernel may be named all the same.
 var always = []string{
+	"crc32c_generic",            // by its algorithm, which no dependency names
 	"virtio_pci", "virtio_mmio", // buses of devices
-	"qemu_fw_cfg",                                         // a source of configuration
-	"isofs", "vfat", "nls_ascii", "nls_cp437", "nls_utf8", // seeds and the boot partition
+	"qemu_fw_cfg",                                                 // a source of configuration
+	"ext4", "isofs", "vfat", "nls_ascii", "nls_cp437", "nls_utf8", // state partition, seeds, boot partition
 	"tun", "nf_tables", "nft_ct", "nft_limit",
 	"softdog", "efivarfs",
 	"button", "evdev", // the power button
 	"sch_fq", "tcp_bbr",
 }
 
-// byDevice are modules that a machine loads when it has a device for them. No Ethernet card that only real machines have is among them.
+// byDevice are modules that a machine loads when it has a device for them.
 var byDevice = map[string][]string{
 	"amd64": {
 		"virtio_net", "virtio_blk", "virtio_scsi", "virtio_rng", "virtio_console", "virtio_balloon", // KVM, Google
-		"sd_mod", "sr_mod", "ata_piix",
+		"sd_mod", "sr_mod", "ata_piix", "ahci", "nvme", "crc32c_intel",
+		"e1000", "e1000e", "8139cp", "igb", "ixgbevf", // what is emulated, and what is passed through
 		"ena", "gve", // Amazon, Google
 		"hv_vmbus", "hv_netvsc", "hv_storvsc", "hv_utils", "hyperv_keyboard", "pci_hyperv", "mana", // Hyper-V, Azure
-		"vmxnet3", "vmw_pvscsi", // VMware
-		"xen_netfront", "xen_blkfront", "ixgbevf",
+		"vmxnet3", "vmw_pvscsi", "mptspi", "mptsas", // VMware
+		"xen_netfront", "xen_blkfront",
 	},
 	"arm64": {
 		"virtio_net", "virtio_blk", "virtio_scsi", "virtio_rng", "virtio_console", "virtio_balloon",
-		"sd_mod", "sr_mod", "ena", "gve", "hv_vmbus", "hv_netvsc", "hv_storvsc", "hv_utils", "pci_hyperv", "mana",
+		"sd_mod", "sr_mod", "nvme", "ena", "gve", "hv_vmbus", "hv_netvsc", "hv_storvsc", "hv_utils", "pci_hyperv", "mana",
 	},
 }
 
