@@ -27,6 +27,7 @@ bench)
 		dnsutils openssl systemd                                          # tools
 		postgresql postgresql-client openssh-server openssh-client coturn # real servers and clients
 		redis-server
+		glewlwyd # an OpenID Connect provider
 		podman runc                                                        # containers
 		tinyproxy-bin microsocks                                           # egress proxies
 		dnsmasq-base                                                       # a DHCP server and router for the appliance
@@ -35,7 +36,7 @@ bench)
 		mmdebstrap rpm                                                     # Debians to install the packages on
 		"${image[@]}" qemu-system-x86 ovmf                                 # the appliance
 	)
-	tools+=(podman runc dig psql redis-server ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc chromium mmdebstrap rpm "${image_tools[@]}" qemu-system-x86_64)
+	tools+=(podman runc dig psql redis-server glewlwyd ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc chromium mmdebstrap rpm "${image_tools[@]}" qemu-system-x86_64)
 	;;
 *)
 	echo "usage: $0 [demo|image|bench]" >&2
