@@ -5,6 +5,7 @@ import (
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
+	"html/template"
 	"net/http"
 	"net/url"
 	"slices"
@@ -185,10 +186,10 @@ func (q *request) listAudit() error {
 		Form     *form
 		Groups   [][2]string
 		Pager    pager
-		Export   string
+		Export   template.URL // the query
 		Filtered bool
 		Searched bool // there may be more further down
-	}{found.Items, shown, auditGroups, pg, vals.Encode(), len(vals) > 0, found.Older > 1 && len(found.Items) < f.Limit}})
+	}{found.Items, shown, auditGroups, pg, template.URL(vals.Encode()), len(vals) > 0, found.Older > 1 && len(found.Items) < f.Limit}})
 }
 
 // exportAudit streams what a search finds, oldest first.

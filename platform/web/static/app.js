@@ -59,9 +59,18 @@
 			const r = await fetch(location.href, { headers: { "X-Sallyway-Live": "1" }, redirect: "manual" });
 			if (!r.ok) return;
 			const fresh = new DOMParser().parseFromString(await r.text(), "text/html");
+			// An empty list that fills, a step that is done: the page has other regions now.
+			const names = (d) => [...d.querySelectorAll("[data-region]")].map((e) => e.dataset.region).join();
+			const main = document.querySelector("main"), freshMain = fresh.querySelector("main");
+			if (freshMain && names(document) !== names(fresh)) {
+				if (main.querySelector("details.confirm[open]") || main.contains(document.activeElement) && document.activeElement.matches("input, select, textarea")) return;
+				main.innerHTML = freshMain.innerHTML;
+				arm(main);
+				return;
+			}
 			for (const old of document.querySelectorAll("[data-region]")) {
 				const now = fresh.querySelector('[data-region="' + CSS.escape(old.dataset.region) + '"]');
-				if (!now || now.innerHTML === old.dataset.was || now.innerHTML === old.innerHTML) continue;
+				if (!now || now.innerHTML === old.innerHTML) continue;
 				if (old.contains(document.activeElement) && document.activeElement.matches("input, select, textarea")) continue;
 				if (old.querySelector("details.confirm[open]")) continue;
 				const keep = document.activeElement && old.contains(document.activeElement) ? document.activeElement.id : "";
