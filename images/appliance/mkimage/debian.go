@@ -123,7 +123,9 @@ func (a apt) show(ctx context.Context, names ...string) (map[string]map[string]s
 				fields[key] = value
 			}
 		}
-		all[fields["Package"]] = fields
+		if fields["Package"] != "" { // there is nothing behind the last empty line
+			all[fields["Package"]] = fields
+		}
 	}
 	for _, name := range names {
 		if all[name]["Filename"] == "" {
