@@ -253,6 +253,21 @@ func TestLastError(t *testing.T) {
 	}
 }
 
+func TestSilentForOnce(t *testing.T) {
+	before := view{program: programs[0], answers: true, ready: true, status: supervise.Status{State: supervise.Ready, PID: 7}}
+	before.doc.URL = "https://p.example"
+	now := view{program: programs[0], status: supervise.Status{State: supervise.Ready, PID: 7}}.after(before)
+	rows, _ := now.rows()
+	want, _ := before.rows()
+	if !reflect.DeepEqual(rows, want) || now.ready {
+		t.Errorf("%v, want %v; ready %v", rows, want, now.ready)
+	}
+	restarted := view{program: programs[0], status: supervise.Status{State: supervise.Starting, PID: 8}}.after(before)
+	if restarted.doc.URL != "" || restarted.answers {
+		t.Errorf("%+v", restarted)
+	}
+}
+
 func TestNetworkRows(t *testing.T) {
 	s := network.Status{Links: []network.Link{
 		{Name: "eth0", MAC: "52:54:00:12:34:56", Driver: "virtio_net", Carrier: true, Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.10/24")}, Source: "dhcp"},

@@ -122,6 +122,7 @@ type service struct {
 	health  *running // nil without health-listen
 
 	ready bool
+	seen  []view        // of the last time
 	last  console.Block // what was drawn
 	drawn time.Time
 }
@@ -361,6 +362,12 @@ func (s *service) views(ctx context.Context) []view {
 		wg.Go(func() { out[i] = look(ctx, d.program, d.daemon) })
 	}
 	wg.Wait()
+	for i := range out {
+		if i < len(s.seen) {
+			out[i] = out[i].after(s.seen[i])
+		}
+	}
+	s.seen = out
 	return out
 }
 

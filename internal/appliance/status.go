@@ -75,6 +75,7 @@ type view struct {
 	logs    []supervise.Line
 	doc     document
 	answers bool // its control socket does
+	silent  bool // it did not answer this time, and the document is an older one
 	ready   bool
 	reasons map[string]string // why it is not
 }
@@ -108,6 +109,14 @@ func look(ctx context.Context, p program, d *supervise.Daemon) view {
 	var raw json.RawMessage
 	if c.Get(ctx, "/status", &raw) == nil {
 		v.doc = readStatus(raw)
+	}
+	return v
+}
+
+// after fills what a daemon that does not answer for once, on a busy machine, said the time before.
+func (v view) after(before view) view {
+	if v.status.PID != 0 && v.status.PID == before.status.PID && !v.answers && before.answers {
+		v.doc, v.answers, v.silent = before.doc, true, true
 	}
 	return v
 }
@@ -182,7 +191,7 @@ func (v view) said() string {
 // rows are the daemon's part of the status block.
 func (v view) rows() (rows, live []console.Row) {
 	state := string(v.status.State)
-	if v.status.State == supervise.Ready && !v.ready {
+	if v.status.State == supervise.Ready && !v.ready && !v.silent {
 		state = "running, not ready"
 	}
 	if v.status.State == supervise.Starting && v.answers {
