@@ -92,7 +92,7 @@ func TestLife(t *testing.T) {
 		t.Skip("mounts, namespaces and packages need root")
 	}
 	t.Parallel() // it waits for a mirror first
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
 	defer cancel()
 	var roots map[string]string
 	var packages string
@@ -303,7 +303,7 @@ func (s *organizationSite) units() map[*machine]string {
 // health waits until a daemon says that it is ready.
 func (s *organizationSite) health(ctx context.Context, m *machine, command ...string) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	err := lab.Until(ctx, 200*time.Millisecond, func() error {
 		r, err := m.try(ctx, "", command...)
@@ -361,7 +361,7 @@ func (s *organizationSite) configure(ctx context.Context) {
 // connect opens a connection from the client's host to the private network, as soon as there is a way.
 func (s *organizationSite) connect(ctx context.Context, port uint16) *lab.Pulse {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	var p *lab.Pulse
 	err := lab.Until(ctx, 200*time.Millisecond, func() error {
@@ -444,7 +444,7 @@ func (s *organizationSite) upgrade(ctx context.Context) {
 // relaysReady waits until both relays are healthy for the platform, as one looks before the next is upgraded.
 func (s *organizationSite) relaysReady(ctx context.Context) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	err := lab.Until(ctx, 300*time.Millisecond, func() error {
 		r, err := s.platform.try(ctx, "", "sallyway", "relay", "list")

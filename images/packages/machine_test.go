@@ -200,7 +200,7 @@ func removeGroup(t *testing.T, group string) {
 		return
 	}
 	defer os.Remove(dir)
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	script := `set -e; mount -t cgroup2 none "$1"; [ ! -d "$1/$2" ] || find "$1/$2" -depth -type d -exec rmdir {} +`
 	err = lab.Until(ctx, 100*time.Millisecond, func() error {
