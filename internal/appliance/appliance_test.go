@@ -384,6 +384,26 @@ func TestNotesAreShownOnce(t *testing.T) {
 	}
 }
 
+func TestAlive(t *testing.T) {
+	for name, tc := range map[string]struct {
+		up   time.Duration
+		beat int64
+		want bool
+	}{
+		"just started":   {time.Second, 0, true},
+		"repairs a disk": {20 * time.Minute, 0, true},
+		"never came up":  {2 * time.Hour, 0, false},
+		"goes round":     {time.Hour, 3590, true},
+		"stands still":   {time.Hour, 3000, false},
+	} {
+		n := &node{started: time.Now().Add(-tc.up)}
+		n.beat.Store(tc.beat)
+		if err := n.alive(); (err == nil) != tc.want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestBlockDevices(t *testing.T) {
 	sys := t.TempDir()
 	for _, d := range []string{"vda", "vda1", "sr0", "loop0", "ram1"} {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -252,12 +253,13 @@ func (s *service) prepareDaemons(c *config.Config) error {
 		if err := p.writeFile(filepath.Join(runFolder, "config", p.name+".yaml"), c); err != nil {
 			return err
 		}
+		_ = os.Remove(filepath.Join(cred, "token")) // of a configuration before
 		if c.Token != "" && c.Role == p.role {
 			if err := secretFile(filepath.Join(cred, "token"), []byte(c.Token.Reveal()), p.jail.UID); err != nil {
 				return err
 			}
 		}
-		s.daemons = append(s.daemons, &running{p, supervise.New(s.childOf(p))})
+		s.daemons = append(s.daemons, &running{p, supervise.New(s.childOf(p, memoryFor(c.Role)))})
 	}
 	if c.HealthListen != "" {
 		s.health = s.healthProgram(c)
@@ -268,13 +270,19 @@ func (s *service) prepareDaemons(c *config.Config) error {
 // watchdogTime is the longest silence of a daemon.
 const watchdogTime = time.Minute
 
-// childOf says how a daemon is run.
-func (s *service) childOf(p program) supervise.Program {
+// memoryFor is how much memory each daemon of a role aims at, in bytes: four fifths of what is free, shared among them.
+func memoryFor(role config.Role) uint64 {
+	used, total := memory("/proc/meminfo")
+	return (total - used) / 5 * 4 / uint64(max(len(of(role)), 1))
+}
+
+// childOf says how a daemon is run; limit is the memory that it aims at, in bytes.
+func (s *service) childOf(p program, limit uint64) supervise.Program {
 	args := append([]string{jailWord, p.jail.String(), p.name}, p.start...)
 	args = append(args, "--config", filepath.Join(runFolder, "config", p.name+".yaml"), "--"+p.state, p.folder())
 	return supervise.Program{
 		Name: p.name, Path: executable, Args: args, Dir: "/", UID: p.jail.UID, Socket: filepath.Join(runFolder, "notify", p.name),
-		Env:         []string{"PATH=/nonexistent", "HOME=" + p.folder(), "TMPDIR=/tmp", "CREDENTIALS_DIRECTORY=" + filepath.Join(runFolder, "credentials", p.name)},
+		Env:         []string{"GOMEMLIMIT=" + strconv.FormatUint(limit, 10), "PATH=/nonexistent", "HOME=" + p.folder(), "TMPDIR=/tmp", "CREDENTIALS_DIRECTORY=" + filepath.Join(runFolder, "credentials", p.name)},
 		StopTimeout: p.stop, Watchdog: watchdogTime, Log: s.slog, Attr: &syscall.SysProcAttr{Setsid: false},
 	}
 }
@@ -289,10 +297,19 @@ func (s *service) look(ctx context.Context, d *running) {
 	_ = d.daemon.Run(ctx) // always nil
 }
 
+// Limits of what the watchdog lets pass, in seconds: a repair of the state partition comes before the status loop, which then never stands still.
+const (
+	longestStart = 60 * 60
+	longestRound = 90
+)
+
 // alive is what feeds the watchdog: the status loop goes round.
 func (n *node) alive() error {
-	now := int64(time.Since(n.started) / time.Second)
-	if idle := now - n.beat.Load(); idle > 90 {
+	now, beat := int64(time.Since(n.started)/time.Second), n.beat.Load()
+	if beat == 0 && now < longestStart {
+		return nil
+	}
+	if idle := now - beat; idle > longestRound {
 		return fmt.Errorf("the status loop stands still for %d s", idle)
 	}
 	return nil
