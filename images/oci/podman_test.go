@@ -3,7 +3,6 @@ package oci_test
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -156,14 +155,6 @@ func (p *podman) running(ctx context.Context, name string) error {
 		err = fmt.Errorf("%s: %s", name, out)
 	}
 	return err
-}
-
-// inspect decodes what podman knows of a container or image.
-func (p *podman) inspect(t *testing.T, name string, v any) {
-	t.Helper()
-	if err := json.Unmarshal([]byte(p.must(t, "inspect", name)), v); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // until waits for f to return nil.
