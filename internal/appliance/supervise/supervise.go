@@ -199,7 +199,7 @@ func (d *Daemon) once(ctx context.Context) (code int, err error) {
 	var readers sync.WaitGroup
 	readers.Go(func() { sock.read(life, notices) })
 	defer readers.Wait()
-	defer sock.close()
+	defer func() { _ = sock.close() }() // the folder is in memory, and the next run makes it anew
 	defer done()
 
 	out := io.Writer(d.logs)
