@@ -41,8 +41,9 @@ type app struct {
 }
 
 // Command returns the root command with every verb for administrators.
-func Command() *cobra.Command {
-	a := &app{poll: auditPoll}
+func Command() *cobra.Command { return (&app{poll: auditPoll}).command() }
+
+func (a *app) command() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "sallyway",
 		Short: "Reach private resources, and say who may",

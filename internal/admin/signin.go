@@ -122,6 +122,10 @@ func (a *app) byDevice(ctx context.Context, w io.Writer, c *Client) (t control.T
 			interval += 5 * time.Second // RFC 8628 §3.5
 			tick.Reset(interval)
 		case p.Temporary():
+		case p.Code == control.CodeDenied:
+			return t, daemon.Failf("log in: it was denied in the browser")
+		case p.Code == control.CodeExpired:
+			return t, daemon.Failf("log in: the code is too old\nrun sallyway login again for a fresh one")
 		default:
 			return t, err
 		}
