@@ -25,16 +25,33 @@ const (
 	NoticeDraining = "draining"
 	// noticeHello is the gateway's first: the session is accepted.
 	noticeHello = "hello"
-	// noticePath is the client's after a move: the gateway's QUIC follows on a packet that is no probe (RFC 9000 §9.3).
+	// noticePath is the client's after a move: the gateway's QUIC follows on a packet that is no probe (RFC 9000 §9.3). Its data is a move.
 	noticePath = "path"
+	// noticeFollowed is the gateway's answer, with the same data. A gateway whose hello has the data helloAnswers gives it.
+	noticeFollowed = "followed"
 	// noticeCrowded is the client's when a standby got no answer though the active path lives: the gateway may have no connection ID left for it, since
 	// former standbys hold them all.
 	noticeCrowded = "crowded"
 )
 
+// move is the data of noticePath and noticeFollowed: how often the session had moved, that time included.
+type move struct {
+	Moves uint64 `json:"moves"`
+}
+
+func (m move) encode() json.RawMessage {
+	b, _ := json.Marshal(m) // never fails
+	return b
+}
+
+// helloAnswers is the data of the hello of a gateway that answers moves.
+var helloAnswers = json.RawMessage(`{"answers_moves":true}`)
+
 const (
 	// maxNotice bounds a notice on the wire, in bytes.
 	maxNotice = 64 << 10
+	// mostMove bounds the data of a noticePath that is answered, in bytes.
+	mostMove = 64
 	// noticeQueue is how many notices may wait to be sent.
 	noticeQueue = 64
 )

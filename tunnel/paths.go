@@ -310,9 +310,7 @@ func (s *Session) movedLocked(reason string, cause MoveCause) {
 	s.knocks = 0
 	s.lastMove, s.lastReason = time.Now(), reason
 	to := s.slots[s.active].to.Load()
-	if err := s.ctrl.send(Notice{Type: noticePath, Reason: reason}); err != nil {
-		s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)
-	}
+	s.tellMoveLocked(reason)
 	s.cfg.Logger.Debug("session moved", "gateway", s.cfg.Gateway, "path", to.info.Name, "reason", reason)
 	s.stepSoon()
 }
@@ -525,9 +523,7 @@ func (s *Session) pathAnswers(l *slotLink) {
 	if s.moves == 0 || s.slots[s.active].to.Load() != l {
 		return
 	}
-	if err := s.ctrl.send(Notice{Type: noticePath, Reason: "the path answers"}); err != nil {
-		s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)
-	}
+	s.tellMoveLocked("the path answers")
 }
 
 // tellPaths calls OnPath.

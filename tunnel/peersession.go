@@ -106,7 +106,7 @@ func (p *peerSession) serveControl(w http.ResponseWriter, r *http.Request) {
 	}
 	str.SetPriority(0, false) // before any flow (RFC 9218 §4)
 	ctrl := newControl(str)
-	_ = ctrl.send(Notice{Type: noticeHello}) // the queue is empty
+	_ = ctrl.send(Notice{Type: noticeHello, Data: helloAnswers}) // the queue is empty
 	if !p.ctrl.CompareAndSwap(nil, ctrl) {
 		str.CancelRead(codeCanceled)
 		str.CancelWrite(codeCanceled)
@@ -140,6 +140,9 @@ func (p *peerSession) receiveNotices(notices *noticeReader) {
 			continue
 		}
 		if n.Type == noticePath {
+			if ctrl := p.ctrl.Load(); len(n.Data) > 0 && len(n.Data) < mostMove && ctrl != nil {
+				_ = ctrl.send(Notice{Type: noticeFollowed, Data: n.Data}) // a peer that wants more answers than there is room for asks again
+			}
 			p.srv.cfg.Logger.Info("peer moved", "peer", p.peer.Node, "session", p.peer.Session, "path", p.info().Path.Name, "reason", n.Reason)
 			continue
 		}

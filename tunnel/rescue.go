@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"context"
+	"encoding/json"
 	"net"
 	"time"
 )
@@ -11,15 +12,14 @@ import (
 // paths that were validated die at once, there is none, and the path that could bring new ones is dead: the session would idle out while its
 // packets arrive.
 //
-// A rescue ends that from below, where packets of a session come over one link and none over the link of its active address. First the link that
-// works is shown under the address of one that does not, the last that QUIC has heard of beside the active one: that path has a connection ID
+// A rescue ends that from below, where packets of a session come over one link and none over the link of its active address. The link that
+// works is shown under the address of one that does not, of which QUIC has heard beside the active one: that path has a connection ID
 // already, so QUIC moves there and begins with new timers. QUIC may have validated the address when it stood for the other link; that the
 // one that stands for it now leads to the peer has been shown by probes under the session's keys.
 //
-// Where that is of no use, since QUIC has forgotten that path or there never was one, what QUIC writes to the active address leaves over the link
-// that works. Nothing else changes: packets are still shown as coming from the address of the link they came on, whatever path they come on QUIC
-// takes acknowledgements and connection IDs out of them, and then it validates the new path and moves as always. It begins only when QUIC
-// writes, which after a long silence may be seconds away.
+// And what QUIC writes to the active address leaves over the link that works. That helps where QUIC has forgotten those paths or there never was
+// one: whatever path packets come on, QUIC takes acknowledgements and connection IDs out of them, and then it validates the new path and moves as
+// always. It begins only when QUIC writes, which after a long silence may be seconds away.
 
 const (
 	// rescueEvery is how often links are looked at.
@@ -49,17 +49,21 @@ const (
 	mostKnocks = 36
 )
 
-// knock sends again what is under way when no packet has come over any link since the last move though the active path answers probes: it shows
-// the gateway that the session is in need of a rescue, and asks for an answer after it. It returns when it wants to be called again.
+// knock sends again what is under way when the gateway has not said that it followed the last move, though the active path answers probes: it shows
+// the gateway that the session is in need of a rescue, asks for an answer after it, and does not wait for QUIC's own timer. It returns when it wants
+// to be called again.
 func (s *Session) knock(now time.Time) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.unansweredLocked() {
 		return idleInterval
 	}
-	every := knockEvery
-	if s.knocks < knocksSoon {
-		every = max(knockSoon, min(2*s.conn.ConnectionStats().SmoothedRTT, knockEvery))
+	rtt := s.conn.ConnectionStats().SmoothedRTT
+	every := max(knockEvery, min(4*rtt, 2*time.Second)) // packets come: the answer may be on its way behind others
+	if s.silentLocked() {
+		if every = knockEvery; s.knocks < knocksSoon {
+			every = max(knockSoon, min(2*rtt, knockEvery))
+		}
 	}
 	if wait := every - min(now.Sub(s.lastMove), now.Sub(s.knocked)); wait > 0 {
 		return wait
@@ -68,9 +72,7 @@ func (s *Session) knock(now time.Time) time.Duration {
 		s.knocks++
 		s.knocked = now
 		s.cfg.Logger.Debug("the gateway does not follow", "gateway", s.cfg.Gateway, "path", s.slots[s.active].to.Load().info.Name)
-		if err := s.ctrl.send(Notice{Type: noticePath, Reason: "the gateway does not follow"}); err != nil {
-			s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)
-		}
+		s.tellMoveLocked("the gateway does not follow")
 	}
 	return every
 }
@@ -91,12 +93,38 @@ func (s *Session) unansweredLocked() bool {
 	if s.err != nil || s.moves == 0 || s.knocks >= mostKnocks {
 		return false
 	}
+	if s.answers {
+		return s.followed < s.moves
+	}
+	return s.silentLocked()
+}
+
+// silentLocked reports whether no packet has come over any link since the last move.
+func (s *Session) silentLocked() bool {
 	for _, sl := range s.slots {
 		if time.Duration(sl.src.last.Load()) > s.lastMove.Sub(epoch) {
 			return false
 		}
 	}
 	return true
+}
+
+// tellMoveLocked tells the gateway how often the session has moved.
+func (s *Session) tellMoveLocked(reason string) {
+	if err := s.ctrl.send(Notice{Type: noticePath, Reason: reason, Data: move{s.moves}.encode()}); err != nil {
+		s.cfg.Logger.Warn("path message not sent", "gateway", s.cfg.Gateway, "err", err)
+	}
+}
+
+// heardOfMove takes the gateway's answer to that.
+func (s *Session) heardOfMove(n Notice) {
+	var m move
+	if json.Unmarshal(n.Data, &m) != nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.followed = max(s.followed, min(m.Moves, s.moves))
 }
 
 // stuck is what is known of a session whose packets come over another link than that of its active address.
@@ -199,25 +227,23 @@ func (s *Server) judge(sess *peerSession, p *port, now time.Duration) bool {
 		heard = active.heard()
 	}
 	if active == p {
-		sess.stuck, sess.stoodIn = stuck{}, 0
+		sess.stuck = stuck{}
+		since, is := s.merged.lentSince(a)
+		switch {
+		case !is:
+			sess.stoodIn = 0
+		case now-since >= time.Duration(sess.stoodIn)*standInEvery:
+			s.standIn(sess, p, heard, now)
+		}
 		if s.merged.lentFor(a, rescueAgain, now) {
 			s.relabel(p)
 		}
 		return false
 	}
-	if !sess.stuck.due(p, p.heard(), heard, now, min(rescueAfter+3*sess.conn.ConnectionStats().SmoothedRTT, mostRescueAfter)) {
+	if !sess.stuck.due(p, p.heard(), heard, now, min(rescueAfter+3*sess.conn.ConnectionStats().SmoothedRTT, mostRescueAfter)) || !s.merged.lend(a, p, now) {
 		return false
 	}
-	if id := sess.known.best(p, heard, now); id != 0 && sess.stoodIn < mostStandIns {
-		sess.stoodIn++
-		sess.known.forget(id)
-		if s.merged.standIn(p, id) {
-			return true
-		}
-	}
-	if !s.merged.lend(a, p, now) {
-		return false
-	}
+	s.standIn(sess, p, heard, now)
 	// What QUIC sends now has its peer acknowledge, and QUIC find that all before was lost.
 	if ctrl := sess.ctrl.Load(); ctrl != nil {
 		_ = ctrl.send(Notice{Type: noticePath, Reason: "rescued"}) // a full queue is as good
@@ -225,8 +251,23 @@ func (s *Server) judge(sess *peerSession, p *port, now time.Duration) bool {
 	return true
 }
 
-// mostStandIns bounds how many addresses are tried for a session before its active one is lent.
-const mostStandIns = 3
+// standIn shows p's link under the next address for whose path QUIC may have a connection ID, if there is one. It was the active address's turn
+// until silent.
+func (s *Server) standIn(sess *peerSession, p *port, silent, now time.Duration) {
+	id := sess.known.best(p, silent, now)
+	if id == 0 || sess.stoodIn >= mostStandIns {
+		return
+	}
+	sess.stoodIn++
+	sess.known.forget(id)
+	s.merged.standIn(p, id)
+}
+
+// mostStandIns bounds how many addresses are tried in a rescue, standInEvery is from one to the next.
+const (
+	mostStandIns = 3
+	standInEvery = 500 * time.Millisecond
+)
 
 // known are the addresses that QUIC may have paths for beside the active one: those from which packets of a session came since it moved last.
 // It forgets all others when it moves, and the one that was silent for longest when there are too many.
@@ -321,7 +362,6 @@ func (m *Merged) standIn(p *port, id uint64) bool {
 	p.former = now
 	p.main.addr.Store(virtualAddr(id))
 	m.settleLocked()
-	m.stats.rescued.Add(1)
 	return true
 }
 
@@ -368,6 +408,14 @@ func (m *Merged) lend(a *net.UDPAddr, p *port, now time.Duration) bool {
 	m.settleLocked()
 	m.stats.rescued.Add(1)
 	return true
+}
+
+// lentSince says since when address a is lent, if it is.
+func (m *Merged) lentSince(a *net.UDPAddr) (time.Duration, bool) {
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	l, ok := m.lent[virtualID(a)]
+	return l.at, ok
 }
 
 // lentFor reports whether address a has been lent for d, and begins to count anew if it has.

@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -71,6 +72,8 @@ type Session struct {
 	standby    int // index into slots, -1 for none
 	moves      uint64
 	renewed    uint64    // congestion windows
+	answers    bool      // the gateway says when it has followed a move; set before the session is there
+	followed   uint64    // the last of the moves that it spoke of
 	knocks     int       // since the last move
 	knocked    time.Time // when the last one of all was
 	lastMove   time.Time
@@ -161,6 +164,7 @@ func (s *Session) handshake(ctx context.Context) error {
 			if err == nil && n.Type != noticeHello {
 				err = fmt.Errorf("the gateway's first notice is %.40q, want %q", n.Type, noticeHello)
 			}
+			s.answers = bytes.Equal(n.Data, helloAnswers)
 			return err
 		}); err != nil {
 			return err
@@ -298,6 +302,10 @@ func (s *Session) receiveNotices(notices *noticeReader) {
 				go func() { _ = s.conn.CloseWithError(quic.ApplicationErrorCode(CloseNormal), reason) }()
 			}
 			return
+		}
+		if n.Type == noticeFollowed {
+			s.heardOfMove(n)
+			continue
 		}
 		if s.cfg.OnNotice != nil {
 			s.cfg.OnNotice(n)
