@@ -84,8 +84,6 @@ type Daemon struct {
 
 	mu     sync.Mutex
 	status Status // guarded by mu
-
-	again chan struct{} // a restart is wanted at once
 }
 
 // New fills the defaults of p. It starts nothing.
@@ -105,7 +103,7 @@ func New(p Program) *Daemon {
 	if p.Changed == nil {
 		p.Changed = func() {}
 	}
-	return &Daemon{p: p, logs: NewRing(), status: Status{State: Stopped, Code: -1, Since: time.Now()}, again: make(chan struct{}, 1)}
+	return &Daemon{p: p, logs: NewRing(), status: Status{State: Stopped, Code: -1, Since: time.Now()}}
 }
 
 // Name is the program's.
@@ -132,14 +130,6 @@ func (d *Daemon) set(change func(s *Status)) {
 	d.mu.Unlock()
 	if changed {
 		d.p.Changed()
-	}
-}
-
-// Again ends a wait before a restart: what kept the daemon from running may be over.
-func (d *Daemon) Again() {
-	select {
-	case d.again <- struct{}{}:
-	default:
 	}
 }
 
@@ -177,8 +167,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 			t.Stop()
 			d.set(func(s *Status) { s.State = Stopped })
 			return nil
-		case <-d.again:
-			t.Stop()
 		case <-t.C:
 		}
 	}

@@ -182,7 +182,7 @@ func TestRestarts(t *testing.T) {
 	stop()
 }
 
-// TestRefused: exit codes 2 and 3 are not retried until somebody says that there is something new.
+// TestRefused: exit codes 2 and 3 are retried late.
 func TestRefused(t *testing.T) {
 	t.Parallel()
 	for _, code := range []string{"2", "3"} {
@@ -191,10 +191,11 @@ func TestRefused(t *testing.T) {
 		if s.Restarts != 1 || time.Until(s.Next) < 50*time.Minute {
 			t.Errorf("exit code %s: %+v", code, s)
 		}
-		d.Again()
-		until(t, d, "tried again", func(s Status) bool { return s.Restarts == 2 })
 		stop()
 	}
+	d, stop := under(t, "exit=2", func(p *Program) { p.Refused = 10 * time.Millisecond })
+	until(t, d, "tried again in the end", func(s Status) bool { return s.Restarts >= 2 })
+	stop()
 }
 
 func TestStubbornIsKilled(t *testing.T) {
