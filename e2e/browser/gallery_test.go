@@ -62,6 +62,7 @@ func estate(t *testing.T, reg *registry.Registry) {
 	ctx := registry.WithActor(t.Context(), "person:"+owner)
 	now := time.Now()
 	ids := make(map[string]string)
+	alive := make(map[string]control.Heartbeat)
 	node := func(kind identity.Kind, name, host string, beat *control.Heartbeat, age time.Duration) {
 		made, err := reg.CreateNode(ctx, org, kind, control.CreateNode{Name: name, Host: host})
 		check(t, err)
@@ -86,6 +87,9 @@ func estate(t *testing.T, reg *registry.Registry) {
 			return tx.TouchNode(ctx, n.ID, now.Add(-age), "v1.4.0")
 		}))
 		beat.Version = "v1.4.0"
+		if age == 0 {
+			alive[name] = *beat
+		}
 		reg.Board.Put(ids[name], presence.Beat{At: now.Add(-age), Heartbeat: *beat})
 	}
 	ready := func() *control.Heartbeat { return &control.Heartbeat{State: "ready"} }
@@ -162,6 +166,9 @@ func estate(t *testing.T, reg *registry.Registry) {
 	}
 	beats := func(grown uint64, relay string) {
 		at := time.Now()
+		for name, beat := range alive {
+			reg.Board.Put(ids[name], presence.Beat{At: at, Heartbeat: beat})
+		}
 		reg.Board.Put(ids["office"], presence.Beat{At: at, Heartbeat: control.Heartbeat{
 			State: "ready", Version: "v1.4.0",
 			Sessions:  []control.SessionReport{session("laptop-1", relay, 41_000_000+grown, 2_100_000+grown/9, 14*time.Millisecond)},

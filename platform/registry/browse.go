@@ -169,3 +169,26 @@ func (r *Registry) NodeStates(ctx context.Context, org string) (out map[string]c
 	})
 	return out, err
 }
+
+// PoliciesFor lists the policies for a resource, by its id.
+func (r *Registry) PoliciesFor(ctx context.Context, org, resource string) (out []control.PolicyRecord, err error) {
+	err = r.Store.View(ctx, func(tx store.Tx) error {
+		out = nil
+		ps, err := tx.Policies(ctx, org, store.Page{})
+		if err != nil {
+			return err
+		}
+		for _, p := range ps {
+			if p.Resource != resource {
+				continue
+			}
+			rec, err := policyRecord(ctx, tx, p)
+			if err != nil {
+				return err
+			}
+			out = append(out, *rec)
+		}
+		return nil
+	})
+	return out, err
+}

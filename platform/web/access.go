@@ -169,11 +169,10 @@ func (q *request) showResource() error {
 	if err != nil {
 		return err
 	}
-	all, err := q.s.reg.Policies(q.ctx, q.org, store.Page{})
+	ps, err := q.s.reg.PoliciesFor(q.ctx, q.org, r.ID)
 	if err != nil {
 		return err
 	}
-	ps := slices.DeleteFunc(all.Items, func(p control.PolicyRecord) bool { return p.Resource != r.Name })
 	type served struct {
 		Name             string
 		State            control.NodeState
@@ -409,6 +408,9 @@ func (q *request) explain() error {
 		if f.Err != nil {
 			out = nil
 		}
+		if out != nil {
+			out.Reason = q.named(out.Reason, f.Value("subject"))
+		}
 	}
 	return q.render(status, "explain", page{Title: "Test and explain", Nav: "policies", Crumb: []crumb{{"Policies", q.url("policies")}}, Data: struct {
 		Form    *form
@@ -416,6 +418,16 @@ func (q *request) explain() error {
 		Result  *control.Explanation
 		Allow   string
 	}{f, c, out, q.url("policies", "new") + "?" + url.Values{"subject": {f.Value("subject")}, "resource": {f.Value("resource")}}.Encode()}})
+}
+
+// named writes a client's or gateway's name in the place of its identity.
+func (q *request) named(text, subject string) string {
+	kind, name, _ := strings.Cut(subject, ":")
+	n, err := q.s.reg.Node(q.ctx, q.org, identity.Kind(kind), name)
+	if err != nil {
+		return text // a group, whose members are named by their identities
+	}
+	return strings.ReplaceAll(text, identity.Node{Org: q.org, Kind: n.Kind, ID: n.ID}.String(), kind+" "+n.Name)
 }
 
 func (q *request) listGroups() error {

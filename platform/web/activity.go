@@ -111,10 +111,13 @@ func (q *request) showHistory() error {
 	}{span == history.Day, chartOf(points, events, now), moves, events[:min(len(events), most)], max(0, len(events)-most), relays}})
 }
 
+// auditPage is how many entries a page has: they are taller than rows of lists.
+const auditPage = 30
+
 // auditFilter reads what is searched for.
 func (q *request) auditFilter() (registry.AuditFilter, error) {
 	f := registry.AuditFilter{
-		Query: strings.ToLower(q.value("q")), Actor: q.value("actor"), Action: q.value("action"), Object: q.value("object"), Result: q.value("result"), Limit: pageSize,
+		Query: strings.ToLower(q.value("q")), Actor: q.value("actor"), Action: q.value("action"), Object: q.value("object"), Result: q.value("result"), Limit: auditPage,
 	}
 	for _, d := range []struct {
 		name string

@@ -10,17 +10,19 @@ import (
 	"sallyway/platform/web/history"
 )
 
-// Measures of a chart, in units of its view box.
+// Measures of a chart, in units of its view box: about the pixels that it is shown in, so that its letters are neither large nor small.
 const (
-	chartWidth, chartHeight  = 720.0, 190.0
-	chartLeft, chartRight    = 62.0, 10.0
-	chartTop, chartBottom    = 12.0, 24.0
-	chartInnerW, chartInnerH = chartWidth - chartLeft - chartRight, chartHeight - chartTop - chartBottom
+	narrowChart, wideChart = 420.0, 960.0
+	chartHeight            = 190.0
+	chartLeft, chartRight  = 68.0, 10.0
+	chartTop, chartBottom  = 12.0, 24.0
+	chartInnerH            = chartHeight - chartTop - chartBottom
 )
 
 // chart is a picture of throughput and the same in words, for those who can not see it.
 type chart struct {
-	SVG   template.HTML
+	SVG   template.HTML // for a narrow place
+	Wide  template.HTML // the same for a wide one
 	Words string
 	Empty bool
 	// Peak and Now are bytes per second, both directions together.
@@ -58,6 +60,15 @@ func chartOf(points []history.Point, events []history.Event, now time.Time) *cha
 		c.Empty = true
 		return c
 	}
+	c.Words = fmt.Sprintf("Throughput over the last %s: at most %s/s, now %s/s.", span(now.Sub(points[0].At)), bytesText(c.Peak), bytesText(c.Now))
+	c.SVG = drawChart(narrowChart, points, events, now, hasUp, c.Words)
+	c.Wide = drawChart(wideChart, points, events, now, hasUp, c.Words)
+	return c
+}
+
+// drawChart makes the picture in a width.
+func drawChart(width float64, points []history.Point, events []history.Event, now time.Time, hasUp bool, words string) template.HTML {
+	chartWidth, chartInnerW := width, width-chartLeft-chartRight
 	top := 0.0
 	for _, p := range points {
 		top = max(top, p.Up, p.Down)
@@ -70,23 +81,26 @@ func chartOf(points []history.Point, events []history.Event, now time.Time) *cha
 	}
 	y := func(v float64) float64 { return chartTop + chartInnerH*(1-min(v/top, 1)) }
 	var b strings.Builder
-	c.Words = fmt.Sprintf("Throughput over the last %s: at most %s/s, now %s/s.", span(length), bytesText(c.Peak), bytesText(c.Now))
-	fmt.Fprintf(&b, `<svg class="picture" viewBox="0 0 %g %g" role="img" aria-label="%s">`, chartWidth, chartHeight, template.HTMLEscapeString(c.Words))
+	fmt.Fprintf(&b, `<svg class="picture" viewBox="0 0 %g %g" role="img" aria-label="%s">`, chartWidth, chartHeight, template.HTMLEscapeString(words))
 	for i := range 3 {
 		v := top * float64(i) / 2
 		fmt.Fprintf(&b, `<path class="axis" d="M%.1f %.1fH%.1f"/><text x="%.1f" y="%.1f" text-anchor="end">%s/s</text>`, chartLeft, y(v), chartWidth-chartRight, chartLeft-7, y(v)+4, bytesText(v))
 	}
-	for i := range 5 {
-		at := start.Add(length * time.Duration(i) / 4)
+	parts := 4
+	if width < wideChart {
+		parts = 2
+	}
+	for i := range parts + 1 {
+		at := start.Add(length * time.Duration(i) / time.Duration(parts))
 		anchor := "middle"
 		switch i {
 		case 0:
 			anchor = "start"
-		case 4:
+		case parts:
 			anchor = "end"
 		}
 		text := "now"
-		if i < 4 {
+		if i < parts {
 			text = span(now.Sub(at)) + " ago"
 		}
 		fmt.Fprintf(&b, `<text x="%.1f" y="%.1f" text-anchor="%s">%s</text>`, x(at), chartHeight-6, anchor, text)
@@ -132,6 +146,5 @@ func chartOf(points []history.Point, events []history.Event, now time.Time) *cha
 		fmt.Fprintf(&b, `<path class="mark" d="M%.1f %.1fV%.1f"/><circle class="markdot" cx="%.1f" cy="%.1f" r="3"/>`, x(e.At), chartTop, chartTop+chartInnerH, x(e.At), chartTop)
 	}
 	b.WriteString(`</svg>`)
-	c.SVG = template.HTML(b.String()) // numbers and our own words alone
-	return c
+	return template.HTML(b.String()) // numbers and our own words alone
 }

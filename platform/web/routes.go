@@ -105,7 +105,15 @@ func (s *Server) public(mux *http.ServeMux, pattern string, h handler) {
 
 // person adds a page for whoever is logged in.
 func (s *Server) person(mux *http.ServeMux, pattern string, h handler) {
-	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { s.serve(w, r, h, false) })
+	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		s.serve(w, r, func(q *request) error {
+			// The menu stays that of the organization that was looked at last.
+			if c, err := r.Cookie(orgCookie); err == nil && slices.Contains(q.orgs, c.Value) {
+				q.org, q.may = c.Value, rights{who: q.who, org: c.Value}
+			}
+			return h(q)
+		}, false)
+	})
 }
 
 // org adds a page of an organization. An empty object is for everybody who sees the organization.

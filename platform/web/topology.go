@@ -1,6 +1,7 @@
 package web
 
 import (
+	"cmp"
 	"fmt"
 	"html/template"
 	"net/http"
@@ -157,36 +158,29 @@ func (t *topo) arrange() {
 	for i, n := range t.cols[1] {
 		n.weight = float64(i)
 	}
+	// near are the boxes that a box follows: those before it, for the first column those after it.
+	near := make(map[string][]*topoNode, len(t.nodes))
+	for k, class := range t.edges {
+		from, to := t.nodes[k[0]], t.nodes[k[1]]
+		if class == "standby" || from == nil || to == nil {
+			continue
+		}
+		near[to.key] = append(near[to.key], from)
+		if from.col == 0 {
+			near[from.key] = append(near[from.key], to)
+		}
+	}
 	for _, col := range []int{2, 3, 0} {
 		for _, n := range t.cols[col] {
-			sum, count := 0.0, 0.0
-			for k, class := range t.edges {
-				other := ""
-				switch {
-				case k[1] == n.key && col != 0:
-					other = k[0]
-				case k[0] == n.key && col == 0:
-					other = k[1]
-				default:
-					continue
-				}
-				if o := t.nodes[other]; o != nil && class != "standby" && o.col != col {
-					sum, count = sum+o.weight, count+1
-				}
+			sum := 0.0
+			for _, o := range near[n.key] {
+				sum += o.weight
 			}
-			if count > 0 {
-				n.weight = sum / count
+			if count := len(near[n.key]); count > 0 {
+				n.weight = sum / float64(count)
 			}
 		}
-		slices.SortFunc(t.cols[col], func(a, b *topoNode) int {
-			switch {
-			case a.weight < b.weight:
-				return -1
-			case a.weight > b.weight:
-				return 1
-			}
-			return byName(a, b)
-		})
+		slices.SortFunc(t.cols[col], func(a, b *topoNode) int { return cmp.Or(cmp.Compare(a.weight, b.weight), byName(a, b)) })
 		for i, n := range t.cols[col] {
 			n.weight = float64(i)
 		}
@@ -234,14 +228,13 @@ func (t *topo) draw() template.HTML {
 	}
 	keys := make([][2]string, 0, len(t.edges))
 	for k := range t.edges {
-		keys = append(keys, k)
+		if t.nodes[k[0]] != nil && t.nodes[k[1]] != nil {
+			keys = append(keys, k)
+		}
 	}
 	slices.SortFunc(keys, func(a, c [2]string) int { return strings.Compare(a[0]+a[1], c[0]+c[1]) })
 	for _, k := range keys {
 		from, to := t.nodes[k[0]], t.nodes[k[1]]
-		if from == nil || to == nil {
-			continue
-		}
 		x1, y1 := x(from.col)+topoBox, from.y+topoHeight/2
 		x2, y2 := x(to.col), to.y+topoHeight/2
 		mid := (x1 + x2) / 2
