@@ -146,7 +146,7 @@ image: ## build the appliance's disk images into dist/ (ARCH=arm64 for that one)
 	commit=$$($(AS_CALLER) git rev-parse --short=12 HEAD)
 	$(AS_CALLER) mkdir -p bin "$(IMAGE_OUT)"
 	CGO_ENABLED=0 $(AS_CALLER) "$$go" build -trimpath -buildvcs=false -o bin/mkimage ./images/appliance/mkimage
-	CGO_ENABLED=0 $(AS_CALLER) env GOOS=linux GOARCH=$(ARCH) "$$go" build -trimpath -buildvcs=false \
+	CGO_ENABLED=0 $(AS_CALLER) env GOOS=linux GOARCH=$(ARCH) "$$go" build -tags noredis -trimpath -buildvcs=false \
 		-ldflags "-s -w -buildid= -X sallyway/internal/version.Version=v$$version -X sallyway/internal/version.Commit=$$commit \
 			-X sallyway/internal/appliance/update.Pinned=$(IMAGE_KEYS)" -o bin/appliance-$(ARCH) ./cmd/appliance
 	$(AS_CALLER) env "PATH=$$(dirname "$$go"):$$PATH" bin/mkimage build --init bin/appliance-$(ARCH) --arch $(ARCH) --version "$$version" \

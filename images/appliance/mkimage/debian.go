@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -154,12 +153,14 @@ func (b *builder) fetch(ctx context.Context) error {
 		return err
 	}
 	image, _, _ := strings.Cut(meta[flavour[b.arch]]["Depends"], " ")
-	all, err := a.show(ctx, append([]string{image}, wanted...)...)
+	names := append([]string{image}, wanted...)
+	all, err := a.show(ctx, names...)
 	if err != nil {
 		return err
 	}
 	b.root = filepath.Join(b.work, "root")
-	for _, name := range slices.Sorted(maps.Keys(all)) {
+	slices.Sort(names)
+	for _, name := range names {
 		p, err := a.get(ctx, name, all[name])
 		if err != nil {
 			return err
