@@ -112,6 +112,9 @@ func drawChart(width float64, points []history.Point, events []history.Event, no
 			if !open {
 				return
 			}
+			if first == last {
+				path.WriteString("h2") // a single step is seen, too
+			}
 			if area {
 				fmt.Fprintf(&b, `<path class="area" d="%sL%.1f %.1fL%.1f %.1fZ"/>`, path.String(), last, y(0), first, y(0))
 			}
