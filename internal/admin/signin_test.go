@@ -43,7 +43,7 @@ func (c cookieWriter) Header() http.Header         { return c.h }
 func (c cookieWriter) Write(b []byte) (int, error) { return len(b), nil }
 func (c cookieWriter) WriteHeader(int)             {}
 
-// watched runs a command line in the background and hands out what it writes to standard error, as it comes.
+// watched runs a command line in the background. said waits until it has written what matches to standard error.
 func watched(t *testing.T, a *app, line ...string) (said func(want *regexp.Regexp) []string, done chan int) {
 	t.Helper()
 	r, w := io.Pipe()
@@ -57,21 +57,29 @@ func watched(t *testing.T, a *app, line ...string) (said func(want *regexp.Regex
 		w.CloseWithError(err)
 		done <- daemon.ExitCode(err)
 	}()
+	parts := make(chan string, 1000)
+	go func() { // ends with the command
+		defer close(parts)
+		buf := make([]byte, 4096)
+		for {
+			n, err := r.Read(buf)
+			if err != nil {
+				return
+			}
+			parts <- string(buf[:n])
+		}
+	}()
 	all := ""
 	return func(want *regexp.Regexp) []string {
 		t.Helper()
-		buf := make([]byte, 4096)
-		for {
+		for part := range parts {
+			all += part
 			if m := want.FindStringSubmatch(all); m != nil {
-				go func() { _, _ = io.Copy(io.Discard, r) }() // the rest; ends with the command
 				return m
 			}
-			n, err := r.Read(buf)
-			all += string(buf[:n])
-			if err != nil {
-				t.Fatalf("it ended (%v) after saying %q", err, all)
-			}
 		}
+		t.Fatalf("it ended after saying %q", all)
+		return nil
 	}, done
 }
 
