@@ -348,4 +348,3 @@ func spendAtOnce(t *testing.T, admin *administrator) chan int {
 	go func() { wg.Wait(); out <- int(spent.Load()) }()
 	return out
 }
-

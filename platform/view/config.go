@@ -149,12 +149,9 @@ func (v *View) dialling(p *Plan, n *store.Node, expiry time.Time) {
 		Direct: control.Direct{On: v.Org.Direct, Private: v.Org.DirectPrivate},
 	}
 	p.Config.Dialling = d
-	rules := v.rules()
 	needed := make(map[string]bool)
 	for _, r := range v.resources {
-		if r.Disabled || r.ServedBy(n.ID) || !slices.ContainsFunc(rules[r.ID], func(rule policy.Rule) bool {
-			return slices.Contains(rule.Subjects, n.Identity())
-		}) {
+		if r.Disabled || !v.mayUse(r.ID, n.ID) || r.ServedBy(n.ID) {
 			continue
 		}
 		reach := control.ReachableResource{Resource: v.resource(r), FQDN: FQDN(r.Name, v.Org.Name), Gateways: v.Serving(r, true)}
@@ -167,8 +164,8 @@ func (v *View) dialling(p *Plan, n *store.Node, expiry time.Time) {
 		d.Resources = append(d.Resources, reach)
 	}
 	key := v.keys[n.ID]
-	for _, g := range v.sorted {
-		if g.Kind != identity.Gateway || g.ID == n.ID || g.Status != store.Active || (n.Kind != identity.Gateway && !needed[g.ID]) {
+	for _, g := range v.activeGateways() {
+		if g.ID == n.ID || (n.Kind != identity.Gateway && !needed[g.ID]) {
 			continue
 		}
 		ref := control.GatewayRef{

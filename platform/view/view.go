@@ -4,6 +4,7 @@
 package view
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/binary"
@@ -11,6 +12,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"sallyway/internal/control"
@@ -47,6 +49,12 @@ type View struct {
 	orgs        []control.RelayOrg // in the platform's own view: every organization
 	rungs       map[string]*store.RelayRungs
 	sshCAs      []string
+
+	// What every plan needs and nobody changes, made by the first.
+	once     sync.Once
+	inForce  map[string][]policy.Rule   // by resource id
+	allowed  map[string]map[string]bool // nodes by resource id
+	gateways []*store.Node              // active ones, by name
 }
 
 // Load reads org in tx.
@@ -353,22 +361,52 @@ func (v *View) subjects(p *store.Policy) []identity.Node {
 			out = append(out, n.Identity())
 		}
 	}
-	slices.SortFunc(out, func(a, b identity.Node) int { return strings.Compare(a.String(), b.String()) })
+	slices.SortFunc(out, func(a, b identity.Node) int { return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.ID, b.ID)) })
 	return out
 }
 
-// rules are the rules in force, by resource id.
-func (v *View) rules() map[string][]policy.Rule {
-	out := make(map[string][]policy.Rule)
+// prepare makes what every plan needs.
+func (v *View) prepare() {
+	v.inForce, v.allowed = make(map[string][]policy.Rule), make(map[string]map[string]bool)
 	for _, p := range v.policies {
 		if p.Disabled {
 			continue
 		}
-		if s := v.subjects(p); len(s) > 0 {
-			out[p.Resource] = append(out[p.Resource], policy.Rule{ID: p.ID, Name: p.Name, Resource: p.Resource, Subjects: s})
+		s := v.subjects(p)
+		if len(s) == 0 {
+			continue
+		}
+		v.inForce[p.Resource] = append(v.inForce[p.Resource], policy.Rule{ID: p.ID, Name: p.Name, Resource: p.Resource, Subjects: s})
+		if v.allowed[p.Resource] == nil {
+			v.allowed[p.Resource] = make(map[string]bool)
+		}
+		for _, n := range s {
+			v.allowed[p.Resource][n.ID] = true
 		}
 	}
-	return out
+	for _, n := range v.sorted {
+		if n.Kind == identity.Gateway && n.Status == store.Active {
+			v.gateways = append(v.gateways, n)
+		}
+	}
+}
+
+// rules are the rules in force, by resource id. They are shared: nobody changes them.
+func (v *View) rules() map[string][]policy.Rule {
+	v.once.Do(v.prepare)
+	return v.inForce
+}
+
+// mayUse says whether a rule in force lets a node use a resource, by their ids.
+func (v *View) mayUse(resource, node string) bool {
+	v.once.Do(v.prepare)
+	return v.allowed[resource][node]
+}
+
+// activeGateways are the gateways that are not disabled, by name. They are shared.
+func (v *View) activeGateways() []*store.Node {
+	v.once.Do(v.prepare)
+	return v.gateways
 }
 
 // Speaks reports whether a key speaks for a live node that has its rights.
