@@ -216,7 +216,7 @@ func showNode(w io.Writer, n control.NodeRecord) {
 	for _, name := range sortedKeys(n.Load) {
 		load = append(load, fmt.Sprintf("%s %g", name, n.Load[name]))
 	}
-	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "state", n.State, "host", hostPort(n.Host, n.Port)+announced(n), "last rung", lastRung(n), "peers", join(n.Peers),
+	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "person", n.Person, "state", n.State, "host", hostPort(n.Host, n.Port)+announced(n), "last rung", lastRung(n), "peers", join(n.Peers),
 		"relays", join(n.Relays), "virtual", join(n.Virtual), "version", n.Version, "load", strings.Join(load, ", "),
 		"problems", strings.Join(n.Problems, "; "), "key", key, "certificate until", moment(n.NotAfter),
 		"created", moment(&n.Created), "enrolled", moment(n.Enrolled), "last seen", moment(n.LastSeen))

@@ -95,6 +95,8 @@ type NodeRecord struct {
 	NextFrom *time.Time         `json:"next_from,omitempty"`
 	Peers    []netip.AddrPort   `json:"peers,omitempty"` // configured peers of the organization at this relay
 	Load     map[string]float64 `json:"load,omitempty"`
+	// Person is the login of whose client it is, empty for nobody's.
+	Person string `json:"person,omitempty"`
 	// For gateways.
 	Relays []string `json:"relays,omitempty"` // names of the relays assigned, active first
 }

@@ -278,7 +278,7 @@ func TestOwnClients(t *testing.T) {
 	}
 	own, err := l.svc.MyClients(ctx, ada, "acme")
 	must(t, err)
-	if len(own) != 1 || own[0].Name != "laptop" {
+	if len(own) != 1 || own[0].Name != "laptop" || own[0].Person != "ada" {
 		t.Errorf("%+v", own)
 	}
 

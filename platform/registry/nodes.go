@@ -88,6 +88,13 @@ func (r *Registry) recordBy(ctx context.Context, tx store.Tx, o *store.Org, n *s
 	if !n.Enrolled.IsZero() {
 		rec.Enrolled = &n.Enrolled
 	}
+	if n.Kind == identity.Client {
+		login, err := ownerOf(ctx, tx, n.ID)
+		if err != nil {
+			return nil, err
+		}
+		rec.Person = login
+	}
 	if seen := r.Board.LastSeen(n); !seen.IsZero() {
 		rec.LastSeen = &seen
 	}

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"errors"
 	"strings"
 
 	"sallyway/platform/store"
@@ -18,6 +19,22 @@ func nodesOf(ctx context.Context, tx store.Tx, ids []string) (out []*store.Node,
 		out = append(out, n)
 	}
 	return out, nil
+}
+
+// ownerOf is the login of the person whose node it is, "" for nobody's.
+func ownerOf(ctx context.Context, tx store.Tx, node string) (string, error) {
+	id, err := tx.NodePerson(ctx, node)
+	if errors.Is(err, store.ErrNotFound) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	p, err := tx.Person(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	return p.Login, nil
 }
 
 // findPerson finds a person who has a role in org, or in all organizations, by login or id.
