@@ -248,8 +248,10 @@ func (u *Updater) Run(ctx context.Context, healthy func() bool) error {
 		<-ctx.Done()
 		return nil
 	}
-	// The first look is soon, and not everybody's at once after a power cut.
-	for wait := u.cfg.Every / 1440; ; wait = u.cfg.Every {
+	// The first look is soon, and not everybody's at once after a power cut. What went wrong is tried again before the next look is due: the
+	// network may not be there yet, or a server was away.
+	retry := u.cfg.Every / 1440
+	for wait := retry; ; {
 		t := time.NewTimer(wait + rand.N(wait/4+1))
 		select {
 		case <-ctx.Done():
@@ -265,7 +267,9 @@ func (u *Updater) Run(ctx context.Context, healthy func() bool) error {
 			return fmt.Errorf("version %s: %w", v, ErrInstalled)
 		case errors.Is(err, ErrOlder):
 			u.note(fmt.Sprintf("%s is the newest version", u.cfg.Running))
+			wait, retry = u.cfg.Every, u.cfg.Every/1440
 		default:
+			wait, retry = retry, min(2*retry, u.cfg.Every)
 			u.note(err.Error())
 			u.log.Warn("no update", "url", u.cfg.URL, "error", err)
 		}

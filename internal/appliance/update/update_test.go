@@ -658,6 +658,40 @@ func TestHealthy(t *testing.T) {
 	})
 }
 
+// TestLooksAgain has a server that is away at first: nobody waits a day for the next look, and nobody asks all the time.
+func TestLooksAgain(t *testing.T) {
+	key := newKey(t)
+	synctest.Test(t, func(t *testing.T) {
+		u := uefi(t, key, func(c *Config) { c.URL = "https://updates.example/m" })
+		asked := 0
+		u.client.Transport = roundTripper(func(*http.Request) (*http.Response, error) {
+			asked++
+			return nil, errors.New("unreachable")
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- u.Run(ctx, func() bool { return false }) }()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if asked < 3 {
+			t.Errorf("asked %d times in ten minutes", asked)
+		}
+		time.Sleep(10 * 24 * time.Hour)
+		synctest.Wait()
+		if asked > 30 {
+			t.Errorf("asked %d times in ten days", asked)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
 // TestLooksForUpdates has Run find one.
 func TestLooksForUpdates(t *testing.T) {
 	key, dir := newKey(t), t.TempDir()
