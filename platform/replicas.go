@@ -27,3 +27,12 @@ func (s *Server) listens() string {
 	}
 	return s.plain.Addr().String()
 }
+
+// Replicas is what is known of the platforms on the same database; nil on SQLite, which none shares.
+func (s *Server) Replicas() *replica.Status {
+	if s.group == nil {
+		return nil
+	}
+	st := s.group.Status()
+	return &st
+}

@@ -65,13 +65,13 @@ func TestReplicas(t *testing.T) {
 				return !slices.ContainsFunc(ls, func(l *lab) bool { return l.srv.group.Status().Redis != state })
 			})
 		}
-		redis("connected")
+		redis(replica.Connected)
 		actAsOne(t, ls[0], ls[1], "one")
 		rd.Stop(t)
-		redis("away")
+		redis(replica.Away)
 		actAsOne(t, ls[0], ls[1], "two")
 		rd.Start(t)
-		redis("connected")
+		redis(replica.Connected)
 		actAsOne(t, ls[0], ls[1], "three")
 		for _, l := range ls {
 			if n := strings.Count(l.logs.String(), "Redis is away"); n != 1 {

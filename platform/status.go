@@ -50,10 +50,7 @@ func count(nodes []control.NodeRecord) Count {
 func (s *Server) Status(ctx context.Context) (*Status, error) {
 	out := &Status{URL: s.url, Pin: s.pin, Conditions: s.Conditions(), Organizations: []OrgCounts{}}
 	out.Ready = len(out.Conditions) == 0
-	if s.group != nil {
-		st := s.group.Status()
-		out.Replicas = &st
-	}
+	out.Replicas = s.Replicas()
 	names, err := s.reg.OrgNames(ctx)
 	if err != nil {
 		return nil, err

@@ -162,9 +162,21 @@ func (o *serveOptions) run(ctx context.Context, sp daemon.Spec, logTo io.Writer)
 func checks(ctx context.Context, srv *platform.Server) []daemon.Check {
 	db := daemon.Check{Check: "database", Result: daemon.Pass, Detail: "can be written"}
 	if err := srv.Registry().Store.Writable(ctx); err != nil {
-		db = daemon.Check{Check: "database", Result: daemon.Fail, Detail: err.Error(), Remedy: "make room on the disk of the data folder, and see that it can be written"}
+		remedy := "make room on the disk of the data folder, and see that it can be written"
+		if srv.Replicas() != nil {
+			remedy = "see that PostgreSQL runs, can be reached from here, and has room"
+		}
+		db = daemon.Check{Check: "database", Result: daemon.Fail, Detail: err.Error(), Remedy: remedy}
 	}
 	out := []daemon.Check{db, {Check: "URL", Result: daemon.Pass, Detail: srv.URL()}}
+	if r := srv.Replicas(); r != nil {
+		c := daemon.Check{Check: "replicas", Result: daemon.Pass, Detail: fmt.Sprintf("%d live", len(r.Replicas))}
+		if r.Redis == replica.Away {
+			c.Result, c.Detail = daemon.Warn, c.Detail+"; Redis is away, so they tell each other things a few seconds later"
+			c.Remedy = "see that Redis runs and can be reached from here"
+		}
+		out = append(out, c)
+	}
 	names, err := srv.Registry().OrgNames(ctx)
 	if err != nil {
 		return append(out, daemon.Check{Check: "audit", Result: daemon.Fail, Detail: err.Error(), Remedy: "see database"})

@@ -243,11 +243,17 @@ func (g *Group) Leads() bool { return g.cfg.Now().UnixMicro() < g.leads.Load() }
 // Connected says whether the replicas talk through Redis now.
 func (g *Group) Connected() bool { return g.redis != nil && g.redis.up.Load() }
 
+// States of Redis.
+const (
+	Connected = "connected"
+	Away      = "away"
+)
+
 // Status is what is known of the replicas.
 type Status struct {
 	ID       string  `json:"id"`
 	Leads    bool    `json:"leads"`           // does the periodic jobs
-	Redis    string  `json:"redis,omitempty"` // connected, or away; empty without one
+	Redis    string  `json:"redis,omitempty"` // Connected or Away; empty without one
 	Replicas []Known `json:"replicas"`
 }
 
@@ -264,9 +270,9 @@ type Known struct {
 func (g *Group) Status() Status {
 	s := Status{ID: g.id, Leads: g.Leads(), Replicas: []Known{{ID: g.id, Address: g.cfg.Address, Started: g.start, Seen: g.cfg.Now(), Streams: g.local.Streams()}}}
 	if g.redis != nil {
-		s.Redis = "away"
+		s.Redis = Away
 		if g.redis.up.Load() {
-			s.Redis = "connected"
+			s.Redis = Connected
 		}
 	}
 	g.mu.Lock()
