@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -69,17 +70,28 @@ func (w *world) testDirect(t *testing.T) {
 	m.sound(t, made.Token)
 }
 
-// testBIOS: syslinux, a static address, and a power cut while the node writes what it has just been given.
+// testBIOS: syslinux, a static address, and two power cuts: while the node writes what it has just been given, and while it works.
 func (w *world) testBIOS(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	iso, d := filepath.Join(dir, "seed.iso"), filepath.Join(dir, "disk.qcow2")
 	copyFile(t, d, w.image.file("-hybrid.qcow2"))
 	made := w.gateway(t, "bios", "--appliance-iso", iso, "--appliance-address", "10.0.2.77/24", "--appliance-router", "10.0.2.2", "--appliance-dns", "10.0.2.3")
-	began := time.Now()
 	m := w.start(t, w.Gateway, "bios", slices.Concat(disk(d, "qcow2"), cd(iso))...)
+	again := func(args ...string) console.Ready {
+		m.Kill()
+		mark, began := m.Log.Mark(), time.Now()
+		m.Args = append(w.qemu(), args...)
+		check(t, m.Start())
+		r := m.ready(t, mark)
+		w.spent(t, m, "BIOS, after power cut", time.Since(began), 0)
+		if r.Name != "bios" || r.State == "memory" || r.State == "" || !slices.Contains(r.Addresses, "10.0.2.77") {
+			t.Errorf("ready after a power cut: %+v", r)
+		}
+		return r
+	}
 
-	// The platform has taken the key and the token is spent: from now on nothing may be lost.
+	// The platform has taken the key and the token is spent: from now on the node may not be lost.
 	ctx := within(t, patience)
 	check(t, lab.Until(ctx, 100*time.Millisecond, func() error {
 		r, err := w.record(ctx, "bios")
@@ -88,24 +100,16 @@ func (w *world) testBIOS(t *testing.T) {
 		}
 		return err
 	}))
-	before, err := w.record(ctx, "bios")
+	first, err := w.record(ctx, "bios")
 	check(t, err)
-	m.Kill()
-	m.sound(t, made.Token)
-
-	// It comes back as who it was, without the seed.
-	mark := m.Log.Mark()
-	m.Args = slices.Concat(w.qemu(), disk(d, "qcow2"))
-	began = time.Now()
-	check(t, m.Start())
-	r := m.ready(t, mark)
-	w.spent(t, m, "BIOS, after power cut", time.Since(began), 0)
-	if r.Name != "bios" || !strings.HasPrefix(r.Config, "state") || r.State == "memory" || r.State == "" || !slices.Contains(r.Addresses, "10.0.2.77") {
-		t.Errorf("ready after the power cut: %+v", r)
+	again(slices.Concat(disk(d, "qcow2"), cd(iso))...)
+	// And without the seed, which is not needed any more.
+	if r := again(disk(d, "qcow2")...); !strings.HasPrefix(r.Config, "state") {
+		t.Errorf("without its seed it is configured by %s", r.Config)
 	}
-	after := w.healthy(t, "bios")
-	if before.Key == nil || after.Key == nil || *before.Key != *after.Key || before.ID != after.ID {
-		t.Errorf("the node was %v with key %v, and is %v with key %v", before.ID, before.Key, after.ID, after.Key)
+	last := w.healthy(t, "bios")
+	if first.Key == nil || last.Key == nil || *first.Key != *last.Key || first.ID != last.ID {
+		t.Errorf("the node was %v with key %v, and is %v with key %v", first.ID, first.Key, last.ID, last.Key)
 	}
 	m.sound(t, made.Token)
 }
@@ -138,9 +142,9 @@ func (w *world) testUEFI(t *testing.T) {
 	dir := t.TempDir()
 	d := filepath.Join(dir, "disk.raw")
 	raw(t, d, w.image.file(".qcow2"))
-	url, key, newer := w.serveBroken(t, dir)
+	url, key, newer, publish := w.serveBroken(t, dir)
 	made := w.gateway(t, "uefi")
-	config := fmt.Sprintf("role: gateway\ntoken: %s\nupdate: {url: %s, every: 10m, keys: [%s]}\n", made.Token, url, key)
+	config := fmt.Sprintf("role: gateway\ntoken: %s\nupdate: {url: %s, every: 10s, keys: [%s]}\n", made.Token, url, key)
 	smbios := "type=11,value=io.systemd.credential.binary:sallyway.config=" + base64.StdEncoding.EncodeToString([]byte(config))
 	began := time.Now()
 	m := w.start(t, w.Gateway, "uefi", slices.Concat(ovmf(t, dir), disk(d, "raw"), []string{"-smbios", smbios})...)
@@ -149,9 +153,13 @@ func (w *world) testUEFI(t *testing.T) {
 	if !strings.HasPrefix(r.Config, "smbios") || r.Version != "v"+w.image.version || r.State == "memory" {
 		t.Errorf("ready: %+v", r)
 	}
-	check(t, m.WaitReady(within(t, patience), 0, newer+".*waits for a restart"))
+	w.healthy(t, "uefi")
+	mark := m.Log.Mark()
+	publish()
+	check(t, m.WaitReady(within(t, patience), mark, newer+".*waits for a restart"))
 	fallen := time.Now()
-	r = m.ready(t, m.Log.Mark())
+	check(t, m.WaitReady(within(t, patience), mark, "Sallyway v"+w.image.version+" starts"))
+	r = m.ready(t, mark)
 	w.report.add("%-22s %5.1f s on the clock, three starts of a broken image between", "UEFI, rolled back in", time.Since(fallen).Seconds())
 	if r.Version != "v"+w.image.version || !strings.HasPrefix(r.Config, "smbios") {
 		t.Errorf("ready after the broken update: %+v", r)
@@ -174,8 +182,9 @@ func (w *world) testUEFI(t *testing.T) {
 	}
 }
 
-// serveBroken signs a broken update and serves it in the private network. It returns the manifest's URL, the public key, and its version.
-func (w *world) serveBroken(t *testing.T, dir string) (url, key, version string) {
+// serveBroken signs a broken update and serves it in the private network once publish is called. It returns the manifest's URL, the public key,
+// and its version.
+func (w *world) serveBroken(t *testing.T, dir string) (url, key, version string, publish func()) {
 	t.Helper()
 	b, err := os.ReadFile(w.image.file(".efi"))
 	check(t, err)
@@ -186,19 +195,26 @@ func (w *world) serveBroken(t *testing.T, dir string) (url, key, version string)
 	check(t, err)
 	man, err := update.Describe(filepath.Join(dir, name), v, "amd64")
 	check(t, err)
-	public, private, err := ed25519.GenerateKey(nil)
+	verifier, private, err := ed25519.GenerateKey(nil)
 	check(t, err)
 	signed, err := update.Sign(man, private)
 	check(t, err)
 	ln, err := w.Private.Listen(netip.AddrPortFrom(lab.WebAddr, 8088).String())
 	check(t, err)
+	var public atomic.Bool
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /appliance.sig", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(signed) }) // the client has gone
+	mux.HandleFunc("GET /appliance.sig", func(w http.ResponseWriter, r *http.Request) {
+		if !public.Load() {
+			http.NotFound(w, r)
+			return
+		}
+		_, _ = w.Write(signed) // the client has gone
+	})
 	mux.HandleFunc("GET /"+name, func(w http.ResponseWriter, r *http.Request) { http.ServeFile(w, r, filepath.Join(dir, name)) })
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	go func() { _ = srv.Serve(ln) }() // ends with its listener
 	t.Cleanup(func() { _ = srv.Close() })
-	return "http://" + ln.Addr().String() + "/appliance.sig", base64.StdEncoding.EncodeToString(public), version
+	return "http://" + ln.Addr().String() + "/appliance.sig", base64.StdEncoding.EncodeToString(verifier), version, func() { public.Store(true) }
 }
 
 // mac is that of the second network card, and linkLocal the address that follows from it.
