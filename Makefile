@@ -156,7 +156,9 @@ image-test: prerequisites build ## build the appliance's image and boot it: dire
 	@$(find_go)
 	$(AS_CALLER) rm -rf dist/image-test
 	IMAGE_VERSION=1.0.0 $(MAKE) image ARCH=amd64 IMAGE_OUT=dist/image-test IMAGE_ARGS=--quick
-	SALLYWAY_IMAGES=$(CURDIR)/dist/image-test "$$go" test -json -count=1 -vet=off -timeout 15m $(TEST_EXEC) ./e2e/appliance | $(REPORT)
+	export SALLYWAY_IMAGES=$(CURDIR)/dist/image-test
+	export SALLYWAY_IMAGE_COMMAND="PATH=$$(dirname "$$go"):$$PATH bin/mkimage build --init bin/appliance-amd64 --version 1.0.0 --epoch $$($(AS_CALLER) git log -1 --format=%ct) --cache dist/cache --quick"
+	"$$go" test -json -count=1 -vet=off -timeout 15m $(TEST_EXEC) ./e2e/appliance | $(REPORT)
 	cat dist/image-test/boot.txt
 
 packages: nfpm ## pack deb and rpm of command line, gateway, relay and platform for amd64 and arm64 into dist/

@@ -37,6 +37,7 @@ func TestImage(t *testing.T) {
 		t.Run("bios", w.testBIOS)
 		t.Run("uefi", w.testUEFI)
 		t.Run("unconfigured", w.testUnconfigured)
+		t.Run("twice", w.testBuiltTwice)
 	})
 	w.report.write(t, w.image.dir)
 }
@@ -49,6 +50,38 @@ func (w *world) sizes(t *testing.T) {
 		w.report.add("%-22s %5.1f MB", "file *"+suffix, float64(fi.Size())/1e6)
 		if most > 0 && fi.Size() > most {
 			t.Errorf("%s has %d bytes, more than %d", fi.Name(), fi.Size(), most)
+		}
+	}
+}
+
+// testBuiltTwice: the same sources and packages give the same bytes. The command is that of `make image-test`, without its --out.
+func (w *world) testBuiltTwice(t *testing.T) {
+	t.Parallel()
+	command := os.Getenv("SALLYWAY_IMAGE_COMMAND")
+	if command == "" {
+		if os.Getenv("CI") != "" {
+			t.Fatal("SALLYWAY_IMAGE_COMMAND is not set: run make image-test")
+		}
+		t.Skip("run make image-test: it says how the image was built")
+	}
+	root, err := lab.SourceRoot()
+	check(t, err)
+	dir := t.TempDir()
+	cmd := exec.Command("sh", "-c", command+` --out "$0"`, dir)
+	cmd.Dir = root
+	began := time.Now()
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", command, err, out)
+	}
+	w.report.add("%-22s %5.1f s of processor, %.1f s on the clock", "built again in", (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds(), time.Since(began).Seconds())
+	again := image{dir: dir, name: w.image.name}
+	for _, suffix := range []string{".json", ".vmlinuz", ".initrd", ".efi", ".qcow2", "-hybrid.qcow2"} {
+		one, err := os.ReadFile(w.image.file(suffix))
+		check(t, err)
+		two, err := os.ReadFile(again.file(suffix))
+		check(t, err)
+		if !bytes.Equal(one, two) {
+			t.Errorf("%s is another one the second time", w.image.name+suffix)
 		}
 	}
 }
