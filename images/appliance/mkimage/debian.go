@@ -128,7 +128,7 @@ func (a apt) show(ctx context.Context, names ...string) (map[string]map[string]s
 	}
 	for _, name := range names {
 		if all[name]["Filename"] == "" {
-			return nil, fmt.Errorf("Debian %s has no package %s for %s", release, name, a.arch)
+			return nil, fmt.Errorf("there is no package %s for %s in Debian %s", name, a.arch, release)
 		}
 	}
 	return all, nil

@@ -147,7 +147,7 @@ func (k kernel) choose(first, later []string) (choice, error) {
 	take(&c.always, first)
 	take(&c.byDevice, later)
 	if len(missing) > 0 {
-		return c, fmt.Errorf("Linux %s has no module %s", k.release, strings.Join(missing, ", "))
+		return c, fmt.Errorf("no module %s in Linux %s", strings.Join(missing, ", "), k.release)
 	}
 	c.aliases, err = k.aliases(c.byDevice)
 	return c, err
