@@ -82,6 +82,16 @@ func start(t *testing.T, h *lab.Host, base string) *browser {
 	if err != nil {
 		t.Fatalf("%v: build/prerequisites.sh installs it", err)
 	}
+	// An address that comes up is a change of the network, at which Chromium gives up what it was loading: IPv6 takes a second to find out
+	// that nobody else has an address (RFC 4862 §5.4).
+	settled := within(t, time.Minute)
+	check(t, lab.Until(settled, 50*time.Millisecond, func() error {
+		r, err := h.Run(settled, "ip", "-6", "addr", "show", "tentative")
+		if err == nil && strings.TrimSpace(r.Stdout) != "" {
+			err = errors.New("addresses are still tentative")
+		}
+		return err
+	}))
 	data := h.Path("chromium")
 	args := append(append([]string{path}, flags...), "--user-data-dir="+data, "about:blank")
 	p, err := h.Start(lab.Spec{Name: "chromium", Args: args, Env: []string{"HOME=" + h.Path("home")}, Grace: 2 * time.Second})

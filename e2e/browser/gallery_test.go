@@ -208,6 +208,7 @@ func estate(t *testing.T, reg *registry.Registry) {
 
 // TestGallery looks at every page: by day, by night and on a phone, each held against what everybody must be able to read and reach.
 func TestGallery(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	srv := inProcess(t, l)
 	b := start(t, l.Platform, srv.URL())

@@ -24,6 +24,7 @@ const (
 // TestJourney goes the whole way in the browser: from a platform that nobody has used to a session that is ended by a button. The daemons
 // are the real ones, and started by the commands that the pages show.
 func TestJourney(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	platformd, err := l.StartPlatform(within(t, time.Minute))
 	check(t, err)
