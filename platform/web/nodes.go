@@ -317,9 +317,6 @@ func (q *request) keepDeployment(k kindView, made *control.CreatedNode) error {
 
 // keepDeploymentAt is keepDeployment for the page at path.
 func (q *request) keepDeploymentAt(k kindView, made *control.CreatedNode, path string) error {
-	if made.Authentication == control.AuthAWS { // it holds no secret: shown as long as one with a token
-		made.Expires = q.s.now().Add(control.TokenLife).UTC()
-	}
 	b, err := json.Marshal(deployment{made.Command, made.Foreground, q.s.now().UTC(), made.Expires})
 	if err != nil {
 		return err
