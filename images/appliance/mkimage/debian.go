@@ -174,8 +174,8 @@ func (b *builder) fetch(ctx context.Context) error {
 }
 
 // get returns a package out of the cache, where it is put first when it is missing there or is not what the index says.
-func (a apt) get(ctx context.Context, name string, fields map[string]string) (debianPackage, error) {
-	p := debianPackage{Name: name, Version: fields["Version"], Source: fields["Source"], SHA256: fields["SHA256"]}
+func (a apt) get(ctx context.Context, name string, fields map[string]string) (p debianPackage, err error) {
+	p = debianPackage{Name: name, Version: fields["Version"], Source: fields["Source"], SHA256: fields["SHA256"]}
 	if p.Source == "" {
 		p.Source = name
 	}
@@ -194,7 +194,7 @@ func (a apt) get(ctx context.Context, name string, fields map[string]string) (de
 	if err != nil {
 		return p, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	if _, err := a.run(ctx, dir, "apt-get", "-q", "download", name+"="+p.Version); err != nil {
 		return p, fmt.Errorf("fetch %s: %w", name, err)
 	}
