@@ -64,6 +64,7 @@ type gatewayDaemon struct {
 	host     *client.Host
 	last     *lastRung
 	health   *health
+	probes   relayProbes
 	direct   *directPeers
 	drainCh  chan drainOrder // 1 place
 
@@ -223,6 +224,7 @@ func (d *gatewayDaemon) run(ctx context.Context) error {
 	g.Go(func() error { return d.sites.Run(ctx) })
 	g.Go(func() error { return d.host.Run(ctx) })
 	g.Go(func() error { return d.watchNAT(ctx) })
+	g.Go(func() error { return d.probes.run(ctx) })
 	g.Go(func() error { return d.direct.run(ctx) })
 	g.Go(func() error { return d.handler.often.Run(ctx, d.sh.Log) })
 	g.Go(func() error { return d.health.run(ctx) })
@@ -252,6 +254,7 @@ func (d *gatewayDaemon) follow(c *control.Config) {
 		d.mu.Unlock()
 		d.legs.Want("serving", refs)
 		d.last.follow(refs)
+		d.probes.follow(c.Gateway.Probe)
 	}
 	if c.Dialling != nil {
 		virtual := slices.Clone(c.Dialling.Virtual)
@@ -355,7 +358,7 @@ func (d *gatewayDaemon) nameServers() ([]string, error) {
 }
 
 func (d *gatewayDaemon) heartbeat() control.Heartbeat {
-	hb := control.Heartbeat{State: "ready", Resources: d.health.report()}
+	hb := control.Heartbeat{State: "ready", Resources: d.health.report(), RelayRTT: d.probes.report()}
 	for _, st := range d.legs.Status() {
 		if st.Up {
 			hb.Relays = append(hb.Relays, st.Relay.ID)

@@ -228,8 +228,17 @@ type RelayRef struct {
 type Gateway struct {
 	Snapshot string     `json:"snapshot"` // signed, see policy.OpenSnapshot
 	Relays   []RelayRef `json:"relays"`   // where it holds legs: first is the active one
+	// Probe are relays that it might be given, by which it tells its round-trip times to the platform (Heartbeat.RelayRTT).
+	Probe []ProbeRelay `json:"probe,omitempty"`
 	// EndSessions are sessions to end at once: those of a node that began before a time. The node's key stays good.
 	EndSessions []EndSession `json:"end_sessions,omitempty"`
+}
+
+// ProbeRelay is a relay that a gateway measures by plain STUN Binding requests.
+type ProbeRelay struct {
+	ID   string `json:"id"`
+	Host string `json:"host"` // address or DNS name, without port
+	Port uint16 `json:"port"`
 }
 
 // EndSession says which sessions a gateway ends.
@@ -293,6 +302,8 @@ type Heartbeat struct {
 	Problems []string           `json:"problems,omitempty"`
 	// Resources are what a gateway's probes found, of the resources that it probes.
 	Resources []ResourceHealth `json:"resources,omitempty"`
+	// RelayRTT is a gateway's round-trip time to relays by id, the median of recent probes, in nanoseconds. One that did not answer is not in it.
+	RelayRTT map[string]time.Duration `json:"relay_rtt,omitempty"`
 }
 
 // ResourceHealth is whether a gateway reaches a resource.

@@ -5,14 +5,12 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"errors"
-	"math"
 	"slices"
 	"time"
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
-	"sallyway/platform/allocation"
 	"sallyway/platform/audit"
 	"sallyway/platform/pki"
 	"sallyway/platform/store"
@@ -87,110 +85,6 @@ func (c *change) rotateRelayKeys(ctx context.Context, org string, age time.Durat
 	}
 	return nil
 }
-
-// Allocate assigns relays to org's gateways by what is known of them now. started is when this process began to listen for heartbeats:
-// what was not heard since may just not have had the time.
-func (r *Registry) Allocate(ctx context.Context, org string, started time.Time) error {
-	if org == identity.SharedOrg {
-		return nil
-	}
-	want, same, err := r.assignments(ctx, r.Store.View, org, started)
-	if err != nil || same {
-		return err
-	}
-	return r.update(ctx, func(c *change) error {
-		// Once more inside of the transaction: what was read before may be old.
-		in := func(_ context.Context, fn func(store.Tx) error) error { return fn(c.Tx) }
-		var current map[string][]string
-		if want, same, err = r.assignments(ctx, in, org, started); err != nil || same {
-			return err
-		}
-		if current, err = c.Assignments(ctx, org); err != nil {
-			return err
-		}
-		for gateway, relays := range want {
-			if slices.Equal(current[gateway], relays) {
-				continue
-			}
-			if err := c.PutAssignment(ctx, gateway, relays); err != nil {
-				return err
-			}
-			r.Log.Info("relays assigned", "org", org, "gateway", gateway, "relays", relays, "before", current[gateway])
-		}
-		return c.bump(ctx, org)
-	})
-}
-
-func (r *Registry) assignments(ctx context.Context, read func(context.Context, func(store.Tx) error) error, org string, started time.Time) (want map[string][]string, same bool, err error) {
-	err = read(ctx, func(tx store.Tx) error {
-		nodes, err := tx.Nodes(ctx, org, "", store.Page{})
-		if err != nil {
-			return err
-		}
-		shared, err := tx.Nodes(ctx, identity.SharedOrg, identity.Relay, store.Page{})
-		if err != nil {
-			return err
-		}
-		current, err := tx.Assignments(ctx, org)
-		if err != nil {
-			return err
-		}
-		var gateways []string
-		var relays []allocation.Relay
-		for _, n := range slices.Concat(nodes, shared) {
-			switch {
-			case n.Status != store.Active:
-			case n.Kind == identity.Gateway:
-				gateways = append(gateways, n.ID)
-			case n.Kind == identity.Relay && !n.Enrolled.IsZero():
-				relays = append(relays, r.candidate(n, started))
-			}
-		}
-		want = allocation.Assign(gateways, relays, current)
-		same = true
-		for g, rs := range want {
-			same = same && slices.Equal(rs, current[g])
-		}
-		return nil
-	})
-	return want, same, err
-}
-
-// candidate is what allocation is told of a relay.
-func (r *Registry) candidate(n *store.Node, started time.Time) allocation.Relay {
-	now := r.Now()
-	c := allocation.Relay{ID: n.ID}
-	state := r.Board.State(n, now)
-	switch state {
-	case control.StateHealthy:
-		c.Healthy = true
-	case control.StateDegraded:
-		c.Degraded = true
-	case control.StateDraining:
-		c.Draining = true
-	case control.StateUnreachable:
-		// It became unreachable when its last heartbeat turned too old, but nobody listened before started.
-		seen := r.Board.LastSeen(n)
-		if seen.Before(started) {
-			seen = started
-		}
-		c.Silent = max(now.Sub(seen)-presenceTimeout, 1)
-		if n.Draining {
-			c.Draining = true
-		}
-	}
-	if beat, ok := r.Board.Get(n.ID); ok {
-		// In steps of a place, so that noise does not decide between equals.
-		c.Load = math.Floor(beat.Load["bytes_per_second"]/bytesPerPlace + beat.Load["allocations"]/allocationsPerPlace)
-	}
-	return c
-}
-
-// What a relay carries counts like a gateway more for each of these.
-const (
-	bytesPerPlace       = 12.5e6 // bytes per second: 100 Mbit/s
-	allocationsPerPlace = 50
-)
 
 // Housekeeping writes down when nodes were seen and removes what has lost its use.
 func (r *Registry) Housekeeping(ctx context.Context) error {

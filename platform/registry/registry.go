@@ -41,6 +41,7 @@ type Registry struct {
 
 	access accessKey
 	failed aggregate
+	places places
 	// nextMove is when the next announced address of a relay comes into force, in Unix microseconds; 0 is not known or never.
 	nextMove atomic.Int64
 }

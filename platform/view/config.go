@@ -81,7 +81,7 @@ func (v *View) Plan(id string, expiry time.Time) *Plan {
 		p.Config.Relay = v.relayConfig(n)
 	case identity.Gateway:
 		p.Snapshot = v.Snapshot(n)
-		p.Config.Gateway = &control.Gateway{Relays: v.relayRefs(n, n.ID, n.Identity(), expiry), EndSessions: v.endSessions()}
+		p.Config.Gateway = &control.Gateway{Relays: v.relayRefs(n, n.ID, n.Identity(), expiry), Probe: v.probes(), EndSessions: v.endSessions()}
 		v.dialling(p, n, expiry)
 	case identity.Client:
 		v.dialling(p, n, expiry)
@@ -203,6 +203,28 @@ func dialler(n *store.Node) identity.Node {
 		return site(n.Identity())
 	}
 	return n.Identity()
+}
+
+// probesMost is how many relays a gateway measures at most.
+const probesMost = 64
+
+// probes are the relays that gateways measure: all that may be given to them. A single one is not worth it.
+func (v *View) probes() []control.ProbeRelay {
+	var out []control.ProbeRelay
+	for _, home := range []*View{v, v.shared} {
+		if home == nil {
+			continue
+		}
+		for _, n := range home.sorted {
+			if n.Kind == identity.Relay && n.Status == store.Active && !n.Enrolled.IsZero() && n.Host != "" && len(out) < probesMost {
+				out = append(out, control.ProbeRelay{ID: n.ID, Host: n.Host, Port: n.Port})
+			}
+		}
+	}
+	if len(out) < 2 {
+		return nil
+	}
+	return out
 }
 
 // relayRefs are the relays of a gateway with credentials for n under the identity as, active first. See Plan for expiry.
