@@ -198,8 +198,10 @@ func TestStepAndSlew(t *testing.T) {
 // TestOneLies has one of three servers an hour off: the other two count.
 func TestOneLies(t *testing.T) {
 	a, b, liar := serve(t), serve(t), serve(t)
-	liar.off = time.Hour
-	liar.tamper = func(p []byte) { binary.BigEndian.PutUint64(p[4:], 0) } // it says that it is perfect
+	liar.set(func() {
+		liar.off = time.Hour
+		liar.tamper = func(p []byte) { binary.BigEndian.PutUint64(p[4:], 0) } // it says that it is perfect
+	})
 	c := &fakeClock{off: time.Minute}
 	k := keep(t, c, liar, a, b)
 	if err := k.Wait(t.Context()); err != nil {
@@ -215,14 +217,16 @@ func TestOneLies(t *testing.T) {
 // TestTwoDiffer believes neither of two.
 func TestTwoDiffer(t *testing.T) {
 	a, b := serve(t), serve(t)
-	b.off = time.Hour
+	b.set(func() { b.off = time.Hour })
 	c := &fakeClock{}
 	k := keep(t, c, a, b)
 	until(t, "a word about it", func() bool { return strings.Contains(k.Status().Error, "differ") })
 	until(t, "several rounds", func() bool { return a.count() > 5 })
+	c.mu.Lock()
 	if k.Good() || len(c.steps)+len(c.slews) > 0 {
 		t.Errorf("good %v, steps %v, slews %v", k.Good(), c.steps, c.slews)
 	}
+	c.mu.Unlock()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := k.Wait(ctx); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "differ") {
@@ -233,7 +237,7 @@ func TestTwoDiffer(t *testing.T) {
 // TestOneOfTwoIsGone believes the one that is left, after a while.
 func TestOneOfTwoIsGone(t *testing.T) {
 	a, b := serve(t), serve(t)
-	b.silent = true
+	b.set(func() { b.silent = true })
 	c := &fakeClock{off: time.Minute}
 	k := keep(t, c, a, b)
 	if err := k.Wait(t.Context()); err != nil {
@@ -265,7 +269,7 @@ func TestInsaneAnswers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := serve(t)
-			s.off, s.tamper = tc.off, tc.tamper
+			s.set(func() { s.off, s.tamper = tc.off, tc.tamper })
 			c := &fakeClock{}
 			k := keep(t, c, s)
 			until(t, "an error", func() bool { return strings.Contains(k.Status().Error, tc.want) })
@@ -284,7 +288,9 @@ func TestInsaneAnswers(t *testing.T) {
 // TestForgedFirst has an answer to another question arrive first: it is not taken, and does not end the waiting.
 func TestForgedFirst(t *testing.T) {
 	s := serve(t)
-	s.before = func(q []byte) []byte { return answer(binary.BigEndian.Uint64(q[40:])+1, time.Now().Add(time.Hour)) }
+	s.set(func() {
+		s.before = func(q []byte) []byte { return answer(binary.BigEndian.Uint64(q[40:])+1, time.Now().Add(time.Hour)) }
+	})
 	c := &fakeClock{}
 	k := keep(t, c, s)
 	if err := k.Wait(t.Context()); err != nil {
@@ -304,7 +310,8 @@ func TestKissOfDeath(t *testing.T) {
 		}
 	}
 	deny, rate, good, good2 := serve(t), serve(t), serve(t), serve(t)
-	deny.tamper, rate.tamper = kiss("DENY"), kiss("RATE")
+	deny.set(func() { deny.tamper = kiss("DENY") })
+	rate.set(func() { rate.tamper = kiss("RATE") })
 	k := keep(t, &fakeClock{}, deny, rate, good, good2)
 	until(t, "several rounds", func() bool { return good.count() >= 4 })
 	if n := deny.count(); n != 1 {
@@ -318,7 +325,7 @@ func TestKissOfDeath(t *testing.T) {
 	}
 	// All of them: it is said what to do.
 	only := serve(t)
-	only.tamper = kiss("RSTR")
+	only.set(func() { only.tamper = kiss("RSTR") })
 	k = keep(t, &fakeClock{}, only)
 	until(t, "a word about it", func() bool { return strings.Contains(k.Status().Error, "name others") })
 	if n := only.count(); n != 1 {
