@@ -1,6 +1,7 @@
 package allocation
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -132,7 +133,11 @@ func (r *run) rebalance() {
 	}
 	places /= float64(len(r.takers))
 	active /= float64(len(r.takers))
-	for _, to := range r.takers {
+	// The emptiest first: there may be moves for one alone.
+	emptiest := slices.SortedStableFunc(slices.Values(r.takers), func(a, b *Relay) int {
+		return cmp.Compare(r.places[a]+r.active[a], r.places[b]+r.active[b])
+	})
+	for _, to := range emptiest {
 		if !to.Healthy {
 			continue
 		}
