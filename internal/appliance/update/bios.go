@@ -50,10 +50,13 @@ func Menu(entries ...MenuEntry) []byte {
 	return []byte(b.String())
 }
 
-// parseMenu reads what Menu writes; what it does not know it skips.
+// maxMenu bounds a menu. We write two entries.
+const maxMenu = 16
+
+// parseMenu reads what Menu writes; what it does not know it skips. Of entries of one version the first counts.
 func parseMenu(b []byte) []MenuEntry {
 	var all []MenuEntry
-	first := ""
+	first, at := "", -1 // at is the entry that lines belong to
 	for line := range strings.Lines(string(b)) {
 		word, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
 		rest = strings.TrimSpace(rest)
@@ -61,18 +64,21 @@ func parseMenu(b []byte) []MenuEntry {
 		case "DEFAULT":
 			first = rest
 		case "LABEL":
-			if v, err := ParseVersion(rest); err == nil && len(all) < 16 {
+			v, err := ParseVersion(rest)
+			at = -1
+			if err == nil && len(all) < maxMenu && !slices.ContainsFunc(all, func(e MenuEntry) bool { return e.Version == v }) {
+				at = len(all)
 				all = append(all, MenuEntry{Version: v})
 			}
 		case "APPEND":
-			if len(all) > 0 {
+			if at >= 0 {
 				var words []string
 				for _, w := range strings.Fields(rest) {
 					if !strings.HasPrefix(w, Parameter) {
 						words = append(words, w)
 					}
 				}
-				all[len(all)-1].CmdLine = strings.Join(words, " ")
+				all[at].CmdLine = strings.Join(words, " ")
 			}
 		}
 	}

@@ -130,7 +130,7 @@ func signedBy(signed, lines []byte, keys []ed25519.PublicKey) bool {
 	n := 0
 	for sc := bufio.NewScanner(bytes.NewReader(lines)); sc.Scan() && n < maxSignatures; n++ {
 		id, text, _ := strings.Cut(sc.Text(), " ")
-		sig, err := base64.StdEncoding.DecodeString(text)
+		sig, err := base64.StdEncoding.Strict().DecodeString(text)
 		if err != nil || len(sig) != ed25519.SignatureSize {
 			continue
 		}

@@ -870,11 +870,13 @@ func FuzzManifest(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	line, _, _ := bytes.Cut(good, []byte("\n"))
-	f.Add(line, good)
+	known, _, _ := bytes.Cut(good, []byte("\n"))
+	f.Add(known, good)
 	f.Add([]byte(`{"version":"1.0.0","file":"../x"}`), []byte("{}\n"+keyID(keys[0])+" AAAA"))
 	f.Fuzz(func(t *testing.T, line, whole []byte) {
-		if m, err := Open(whole, keys); err == nil && !bytes.Equal(whole, good) && !bytes.HasPrefix(whole, line) && !bytes.HasPrefix(whole, good) {
+		// Somebody who has no key can send what was signed, with other lines behind it, and nothing else.
+		first, _, _ := bytes.Cut(whole, []byte("\n"))
+		if m, err := Open(whole, keys); err == nil && !bytes.Equal(first, known) {
 			t.Errorf("%q is signed: %+v", whole, m)
 		}
 		if bytes.ContainsRune(line, '\n') {
