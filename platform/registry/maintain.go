@@ -86,25 +86,44 @@ func (c *change) rotateRelayKeys(ctx context.Context, org string, age time.Durat
 	return nil
 }
 
+// touched is how many nodes one transaction writes down as seen: others wait for as long.
+const touched = 500
+
 // Housekeeping writes down when nodes were seen and removes what has lost its use.
 func (r *Registry) Housekeeping(ctx context.Context) error {
+	var seen []store.Seen
+	if err := r.Store.View(ctx, func(tx store.Tx) error {
+		seen = nil
+		orgs, err := tx.Orgs(ctx, store.Page{})
+		if err != nil {
+			return err
+		}
+		for _, o := range orgs {
+			nodes, err := tx.Nodes(ctx, o.Name, "", store.Page{})
+			if err != nil {
+				return err
+			}
+			for _, n := range nodes {
+				if beat, ok := r.Board.Get(n.ID); ok && beat.At.After(n.LastSeen) {
+					seen = append(seen, store.Seen{Node: n.ID, At: beat.At, Version: clip(beat.Version, 64)})
+				}
+			}
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	for part := range slices.Chunk(seen, touched) {
+		if err := r.update(ctx, func(c *change) error { return c.TouchNodes(ctx, part) }); err != nil {
+			return err
+		}
+	}
 	return r.update(ctx, func(c *change) error {
 		orgs, err := c.Orgs(ctx, store.Page{})
 		if err != nil {
 			return err
 		}
 		for _, o := range orgs {
-			nodes, err := c.Nodes(ctx, o.Name, "", store.Page{})
-			if err != nil {
-				return err
-			}
-			for _, n := range nodes {
-				if beat, ok := r.Board.Get(n.ID); ok && beat.At.After(n.LastSeen) {
-					if err := c.TouchNode(ctx, n.ID, beat.At, clip(beat.Version, 64)); err != nil {
-						return err
-					}
-				}
-			}
 			if err := c.purgeDeleted(ctx, o.Name); err != nil {
 				return err
 			}

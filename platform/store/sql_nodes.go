@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	"sallyway/internal/identity"
@@ -130,8 +132,21 @@ func (t *sqlTx) PurgeNode(ctx context.Context, id string) error {
 	return t.exec(ctx, true, `DELETE FROM nodes WHERE id = ?`, id)
 }
 
-func (t *sqlTx) TouchNode(ctx context.Context, id string, at time.Time, version string) error {
-	return t.exec(ctx, true, `UPDATE nodes SET last_seen = ?, version = ? WHERE id = ?`, micros(at), version, id)
+// touchedAtOnce is how many nodes one statement touches.
+const touchedAtOnce = 100
+
+func (t *sqlTx) TouchNodes(ctx context.Context, seen []Seen) error {
+	for part := range slices.Chunk(seen, touchedAtOnce) {
+		args := make([]any, 0, 3*len(part))
+		for _, s := range part {
+			args = append(args, s.Node, micros(s.At), s.Version)
+		}
+		if err := t.exec(ctx, false, `UPDATE nodes SET last_seen = v.column2, version = v.column3
+			FROM (VALUES (?, CAST(? AS BIGINT), ?)`+strings.Repeat(`, (?, CAST(? AS BIGINT), ?)`, len(part)-1)+`) AS v WHERE nodes.id = v.column1`, args...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 const keyColumns = `hash, node, public, enrolment, created, not_after, denied`

@@ -98,6 +98,13 @@ type Node struct {
 	NextFrom      time.Time
 }
 
+// Seen is when a node was last seen, and with which version of its software.
+type Seen struct {
+	Node    string // id
+	At      time.Time
+	Version string
+}
+
 // Identity is the node's name in certificates.
 func (n *Node) Identity() identity.Node { return identity.Node{Org: n.Org, Kind: n.Kind, ID: n.ID} }
 
@@ -249,8 +256,8 @@ type Tx interface {
 	DeletedNodes(ctx context.Context, org string) ([]*Node, error)
 	UpdateNode(ctx context.Context, n *Node) error
 	PurgeNode(ctx context.Context, id string) error // with its keys
-	// TouchNode writes when a node was last seen.
-	TouchNode(ctx context.Context, id string, at time.Time, version string) error
+	// TouchNodes writes when nodes were last seen. Those that are unknown are left out.
+	TouchNodes(ctx context.Context, seen []Seen) error
 
 	PutKey(ctx context.Context, k *Key) error // inserts or replaces
 	Key(ctx context.Context, h identity.KeyHash) (*Key, error)

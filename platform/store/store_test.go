@@ -206,7 +206,7 @@ func testNodes(t *testing.T, s Store) {
 		if got, err := tx.Node(ctx, "r-1"); err != nil || got.Deleted != at {
 			t.Errorf("%+v %v", got, err)
 		}
-		if err := tx.TouchNode(ctx, "c-1", at.Add(time.Second), "2.0"); err != nil {
+		if err := tx.TouchNodes(ctx, append(make([]Seen, touchedAtOnce), Seen{"c-1", at.Add(time.Second), "2.0"})); err != nil {
 			return err
 		}
 		if got, err := tx.Node(ctx, "c-1"); err != nil || got.LastSeen != at.Add(time.Second) || got.Version != "2.0" {
