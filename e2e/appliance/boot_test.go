@@ -3,6 +3,7 @@ package appliance
 import (
 	"bytes"
 	"crypto/ed25519"
+	"debug/pe"
 	"encoding/base64"
 	"fmt"
 	"net"
@@ -147,7 +148,8 @@ func (w *world) testBIOS(t *testing.T) {
 	m.sound(t, made.Token)
 }
 
-// broken makes of an image one with a newer version that starts and then has no process 1. Only texts of the same length are replaced.
+// broken makes of an image one with a newer version whose kernel starts and then finds no process 1, since its initramfs is damaged. Only what has
+// the same length is replaced.
 func broken(t *testing.T, b []byte, version string) (_ []byte, newer string) {
 	t.Helper()
 	last := version[len(version)-1]
@@ -165,7 +167,15 @@ func broken(t *testing.T, b []byte, version string) (_ []byte, newer string) {
 	replace("IMAGE_VERSION="+version+"\n", "IMAGE_VERSION="+newer+"\n")
 	replace("PRETTY_NAME=\"Sallyway "+version+"\"", "PRETTY_NAME=\"Sallyway "+newer+"\"")
 	replace(update.Parameter+version, update.Parameter+newer)
-	replace("quiet panic=5 oops=panic ", "quiet panic=1 rdinit=/no ")
+	replace("quiet panic=5", "quiet panic=1")
+	f, err := pe.NewFile(bytes.NewReader(b))
+	check(t, err)
+	defer f.Close()
+	initrd := f.Section(".initrd")
+	if initrd == nil {
+		t.Fatal("the image has no initramfs")
+	}
+	clear(b[initrd.Offset : initrd.Offset+64])
 	return b, newer
 }
 
