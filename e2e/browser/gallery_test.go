@@ -81,10 +81,7 @@ func estate(t *testing.T, reg *registry.Registry) {
 			}
 			var h identity.KeyHash
 			copy(h[:], name+"0123456789abcdef0123456789abcdef")
-			if err := tx.PutKey(ctx, &store.Key{Hash: h, Node: n.ID, Public: []byte{1}, Enrolment: 1, Created: now.Add(-6 * time.Hour), NotAfter: now.Add(18 * time.Hour)}); err != nil {
-				return err
-			}
-			return tx.TouchNode(ctx, n.ID, now.Add(-age), "v1.4.0")
+			return tx.PutKey(ctx, &store.Key{Hash: h, Node: n.ID, Public: []byte{1}, Enrolment: 1, Created: now.Add(-6 * time.Hour), NotAfter: now.Add(18 * time.Hour)})
 		}))
 		beat.Version = "v1.4.0"
 		if age == 0 {
@@ -171,6 +168,7 @@ func estate(t *testing.T, reg *registry.Registry) {
 		}
 		reg.Board.Put(ids["office"], presence.Beat{At: at, Heartbeat: control.Heartbeat{
 			State: "ready", Version: "v1.4.0",
+			RelayRTT:  map[string]time.Duration{ids["fra-1"]: 8 * time.Millisecond, ids["ams-2"]: 14600 * time.Microsecond, ids["lon-1"]: 21 * time.Millisecond},
 			Sessions:  []control.SessionReport{session("laptop-1", relay, 41_000_000+grown, 2_100_000+grown/9, 14*time.Millisecond)},
 			Resources: []control.ResourceHealth{{ID: res["wiki"].ID, OK: true, Since: now.Add(-26 * time.Hour)}, {ID: res["orders-db"].ID, OK: true, Since: now.Add(-2 * time.Hour)}},
 		}})

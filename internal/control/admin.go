@@ -99,6 +99,8 @@ type NodeRecord struct {
 	Person string `json:"person,omitempty"`
 	// For gateways.
 	Relays []string `json:"relays,omitempty"` // names of the relays assigned, active first
+	// RelayReasons says of each of Relays why it is assigned, or why there is none; nothing where this platform did not decide, or has just started.
+	RelayReasons []string `json:"relay_reasons,omitempty"`
 }
 
 // CreateNode makes a node and its first enrolment token. Host and Port are for relays.

@@ -115,6 +115,9 @@ func (r *Registry) recordBy(ctx context.Context, tx store.Tx, o *store.Org, n *s
 		if rec.Relays, err = l.relays(ctx, tx, n); err != nil {
 			return nil, err
 		}
+		if why := r.places.reasons(n.Org, n.ID, l.assigned[n.ID]); len(why) == len(rec.Relays) || len(rec.Relays) == 0 {
+			rec.RelayReasons = why
+		}
 	}
 	return rec, nil
 }

@@ -100,6 +100,10 @@ func (q *request) listNodes(k kindView) error {
 			chips = append(chips, stateChip{st, stateViews[st], n, "?" + url.Values{"state": {string(st)}, "q": {q.value("q")}}.Encode(), q.value("state") == string(st)})
 		}
 	}
+	trips, err := q.roundTrips(k)
+	if err != nil {
+		return err
+	}
 	return q.render(http.StatusOK, "nodes", page{
 		Title: k.Title, Nav: k.Plural, Crumb: q.nodeCrumbs(k, ""), Live: true,
 		Data: struct {
@@ -109,8 +113,17 @@ func (q *request) listNodes(k kindView) error {
 			Chips        []stateChip
 			Pager        pager
 			New          string
-		}{k, found, q.value("q"), q.value("state"), chips, pg, q.url("networking", k.Plural, "new")},
+			RTT          map[string]registry.RoundTrip
+		}{k, found, q.value("q"), q.value("state"), chips, pg, q.url("networking", k.Plural, "new"), trips},
 	})
+}
+
+// roundTrips are the distances of relays; other nodes have none.
+func (q *request) roundTrips(k kindView) (map[string]registry.RoundTrip, error) {
+	if k.Kind != identity.Relay {
+		return nil, nil
+	}
+	return q.s.reg.RoundTrips(q.ctx, q.org)
 }
 
 func (q *request) newNode(k kindView) error { return q.nodeForm(k, http.StatusOK, newForm()) }
@@ -177,6 +190,7 @@ type nodePage struct {
 	Deploy  *deployment
 	Entries []control.AuditEntry
 	Chart   *chart
+	RTT     registry.RoundTrip
 }
 
 func (q *request) showNode(k kindView) error {
@@ -203,6 +217,11 @@ func (q *request) nodeDetail(k kindView, n *control.NodeRecord, status int, f *f
 		return err
 	}
 	d.Entries = found.Items
+	trips, err := q.roundTrips(k)
+	if err != nil {
+		return err
+	}
+	d.RTT = trips[n.ID]
 	if k.Kind != identity.Client {
 		d.Chart = chartOf(q.s.history.Node(n.ID, history.Hour, q.s.now()), nil, q.s.now())
 	}

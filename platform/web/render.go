@@ -177,7 +177,6 @@ func functions() template.FuncMap {
 		"list":      func(v ...any) []any { return v },
 		"pair":      func(a, b any) [2]any { return [2]any{a, b} },
 		"pathpart":  url.PathEscape,
-		"ms":        func(d float64) string { return strconv.FormatFloat(d, 'f', 1, 64) + " ms" },
 		"msof":      func(d time.Duration) string { return strconv.FormatFloat(float64(d)/1e6, 'f', 1, 64) + " ms" },
 		"nodestate": func(s string) control.NodeState { return control.NodeState(s) },
 		"details":   details,
