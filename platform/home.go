@@ -17,6 +17,7 @@ import (
 	"sallyway/platform/pki"
 	"sallyway/platform/presence"
 	"sallyway/platform/registry"
+	"sallyway/platform/replica"
 	"sallyway/platform/store"
 )
 
@@ -227,6 +228,17 @@ func (h Home) RenewDataKey(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
+	if err := st.View(ctx, func(tx store.Tx) error {
+		rs, err := tx.Replicas(ctx)
+		for _, r := range rs {
+			if time.Since(r.Seen) < replica.DeadAfter {
+				return fmt.Errorf("a platform at %s runs on this database, and would not know the new key: stop all platforms first", r.Address)
+			}
+		}
+		return err
+	}); err != nil {
+		return err
+	}
 	master, err := h.master(ctx, false)
 	if err != nil {
 		return err

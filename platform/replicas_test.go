@@ -78,6 +78,9 @@ func TestReplicas(t *testing.T) {
 				t.Errorf("Redis was away once, the log says so %d times", n)
 			}
 		}
+		if err := ls[0].cfg.Home().RenewDataKey(t.Context()); err == nil || !strings.Contains(err.Error(), "stop all platforms") {
+			t.Errorf("a new data key while platforms run: %v", err)
+		}
 		sharedLimits(t, ls[0], ls[1])
 		// One leads, and when it stops the other does.
 		leads := func(l *lab) bool { return l.srv.group.Leads() }

@@ -34,12 +34,14 @@ import (
 	"sallyway/platform/store"
 )
 
+// DeadAfter is how long after it was last seen a replica counts as gone.
+const DeadAfter = 5 * showEvery
+
 // Intervals.
 const (
 	pollAlone  = time.Second     // versions are looked at while Redis is away
 	pollBoth   = 5 * time.Second // and while it is there, for a message that was lost
 	showEvery  = 2 * time.Second // a replica writes down that it lives
-	deadAfter  = 5 * showEvery   // without that it counts as gone
 	leaseEvery = 2 * time.Second
 	leaseLife  = 6 * time.Second
 	// beatsBack is how far back heartbeats are read from the database: what was written down and not read yet, with clocks that differ a little.
@@ -426,7 +428,7 @@ func (g *Group) show(ctx context.Context) error {
 	}
 	g.others = nil
 	for _, r := range all {
-		if r.ID != g.id && now.Sub(r.Seen) < deadAfter {
+		if r.ID != g.id && now.Sub(r.Seen) < DeadAfter {
 			g.others = append(g.others, r)
 		}
 	}
