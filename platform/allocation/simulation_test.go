@@ -16,7 +16,6 @@ type world struct {
 	memory *Memory
 	got    map[string]Assignment
 	rng    *rand.Rand
-	base   map[string]time.Duration // round trips without noise, "gateway relay"; nil is alike
 }
 
 // newWorld has relays in five regions, each a failure domain of two relays; gateways have a region each, 10 ms from its relays and 80 ms and
