@@ -47,6 +47,7 @@ var layers = []struct {
 	{folder: "internal/identity", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/policy", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/control", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/awsidentity", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/datagram", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/daemon", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	// Knows connections alone: whoever dials outward may use it.

@@ -43,6 +43,8 @@ type options struct {
 	bench            string
 	direct           string
 	egress           client.EgressFlags
+	aws              agent.AWSFlags
+	byAWS            *agent.AWS // nil: by token
 }
 
 // Command is gatewayd.
@@ -65,6 +67,7 @@ everything but this host itself, its links and metadata services.`,
 	}
 	o.Register(up, spec)
 	f := up.Flags()
+	o.aws.Register(f)
 	f.StringVar(&o.tun, "tun", "auto", "TUN device: auto, on or off")
 	f.StringVar(&o.tunName, "tun-name", "", "name of the TUN device (default sally0)")
 	f.IntVar(&o.mtu, "mtu", 0, "MTU of the TUN device in bytes (default 1500)")
@@ -95,10 +98,11 @@ func (o *options) run(cmd *cobra.Command) error {
 	if err := o.egress.Parse(cmd); err != nil {
 		return err
 	}
-	token, err := program.Token(cmd, &o.Options)
+	token, aws, err := program.Credential(cmd, &o.Options, &o.aws)
 	if err != nil {
 		return err
 	}
+	o.byAWS = aws
 	daemon.Tune(daemon.Tuning{})
 	sh, err := daemon.Open(spec, &o.Options, cmd.ErrOrStderr())
 	if err != nil {

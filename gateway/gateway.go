@@ -103,7 +103,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		return nil, daemon.Usagef("--transport: %w", err)
 	}
 	d.agent, err = agent.Open(ctx, agent.Config{
-		StateDir: sh.State.Dir(), Kind: identity.Gateway, Token: token, Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
+		StateDir: sh.State.Dir(), Kind: identity.Gateway, Token: token, AWS: o.byAWS, Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
 		DialContext: o.egress.Dialer().DialContext,
 	})
 	if err != nil {

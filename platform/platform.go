@@ -34,6 +34,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/platform/api"
+	"sallyway/platform/awsauth"
 	"sallyway/platform/people"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
@@ -88,6 +89,9 @@ type Config struct {
 	CredentialLife time.Duration
 	// TokenLife is how long enrolment tokens work: zero is an hour.
 	TokenLife time.Duration
+
+	// AWS says which STS tells the AWS identity of nodes that enrol by it. The zero value is the public one of awsauth.DefaultRegion.
+	AWS awsauth.Config
 
 	Log     *slog.Logger          // nil discards
 	Metrics prometheus.Registerer // nil is a registry of its own
@@ -154,6 +158,10 @@ func (s *Server) open(ctx context.Context) (err error) {
 		return err
 	}
 	s.reg.TokenLife = s.cfg.TokenLife
+	s.cfg.AWS.Now = s.cfg.Now
+	if s.reg.AWS, err = awsauth.New(s.cfg.AWS); err != nil {
+		return err
+	}
 	if s.cfg.Listen != "" {
 		if s.https, err = net.Listen("tcp", s.cfg.Listen); err != nil {
 			return listenError(s.cfg.Listen, "--listen", err)

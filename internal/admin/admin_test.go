@@ -208,7 +208,7 @@ func TestVerbs(t *testing.T) {
 			script: []exchange{{"POST", base + "/relays", `{"name":"fra-1","host":"relay.example","port":3478,"peers":["192.0.2.7:9000"]}`, 201, createdJSON}},
 		},
 		{args: "relay create fra-1 --host relay.example --peer nonsense", code: 2, errs: []string{"--peer"}},
-		{args: "relay create fra-1 --host h --auth aws", code: 2, errs: []string{"unknown flag: --auth"}},
+		{args: "relay create fra-1 --host h --auth aws", code: 2, errs: []string{"which AWS identities may be it?"}},
 		{args: "relay list", script: []exchange{{"GET", base + "/relays?limit=200", "", 0, list1(relayJSON)}}, out: []string{"relay.example:5349"}},
 		{args: "relay show fra-1", script: []exchange{{"GET", base + "/relays/fra-1", "", 0, relayJSON}}, out: []string{"allocations 3, bytes_per_second 1000"}},
 		{args: "relay update fra-1 --host new.example --port 5350 --peer=", script: []exchange{{"PATCH", base + "/relays/fra-1", `{"host":"new.example","port":5350,"peers":[]}`, 0, relayJSON}}, out: []string{"updated"}},

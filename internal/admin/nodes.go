@@ -71,6 +71,7 @@ func (a *app) node(k nodeKind) *cobra.Command {
 
 func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 	var relay relayFlags
+	var aws awsFlags
 	var appliance applianceFlags
 	cmd := &cobra.Command{
 		Use: "create NAME", Short: "Make a " + k.name + " and print the command for its host", Args: one("the " + k.name + "'s name"),
@@ -84,6 +85,12 @@ func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 				if req.Peers, err = parseAll(relay.peers, "--peer", netip.ParseAddrPort); err != nil {
 					return err
 				}
+			}
+			if err := aws.create(cmd, &req); err != nil {
+				return err
+			}
+			if req.Authentication == control.AuthAWS && appliance.iso != "" {
+				return daemon.Usagef("--appliance-iso hands over a token, and --auth aws has none: leave one of them out")
 			}
 			disk, err := appliance.open()
 			if err != nil {
@@ -105,6 +112,9 @@ func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 	if k.appliance() {
 		appliance.register(cmd)
 	}
+	if k != clients {
+		aws.register(cmd)
+	}
 	if k == relays {
 		cmd.Use = "create NAME --host HOST [--port N] [--peer ADDR:PORT]"
 		relay.register(cmd)
@@ -114,7 +124,14 @@ func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 
 // created prints what to do with a token. The commands hold it: they go to standard output and nowhere else.
 func created(w io.Writer, k nodeKind, n control.CreatedNode, done string) {
-	fmt.Fprintf(w, "%s %s %s (%s). The token works once, for %s.\n", k.name, n.Name, done, n.ID, span(time.Until(n.Expires).Round(time.Minute)))
+	if n.Authentication == control.AuthAWS {
+		if n.Token == "" && strings.Contains(done, "token") {
+			done = "enrols by AWS and has no token"
+		}
+		fmt.Fprintf(w, "%s %s %s (%s). It enrols by the AWS identity of its host.\n", k.name, n.Name, done, n.ID)
+	} else {
+		fmt.Fprintf(w, "%s %s %s (%s). The token works once, for %s.\n", k.name, n.Name, done, n.ID, span(time.Until(n.Expires).Round(time.Minute)))
+	}
 	forGood, toTry := "On its host, for good:", "Or to try it, in the foreground:"
 	if k == clients {
 		forGood, toTry = "On its host, with names and routes to the resources (root):", "Or without root, with --socks, --http, --forward or --stdio:"
@@ -216,7 +233,11 @@ func showNode(w io.Writer, n control.NodeRecord) {
 	for _, name := range sortedKeys(n.Load) {
 		load = append(load, fmt.Sprintf("%s %g", name, n.Load[name]))
 	}
-	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "person", n.Person, "state", n.State, "host", hostPort(n.Host, n.Port)+announced(n), "last rung", lastRung(n), "peers", join(n.Peers),
+	var accounts, principals string
+	if n.AWS != nil {
+		accounts, principals = join(n.AWS.Accounts), join(n.AWS.Principals)
+	}
+	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "person", n.Person, "state", n.State, "authentication", n.Authentication, "aws accounts", accounts, "aws principals", principals, "host", hostPort(n.Host, n.Port)+announced(n), "last rung", lastRung(n), "peers", join(n.Peers),
 		"relays", join(n.Relays), "virtual", join(n.Virtual), "version", n.Version, "load", strings.Join(load, ", "),
 		"problems", strings.Join(n.Problems, "; "), "key", key, "certificate until", moment(n.NotAfter),
 		"created", moment(&n.Created), "enrolled", moment(n.Enrolled), "last seen", moment(n.LastSeen))
@@ -236,6 +257,7 @@ func lastRung(n control.NodeRecord) string {
 
 func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 	var relay relayFlags
+	var aws awsFlags
 	var name, from string
 	var sshPort, tlsPort uint16
 	cmd := &cobra.Command{
@@ -278,6 +300,9 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 				}
 				u.Peers = &peers
 			}
+			if err := aws.update(cmd, &u); err != nil {
+				return err
+			}
 			if u == (control.UpdateNode{}) {
 				return nothingToChange(cmd)
 			}
@@ -291,6 +316,9 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&name, "name", "", "a new name")
+	if k != clients {
+		aws.register(cmd)
+	}
 	if k == relays {
 		cmd.Use = "update NAME [--name NEW] [--host HOST [--from DATE]] [--port N] [--ssh-port N] [--tls-port N] [--peer ADDR:PORT]"
 		cmd.Flags().Uint16Var(&sshPort, "ssh-port", reverse.SSHPort, "SSH port of the last rung that gateways are told to dial; 0 is none")

@@ -101,6 +101,9 @@ type NodeRecord struct {
 	Relays []string `json:"relays,omitempty"` // names of the relays assigned, active first
 	// RelayReasons says of each of Relays why it is assigned, or why there is none; nothing where this platform did not decide, or has just started.
 	RelayReasons []string `json:"relay_reasons,omitempty"`
+	// Authentication is how the node shows at enrolment who it is: AuthToken or AuthAWS, then AWS says who may.
+	Authentication string   `json:"authentication,omitempty"`
+	AWS            *AWSRule `json:"aws,omitempty"`
 }
 
 // CreateNode makes a node and its first enrolment token. Host and Port are for relays.
@@ -109,9 +112,13 @@ type CreateNode struct {
 	Host  string           `json:"host,omitempty"`
 	Port  uint16           `json:"port,omitempty"`
 	Peers []netip.AddrPort `json:"peers,omitempty"`
+	// Authentication is AuthToken (also "") or, for relays and gateways, AuthAWS with AWS.
+	Authentication string   `json:"authentication,omitempty"`
+	AWS            *AWSRule `json:"aws,omitempty"`
 }
 
-// CreatedNode is shown once: the token is a secret that the platform keeps only as a hash.
+// CreatedNode is shown once: the token is a secret that the platform keeps only as a hash. A node that enrols by AWS has none, and its
+// commands hold no secret and do not expire.
 type CreatedNode struct {
 	NodeRecord
 	Token      string    `json:"token"`
@@ -131,6 +138,9 @@ type UpdateNode struct {
 	// SSHPort and TLSPort are those of a relay's last rung that nodes are told to dial; 0 is none.
 	SSHPort *uint16 `json:"ssh_port,omitempty"`
 	TLSPort *uint16 `json:"tls_port,omitempty"`
+	// Authentication changes how the node enrols from now on: AuthToken, or AuthAWS with AWS. AWS alone changes who may.
+	Authentication *string  `json:"authentication,omitempty"`
+	AWS            *AWSRule `json:"aws,omitempty"`
 }
 
 // CreateTURNCredential asks for a credential that standard TURN software can use at a relay, as a client node of the organization.

@@ -125,7 +125,7 @@ func (in *installer) install(ctx context.Context, token Secret, args []string, s
 	credential := ""
 	if !in.spec.NoToken {
 		credential = in.tokenPath()
-		if _, err := os.Stat(in.at(credential)); token == "" && err != nil {
+		if _, err := os.Stat(in.at(credential)); token == "" && err != nil && !byAWS(args) {
 			return Usagef("no token given\n`sallyway %s create NAME` prints one; then: %s install --token-file -", in.spec.Role, in.spec.Name)
 		}
 	}
@@ -175,6 +175,16 @@ func (in *installer) install(ctx context.Context, token Secret, args []string, s
 	}
 	fmt.Fprintf(in.out, "%s runs; its log: journalctl -u %s\n", in.spec.unitName(), in.spec.unitName())
 	return nil
+}
+
+// byAWS says whether flags of the start command have the node enrol by AWS, which takes no token.
+func byAWS(args []string) bool {
+	for i, a := range args {
+		if a == "--auth=aws" || (a == "aws" && i > 0 && args[i-1] == "--auth") {
+			return true
+		}
+	}
+	return false
 }
 
 // written heads every file that install writes, so that it knows them again.

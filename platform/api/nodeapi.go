@@ -34,13 +34,22 @@ type accessToken struct {
 // described by hand.
 func (s *server) nodeEndpoints() {
 	s.mux.HandleFunc("POST /api/v1/enroll", s.enroll)
+	s.mux.HandleFunc("POST /api/v1/enroll/aws/challenge", s.awsChallenge)
+	s.mux.HandleFunc("POST /api/v1/enroll/aws", s.enrollAWS)
 	s.mux.HandleFunc("POST /api/v1/node/token", s.token)
 	s.mux.HandleFunc("GET /api/v1/node/control", s.control)
 	s.mux.HandleFunc("POST /api/v1/node/heartbeat", s.heartbeat)
 	s.mux.HandleFunc("POST /api/v1/node/renew", s.renew)
+	s.mux.HandleFunc("POST /api/v1/node/aws", s.checkAWS)
 
 	s.describe("POST", "/enroll", "enrol", "Spend an enrolment token: certificates for a node's key", false,
 		content("application/json", reflect.TypeFor[control.EnrolRequest]()), "application/json", reflect.TypeFor[control.EnrolResponse]())
+	s.describe("POST", "/enroll/aws/challenge", "aws-challenge", "What a node signs to enrol by the AWS identity of its host", false,
+		content("application/json", reflect.TypeFor[control.AWSChallengeRequest]()), "application/json", reflect.TypeFor[control.AWSChallenge]())
+	s.describe("POST", "/enroll/aws", "enrol-by-aws", "Certificates for a node's key, by the AWS identity of its host", false,
+		content("application/json", reflect.TypeFor[control.AWSEnrolRequest]()), "application/json", reflect.TypeFor[control.EnrolResponse]())
+	s.describe("POST", "/node/aws", "node-aws", "Show the AWS identity of a node's host again, at its start", true,
+		content("application/json", reflect.TypeFor[control.AWSCheckRequest]()), "application/json", reflect.TypeFor[struct{}]())
 	s.describe("POST", "/node/token", "node-token", "Exchange an assertion (RFC 7523) for an access token", false,
 		map[string]*huma.MediaType{"application/x-www-form-urlencoded": {Schema: &huma.Schema{
 			Type: huma.TypeObject, Required: []string{"grant_type", "assertion"},
@@ -113,18 +122,35 @@ func (s *server) wait(w http.ResponseWriter) {
 	write(w, &tooMany().Problem)
 }
 
-// enroll spends a token. A source that was refused too often is not even looked at.
+// enroll spends a token.
 func (s *server) enroll(w http.ResponseWriter, r *http.Request) {
+	limited(s, w, r, s.reg.Enrol)
+}
+
+// awsChallenge answers what a node signs.
+func (s *server) awsChallenge(w http.ResponseWriter, r *http.Request) {
+	limited(s, w, r, func(ctx context.Context, _ string, req control.AWSChallengeRequest) (*control.AWSChallenge, error) {
+		return s.reg.AWSChallenge(ctx, req)
+	})
+}
+
+// enrollAWS enrols by an AWS identity.
+func (s *server) enrollAWS(w http.ResponseWriter, r *http.Request) {
+	limited(s, w, r, s.reg.EnrolByAWS)
+}
+
+// limited runs a request of somebody unknown. A source that was refused too often is not even looked at.
+func limited[In, Out any](s *server, w http.ResponseWriter, r *http.Request, fn func(ctx context.Context, from string, req In) (*Out, error)) {
 	from := source(r)
 	if !s.limiter.allow(from, s.reg.Now()) {
 		s.wait(w)
 		return
 	}
-	var req control.EnrolRequest
+	var req In
 	err := decode(r, &req)
 	if err == nil {
-		var out *control.EnrolResponse
-		if out, err = s.reg.Enrol(r.Context(), from, req); err == nil {
+		var out *Out
+		if out, err = fn(r.Context(), from, req); err == nil {
 			writeJSON(w, out)
 			return
 		}
@@ -183,6 +209,16 @@ func (s *server) renew(w http.ResponseWriter, r *http.Request) {
 			return nil, err
 		}
 		return s.reg.Renew(r.Context(), who, req)
+	})
+}
+
+func (s *server) checkAWS(w http.ResponseWriter, r *http.Request) {
+	s.node(w, r, func(who *registry.Session) (any, error) {
+		var req control.AWSCheckRequest
+		if err := decode(r, &req); err != nil {
+			return nil, err
+		}
+		return struct{}{}, s.reg.CheckAWS(r.Context(), source(r), who, req)
 	})
 }
 

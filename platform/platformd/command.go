@@ -19,6 +19,7 @@ import (
 	"sallyway/internal/identity"
 	"sallyway/platform"
 	"sallyway/platform/audit"
+	"sallyway/platform/awsauth"
 	"sallyway/platform/replica"
 	"sallyway/platform/store"
 )
@@ -86,6 +87,9 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.DurationVar(&c.CredentialLife, "relay-credential-life", 0, "how long nodes' credentials for relays hold while the platform is there, renewed at half of it, such as 2h; during an outage they hold as long as the node's certificate (0: always so long)")
 	f.DurationVar(&c.KeyRotation, "turn-key-rotation", 24*time.Hour, "age at which relays get new TURN keys")
 	f.DurationVar(&c.TokenLife, "token-life", control.TokenLife, "how long enrolment tokens work")
+	f.StringVar(&c.AWS.Region, "aws-region", awsauth.DefaultRegion, "region to which nodes that enrol by AWS sign")
+	f.StringVar(&c.AWS.Endpoint, "aws-sts-endpoint", "", "URL of the STS that is asked for their identity, the only one (default: the region's public one)")
+	f.StringVar(&c.AWS.CAFile, "aws-sts-ca", "", "authorities (PEM) of that STS's certificate (default: the system's)")
 	o.home.register(f)
 	f.StringVar(&c.Redis, "redis", "", "URL of the Redis that platforms on one PostgreSQL talk through: redis://HOST:6379/0")
 	f.StringVar(&o.redisFile, "redis-file", "", "file with the Redis URL (0600), for one with a password")

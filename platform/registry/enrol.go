@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
+	"maps"
 	"net/http"
 	"time"
 
@@ -96,7 +97,7 @@ func (r *Registry) Enrol(ctx context.Context, source string, req control.EnrolRe
 			refusal = e // audited below, in a transaction of its own: this one has changed nothing
 			return nil
 		}
-		out, err = c.enrolled(ctx, n, req, reqs)
+		out, err = c.enrolled(ctx, n, req.Version, reqs, nil)
 		return err
 	})
 	switch {
@@ -130,23 +131,8 @@ func (c *change) admit(ctx context.Context, req control.EnrolRequest, reqs *requ
 	if err != nil {
 		return nil, err
 	}
-	switch {
-	case !n.Deleted.IsZero():
-		return nil, refuse(http.StatusForbidden, control.CodeNodeUnknown, "create it anew", "%s %q was deleted", n.Kind, n.Name)
-	case n.Status == store.Disabled:
-		return nil, refuse(http.StatusForbidden, control.CodeNodeDisabled, "sallyway --org "+n.Org+" "+string(n.Kind)+" enable "+n.Name, "%s %q is disabled", n.Kind, n.Name)
-	case n.Status == store.Revoked:
-		return nil, refuse(http.StatusForbidden, control.CodeNodeRevoked, again, "%s %q was revoked after this token was made", n.Kind, n.Name)
-	}
-	k, err := c.Key(ctx, reqs.main.Key)
-	switch {
-	case errors.Is(err, store.ErrNotFound):
-	case err != nil:
+	if err := c.mayEnrol(ctx, n, reqs, again); err != nil {
 		return nil, err
-	case k.Node != n.ID:
-		return nil, refuse(http.StatusForbidden, CodeKeyInUse, "give each node a state folder of its own", "this key belongs to another node already")
-	case k.Denied:
-		return nil, refuse(http.StatusForbidden, CodeKeyDenied, "remove the key from the node's state folder, so that it makes a new one", "this key of %s %q was revoked", n.Kind, n.Name)
 	}
 	// The one statement that decides: all before only worded the refusal.
 	if _, err := c.SpendEnrolmentToken(ctx, hash, req.Node, c.now); !errors.Is(err, store.ErrNotFound) {
@@ -158,10 +144,33 @@ func (c *change) admit(ctx context.Context, req control.EnrolRequest, reqs *requ
 	return nil, refuse(http.StatusForbidden, control.CodeTokenExpired, again, "the enrolment token expired at %s", t.Expires.Format(time.RFC3339))
 }
 
-// enrolled makes n a member with the key of reqs.
-func (c *change) enrolled(ctx context.Context, n *store.Node, req control.EnrolRequest, reqs *requests) (*control.EnrolResponse, error) {
+// mayEnrol says whether a node that showed who it is may become a member with the key of reqs. again is what to do when it was revoked.
+func (c *change) mayEnrol(ctx context.Context, n *store.Node, reqs *requests, again string) error {
+	switch {
+	case !n.Deleted.IsZero():
+		return refuse(http.StatusForbidden, control.CodeNodeUnknown, "create it anew", "%s %q was deleted", n.Kind, n.Name)
+	case n.Status == store.Disabled:
+		return refuse(http.StatusForbidden, control.CodeNodeDisabled, "sallyway --org "+n.Org+" "+string(n.Kind)+" enable "+n.Name, "%s %q is disabled", n.Kind, n.Name)
+	case n.Status == store.Revoked:
+		return refuse(http.StatusForbidden, control.CodeNodeRevoked, again, "%s %q was revoked", n.Kind, n.Name)
+	}
+	k, err := c.Key(ctx, reqs.main.Key)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+	case err != nil:
+		return err
+	case k.Node != n.ID:
+		return refuse(http.StatusForbidden, CodeKeyInUse, "give each node a state folder of its own", "this key belongs to another node already")
+	case k.Denied:
+		return refuse(http.StatusForbidden, CodeKeyDenied, "remove the key from the node's state folder, so that it makes a new one", "this key of %s %q was revoked", n.Kind, n.Name)
+	}
+	return nil
+}
+
+// enrolled makes n a member with the key of reqs. detail is more for the audit.
+func (c *change) enrolled(ctx context.Context, n *store.Node, version string, reqs *requests, detail map[string]any) (*control.EnrolResponse, error) {
 	n.Enrolment++
-	n.Enrolled, n.Version = c.now, clip(req.Version, 64)
+	n.Enrolled, n.Version = c.now, clip(version, 64)
 	if err := c.UpdateNode(ctx, n); err != nil {
 		return nil, err
 	}
@@ -189,7 +198,9 @@ func (c *change) enrolled(ctx context.Context, n *store.Node, req control.EnrolR
 	if err != nil {
 		return nil, err
 	}
-	if err := c.audit(ctx, n.Org, "node.enrol", n.Identity().String(), audit.OK, map[string]any{"name": n.Name, "key": reqs.main.Key.String(), "version": n.Version}); err != nil {
+	entry := map[string]any{"name": n.Name, "key": reqs.main.Key.String(), "version": n.Version}
+	maps.Copy(entry, detail)
+	if err := c.audit(ctx, n.Org, "node.enrol", n.Identity().String(), audit.OK, entry); err != nil {
 		return nil, err
 	}
 	if err := c.bump(ctx, n.Org); err != nil {

@@ -111,6 +111,9 @@ func (r *Registry) recordBy(ctx context.Context, tx store.Tx, o *store.Org, n *s
 			break
 		}
 	}
+	if rec.Authentication, rec.AWS, err = authentication(ctx, tx, n); err != nil {
+		return nil, err
+	}
 	if n.Kind == identity.Gateway {
 		if rec.Relays, err = l.relays(ctx, tx, n); err != nil {
 			return nil, err
@@ -229,6 +232,12 @@ func (r *Registry) CreateNodeOf(ctx context.Context, org string, kind identity.K
 			req.Port = wire.Port
 		}
 	}
+	if req.Authentication == "" {
+		req.Authentication = control.AuthToken
+	}
+	if err := r.checkAuthentication(kind, req.Authentication, req.AWS); err != nil {
+		return nil, err
+	}
 	var out *control.CreatedNode
 	err := r.update(ctx, func(c *change) error {
 		o, err := c.org(ctx, org)
@@ -256,7 +265,13 @@ func (r *Registry) CreateNodeOf(ctx context.Context, org string, kind identity.K
 				return err
 			}
 		}
-		if err := c.audit(ctx, org, "node.create", n.Identity().String(), audit.OK, map[string]any{"name": n.Name, "host": n.Host}); err != nil {
+		detail := map[string]any{"name": n.Name, "host": n.Host}
+		if req.Authentication == control.AuthAWS {
+			if err := c.setAWS(ctx, n, req.AWS, detail); err != nil {
+				return err
+			}
+		}
+		if err := c.audit(ctx, org, "node.create", n.Identity().String(), audit.OK, detail); err != nil {
 			return err
 		}
 		if out, err = c.issueToken(ctx, o, n); err != nil {
@@ -267,8 +282,11 @@ func (r *Registry) CreateNodeOf(ctx context.Context, org string, kind identity.K
 	return out, err
 }
 
-// issueToken makes an enrolment token for a node and drops the ones that were not used.
+// issueToken makes an enrolment token for a node and drops the ones that were not used. A node that enrols by AWS gets its commands alone.
 func (c *change) issueToken(ctx context.Context, o *store.Org, n *store.Node) (*control.CreatedNode, error) {
+	if out, err := c.awsCommands(ctx, o, n); out != nil || err != nil {
+		return out, err
+	}
 	secret := make([]byte, 32)
 	if _, err := rand.Read(secret); err != nil {
 		return nil, err
@@ -450,6 +468,9 @@ func (r *Registry) UpdateNode(ctx context.Context, org string, kind identity.Kin
 			}
 			n.Peers = *req.Peers
 			detail["peers"] = n.Peers
+		}
+		if err := c.updateAuthentication(ctx, n, req, detail); err != nil {
+			return nil, err
 		}
 		return detail, c.updateRungs(ctx, n, req, detail)
 	})

@@ -17,6 +17,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/platform/audit"
+	"sallyway/platform/awsauth"
 	"sallyway/platform/pki"
 	"sallyway/platform/presence"
 	"sallyway/platform/store"
@@ -38,6 +39,9 @@ type Registry struct {
 	Changed func(org string, version uint64)
 	// Dropped is called after a commit that took a node its right to talk to the platform. It must not block.
 	Dropped func(node string)
+
+	// AWS asks whose AWS identity a node has; nil: no node can enrol by one.
+	AWS *awsauth.Verifier
 
 	access accessKey
 	failed aggregate

@@ -177,6 +177,12 @@ type RelayRungs struct {
 	SSHPort, TLSPort uint16
 }
 
+// NodeAWS says which AWS identities may enrol a node: one of the accounts, by one of the principals (ARNs with wildcards). An empty list is any.
+type NodeAWS struct {
+	Node                 string
+	Accounts, Principals []string
+}
+
 // RelayKey is a key for TURN passwords; Secret is sealed.
 type RelayKey struct {
 	Relay, ID string
@@ -301,6 +307,10 @@ type Tx interface {
 
 	PutRelayRungs(ctx context.Context, r *RelayRungs) error                     // inserts or replaces
 	RelayRungs(ctx context.Context, org string) (map[string]*RelayRungs, error) // by relay; those that have a last rung
+
+	PutNodeAWS(ctx context.Context, v *NodeAWS) error           // inserts or replaces
+	NodeAWS(ctx context.Context, node string) (*NodeAWS, error) // ErrNotFound: it enrols by token
+	DropNodeAWS(ctx context.Context, node string) error         // also when there is none
 
 	PutSessionEnd(ctx context.Context, e *SessionEnd) error
 	SessionEnds(ctx context.Context, org string) ([]*SessionEnd, error)

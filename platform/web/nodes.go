@@ -1,6 +1,7 @@
 package web
 
 import (
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -210,6 +211,13 @@ func (q *request) nodeDetail(k kindView, n *control.NodeRecord, status int, f *f
 			f.values.Set("tls_port", strconv.Itoa(int(n.TLSPort)))
 		}
 	}
+	if !f.values.Has("authentication") {
+		f.values.Set("authentication", cmp.Or(n.Authentication, control.AuthToken))
+		if n.AWS != nil {
+			f.values.Set("accounts", strings.Join(n.AWS.Accounts, " "))
+			f.values.Set("principals", strings.Join(n.AWS.Principals, "\n"))
+		}
+	}
 	d := nodePage{K: k, Node: n, URL: q.nodeURL(k, n.Name), Form: f, Deploy: q.deployment(k, n)}
 	object := identity.Node{Org: q.org, Kind: k.Kind, ID: n.ID}.String()
 	found, err := q.s.reg.FindAudit(q.ctx, q.org, registry.AuditFilter{Object: object, Limit: 8})
@@ -336,6 +344,9 @@ func (q *request) keepDeployment(k kindView, made *control.CreatedNode) error {
 
 // keepDeploymentAt is keepDeployment for the page at path.
 func (q *request) keepDeploymentAt(k kindView, made *control.CreatedNode, path string) error {
+	if made.Authentication == control.AuthAWS { // it holds no secret: shown as long as one with a token
+		made.Expires = q.s.now().Add(control.TokenLife).UTC()
+	}
 	b, err := json.Marshal(deployment{made.Command, made.Foreground, q.s.now().UTC(), made.Expires})
 	if err != nil {
 		return err

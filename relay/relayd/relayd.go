@@ -56,6 +56,7 @@ type options struct {
 	sshPort, tlsPort             uint16
 	shards, maxAllocations       int
 	drain, lifetime              time.Duration
+	aws                          agent.AWSFlags
 }
 
 // Command is relayd.
@@ -75,6 +76,7 @@ The first run needs the token that "sallyway relay create NAME --host HOST" prin
 	}
 	o.Register(start, spec)
 	f := start.Flags()
+	o.aws.Register(f)
 	f.StringVar(&o.listenIP, "listen-ip", "", "address to listen on (default: every address)")
 	f.Uint16Var(&o.port, "listen-port", wire.Port, "port for STUN and TURN over UDP, DTLS, TCP and TLS")
 	f.Uint16Var(&o.sshPort, "ssh-port", reverse.SSHPort, "port of the last rung for gateways, by SSH; 0 switches it off")
@@ -118,7 +120,7 @@ type relayDaemon struct {
 }
 
 func (o *options) run(cmd *cobra.Command) error {
-	token, err := program.Token(cmd, &o.Options)
+	token, aws, err := program.Credential(cmd, &o.Options, &o.aws)
 	if err != nil {
 		return err
 	}
@@ -133,7 +135,7 @@ func (o *options) run(cmd *cobra.Command) error {
 	defer sh.Close()
 	d := &relayDaemon{opts: o, sh: sh, budgets: budget.New()}
 	d.agent, err = agent.Open(cmd.Context(), agent.Config{
-		StateDir: sh.State.Dir(), Kind: identity.Relay, Token: token, Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
+		StateDir: sh.State.Dir(), Kind: identity.Relay, Token: token, AWS: aws, Version: version.Get().Version, Logger: sh.Log, Heartbeat: d.heartbeat,
 	})
 	if err != nil {
 		return program.Error(err)

@@ -63,7 +63,9 @@ type Config struct {
 	StateDir string // exists, belongs to this process alone
 	Kind     identity.Kind
 	// Token is the enrolment token; empty for a node that is enrolled.
-	Token   string
+	Token string
+	// AWS has the node show the AWS identity of its host in the token's place, at every start; nil: it does not.
+	AWS     *AWS
 	Version string // of this program, told to the platform
 	Logger  *slog.Logger
 	// Heartbeat tells the node's state; nil sends version and start alone. Called from one goroutine.

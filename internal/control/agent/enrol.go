@@ -54,6 +54,12 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	if enrolled && a.state.Node.Kind != cfg.Kind {
 		return nil, fmt.Errorf("%s holds the state of a %s (%v): give this %s a folder of its own with --state DIR", cfg.StateDir, a.state.Node.Kind, a.state.Node, cfg.Kind)
 	}
+	if cfg.AWS != nil {
+		if err := a.useAWS(ctx, enrolled); err != nil {
+			return nil, err
+		}
+		enrolled = true
+	}
 	if cfg.Token == "" && !enrolled {
 		return nil, ErrNotEnrolled
 	}

@@ -56,8 +56,11 @@ type enrollingState struct {
 	URL   string        `json:"url"`
 }
 
-// fingerprint names a token without telling it.
+// fingerprint names a token without telling it; an enrolment by AWS has none.
 func fingerprint(t control.Token) string {
+	if len(t.Secret) == 0 {
+		return "aws"
+	}
 	h := sha256.Sum256(append([]byte("sallyway enrolment token "), t.Secret...))
 	return hex.EncodeToString(h[:8])
 }
