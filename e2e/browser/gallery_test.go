@@ -278,11 +278,31 @@ func TestGallery(t *testing.T) {
 		}
 		b.pose(g.name)
 	}
+	// The keyboard, and the switch of the theme.
+	b.open("/orgs/default/networking/relays")
+	press := func(key string) {
+		eval[bool](b, `document.body.dispatchEvent(new KeyboardEvent("keydown", { key: `+quote(key)+`, bubbles: true }))`)
+	}
+	press("/")
+	b.until(step, "/ goes to the search", `document.activeElement.type === "search"`)
+	eval[any](b, `document.activeElement.blur()`)
+	press("g")
+	press("t")
+	b.until(step, "g t goes to the topology", `location.pathname.endsWith("/topology") && document.readyState === "complete"`)
+	press("?")
+	b.until(step, "? shows the shortcuts", `document.getElementById("shortcuts").open`)
+	for _, theme := range []string{"dark", "light", ""} {
+		eval[bool](b, `window.here = true`)
+		eval[any](b, `document.querySelector("form[action='/theme'] button").click()`)
+		b.until(step, "the theme "+theme, `window.here === undefined && document.readyState === "complete" && (document.documentElement.dataset.theme || "") === `+quote(theme))
+	}
 	// What only a form shows.
 	b.open("/orgs/default/networking/relays/syd-1")
 	b.turn("Show deploy command")
 	b.sees(step, "Waiting for syd-1 to connect")
 	b.pose("deploy")
+	b.click("Copy")
+	b.sees(step, "Copied")
 	b.open("/orgs/default/networking/relays/new")
 	b.fill("Name", "fra-1")
 	b.fill("Host address", "10.0.0.999")

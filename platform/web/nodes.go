@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -203,21 +204,22 @@ func (q *request) showNode(k kindView) error {
 }
 
 func (q *request) nodeDetail(k kindView, n *control.NodeRecord, status int, f *form) error {
-	if f == nil {
-		f = newForm("name", n.Name, "host", n.Host)
-		if k.Kind == identity.Relay {
-			f.values.Set("port", strconv.Itoa(int(n.Port)))
-			f.values.Set("ssh_port", strconv.Itoa(int(n.SSHPort)))
-			f.values.Set("tls_port", strconv.Itoa(int(n.TLSPort)))
-		}
+	// Every field that was not sent shows what is: the page has several forms.
+	now := newForm("name", n.Name, "host", n.Host, "authentication", cmp.Or(n.Authentication, control.AuthToken))
+	if k.Kind == identity.Relay {
+		now.values.Set("port", strconv.Itoa(int(n.Port)))
+		now.values.Set("ssh_port", strconv.Itoa(int(n.SSHPort)))
+		now.values.Set("tls_port", strconv.Itoa(int(n.TLSPort)))
 	}
-	if !f.values.Has("authentication") {
-		f.values.Set("authentication", cmp.Or(n.Authentication, control.AuthToken))
-		if n.AWS != nil {
-			f.values.Set("accounts", strings.Join(n.AWS.Accounts, " "))
-			f.values.Set("principals", strings.Join(n.AWS.Principals, "\n"))
-		}
+	if n.AWS != nil {
+		now.values.Set("accounts", strings.Join(n.AWS.Accounts, " "))
+		now.values.Set("principals", strings.Join(n.AWS.Principals, "\n"))
 	}
+	if f != nil {
+		maps.Copy(now.values, f.values)
+		now.Err = f.Err
+	}
+	f = now
 	d := nodePage{K: k, Node: n, URL: q.nodeURL(k, n.Name), Form: f, Deploy: q.deployment(k, n)}
 	object := identity.Node{Org: q.org, Kind: k.Kind, ID: n.ID}.String()
 	found, err := q.s.reg.FindAudit(q.ctx, q.org, registry.AuditFilter{Object: object, Limit: 8})

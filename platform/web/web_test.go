@@ -19,6 +19,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
+	"sallyway/platform/awsauth"
 	"sallyway/platform/people"
 	"sallyway/platform/pki"
 	"sallyway/platform/presence"
@@ -559,5 +560,40 @@ func TestAccountPage(t *testing.T) {
 	}
 	if a := b.get("/account"); !strings.HasPrefix(a.path, "/login") {
 		t.Errorf("logged out, and still at %s", a.path)
+	}
+}
+
+// TestAuthentication edits how a relay enrols: by token, or by the AWS identity of its host.
+func TestAuthentication(t *testing.T) {
+	s := newSite(t)
+	s.owner()
+	s.furnish(registry.DefaultOrg)
+	b := s.browser().logIn("ada")
+	const relay = "/orgs/default/networking/relays/fra-1"
+	token := tokenIn(b.get(relay))
+	if a := b.post(relay+"/authentication", token, "authentication", "aws", "accounts", "123456789012"); a.status != http.StatusForbidden || !strings.Contains(a.body, "--aws-region") {
+		t.Errorf("at a platform without AWS: %d, and no word on what to do", a.status)
+	}
+	aws, err := awsauth.New(awsauth.Config{Region: "eu-central-1"})
+	must(t, err)
+	s.reg.AWS = aws
+	if a := b.post(relay+"/authentication", token, "authentication", "aws"); a.status != http.StatusUnprocessableEntity {
+		t.Errorf("AWS without anybody who may: %d", a.status)
+	}
+	a := b.post(relay+"/authentication", token, "authentication", "aws", "principals", "arn:aws:iam::123456789012:role/relay-*", "accounts", "123456789012")
+	if a.status != http.StatusOK || !strings.Contains(a.body, "arn:aws:iam::123456789012:role/relay-*") || !strings.Contains(a.body, "enrols by its AWS identity") {
+		t.Errorf("AWS: %d", a.status)
+	}
+	n, err := s.reg.Node(t.Context(), registry.DefaultOrg, identity.Relay, "fra-1")
+	must(t, err)
+	if n.Authentication != control.AuthAWS || n.AWS == nil || len(n.AWS.Principals) != 1 || len(n.AWS.Accounts) != 1 {
+		t.Errorf("kept as %+v %+v", n.Authentication, n.AWS)
+	}
+	if a := b.post(relay+"/token", token); strings.Contains(a.body, "swe1.") || !strings.Contains(a.body, "relayd install") {
+		t.Errorf("its deploy command: %d, with a token: %v", a.status, strings.Contains(a.body, "swe1."))
+	}
+	b.post(relay+"/authentication", token, "authentication", "token")
+	if a := b.post(relay+"/token", token); !strings.Contains(a.body, "swe1.") {
+		t.Error("by token again, and no token in its command")
 	}
 }
