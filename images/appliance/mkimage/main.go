@@ -28,6 +28,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -105,7 +106,8 @@ func (o options) build(ctx context.Context) (err error) {
 		return err
 	}
 	start := time.Now()
-	if err := os.MkdirAll(o.out, 0o755); err != nil {
+	// For mtools, which syslinux writes itself onto a disk with.
+	if err := errors.Join(os.Setenv("SOURCE_DATE_EPOCH", strconv.FormatInt(o.epoch, 10)), os.MkdirAll(o.out, 0o755)); err != nil {
 		return err
 	}
 	work, err := os.MkdirTemp(o.out, ".mkimage-")
