@@ -49,6 +49,8 @@ require (
 	rsc.io/qr v0.2.0
 )
 
+require gotest.tools/v3 v3.5.2 // indirect
+
 require (
 	filippo.io/hpke v0.4.0 // indirect
 	github.com/beorn7/perks v1.0.1 // indirect
