@@ -170,7 +170,7 @@ func (v *Verifier) Verify(ctx context.Context, signed control.AWSSigned, must ma
 	req.Header.Set("User-Agent", "sallyway")
 	resp, err := v.client.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s: %v", ErrUnavailable, v.endpoint.Host, errors.Unwrap(err)) // url.Error repeats the URL
+		return nil, fmt.Errorf("%w: %s: %w", ErrUnavailable, v.endpoint.Host, errors.Unwrap(err)) // url.Error repeats the URL
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
