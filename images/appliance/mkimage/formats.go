@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // qcow2 writes a disk compressed, as QEMU since 1.7 reads it.
@@ -17,29 +19,31 @@ func (b *builder) qcow2(ctx context.Context, raw, name string) error {
 	return err
 }
 
-// formats writes the disk in the forms that other hypervisors and clouds import, and returns the names of the files.
+// formats writes the disk in the forms that other hypervisors and clouds import, side by side, and returns the names of the files. The raw disk
+// goes.
 func (b *builder) formats(ctx context.Context, raw string) ([]string, error) {
-	vmdk, vhd, xz := b.name+".vmdk", b.name+".vhd", b.name+".raw.xz"
-	if _, err := run(ctx, b.work, "qemu-img", "convert", "-q", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized,compat6", raw, vmdk); err != nil {
+	vmdk, vhd, plain := b.name+".vmdk", b.name+".vhd", b.name+".raw"
+	if err := os.Rename(raw, filepath.Join(b.work, plain)); err != nil {
 		return nil, err
 	}
-	if err := b.rewrite(vmdk, fixVMDK); err != nil {
+	convert := func(name, format, how string, fix func([]byte) error) error {
+		if _, err := run(ctx, b.work, "qemu-img", "convert", "-q", "-f", "raw", "-O", format, "-o", how, plain, name); err != nil {
+			return err
+		}
+		return b.rewrite(name, fix)
+	}
+	var all errgroup.Group
+	all.Go(func() error { return convert(vmdk, "vmdk", "subformat=streamOptimized,compat6", fixVMDK) })
+	all.Go(func() error { return convert(vhd, "vpc", "subformat=dynamic,force_size=on", fixVHD) })
+	all.Go(func() error {
+		// Two threads whatever the machine has: with one, the file would be another.
+		_, err := run(ctx, b.work, "xz", "-6", "-T2", "--keep", plain)
+		return err
+	})
+	if err := all.Wait(); err != nil {
 		return nil, err
 	}
-	if _, err := run(ctx, b.work, "qemu-img", "convert", "-q", "-f", "raw", "-O", "vpc", "-o", "subformat=dynamic,force_size=on", raw, vhd); err != nil {
-		return nil, err
-	}
-	if err := b.rewrite(vhd, fixVHD); err != nil {
-		return nil, err
-	}
-	if err := os.Rename(raw, filepath.Join(b.work, b.name+".raw")); err != nil {
-		return nil, err
-	}
-	// Two threads whatever the machine has: with one, the file would be another.
-	if _, err := run(ctx, b.work, "xz", "-6", "-T2", b.name+".raw"); err != nil {
-		return nil, err
-	}
-	return []string{vmdk, vhd, xz}, nil
+	return []string{vmdk, vhd, plain + ".xz"}, os.Remove(filepath.Join(b.work, plain))
 }
 
 func (b *builder) rewrite(name string, fix func([]byte) error) error {
