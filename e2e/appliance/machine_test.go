@@ -41,7 +41,7 @@ func (w *world) start(t *testing.T, h *lab.Host, name string, args ...string) *m
 // qemu is the command of any of the machines.
 func (w *world) qemu() []string {
 	args := []string{
-		"qemu-system-x86_64", "-M", "q35", "-smp", "2", "-m", fmt.Sprint(memory), "-nodefaults", "-no-user-config", "-display", "none",
+		"qemu-system-x86_64", "-M", "q35", "-smp", "1", "-m", fmt.Sprint(memory), "-nodefaults", "-no-user-config", "-display", "none",
 		"-monitor", "none", "-serial", "stdio",
 		"-object", "rng-random,id=random,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=random",
 		"-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
