@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -327,13 +328,13 @@ func (s *organizationSite) configure(ctx context.Context) {
 	token := func(kind, name string, more ...string) string {
 		s.platform.run(ctx, append([]string{"sallyway", kind, "create", name}, more...)...)
 		out := s.platform.run(ctx, "sallyway", kind, "token", name, "--json")
-		_, rest, _ := strings.Cut(out, `"token"`)
-		_, rest, _ = strings.Cut(rest, `"`)
-		value, _, ok := strings.Cut(rest, `"`)
-		if !ok {
-			s.t.Fatalf("no token in %s", out)
+		var made struct {
+			Token string `json:"token"`
 		}
-		return value
+		if err := json.Unmarshal([]byte(out), &made); err != nil || made.Token == "" {
+			s.t.Fatalf("no token in %s: %v", out, err)
+		}
+		return made.Token
 	}
 	s.relay1.feed(ctx, token("relay", "fra-1", "--host", s.Addr(s.Relay1).String()), "relayd", "install", "--token-file", "-")
 	s.relay2.feed(ctx, token("relay", "ams-2", "--host", s.Addr(s.Relay2).String()), "relayd", "install", "--token-file", "-", "--", "--drain-timeout", "25s")
