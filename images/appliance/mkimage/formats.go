@@ -58,22 +58,34 @@ func (b *builder) rewrite(name string, fix func([]byte) error) error {
 	return os.WriteFile(path, data, 0o644)
 }
 
-// vmdkID is the content identifier in the descriptor of a VMDK, for which qemu-img draws a number.
+// vmdkID is the content identifier in the descriptor of a VMDK, for which qemu-img draws a number: up to eight digits.
 var vmdkID = regexp.MustCompile(`\nCID=[0-9a-f]{1,8}\n`)
 
-// fixVMDK makes it the same in every build.
+// vmdkDescriptor begins the descriptor, a text that zeros follow.
+const vmdkDescriptor = "# Disk DescriptorFile"
+
+// fixVMDK makes the identifier the same in every build.
 func fixVMDK(data []byte) error {
-	head := data[:min(len(data), 64<<10)]
-	at := vmdkID.FindIndex(head)
-	if at == nil {
+	start := bytes.Index(data[:min(len(data), 64<<10)], []byte(vmdkDescriptor))
+	if start < 0 {
 		return errors.New("no descriptor")
 	}
-	field := head[at[0]+len("\nCID=") : at[1]-1]
-	id := identifier("vmdk")
-	copy(field, fmt.Sprintf("%x", id[:4]))
-	if field[0] == '0' {
-		field[0] = '1'
+	length := bytes.IndexByte(data[start:], 0)
+	if length < 0 {
+		return errors.New("the descriptor has no end")
 	}
+	old := data[start : start+length]
+	if vmdkID.Find(old) == nil {
+		return errors.New("the descriptor has no CID")
+	}
+	id := identifier("vmdk")
+	text := vmdkID.ReplaceAll(old, fmt.Appendf(nil, "\nCID=%x\n", id[:4]))
+	room := data[start:min(len(data), start+max(len(text)+1, length))]
+	if len(room) <= len(text) || !zero(room[length:]) {
+		return errors.New("the descriptor has no room")
+	}
+	clear(room)
+	copy(room, text)
 	return nil
 }
 
