@@ -31,8 +31,8 @@ MAINS = $(addprefix ./,$(sort $(dir $(wildcard cmd/*/*.go bench/cmd/*/*.go inter
 ALLOW_SKIP :=
 # Makes one line per package of what the tests say, and an error of a skip in CI.
 REPORT = "$$go" run ./build/testreport -allow-skip '$(ALLOW_SKIP)'
-# Unit packages, without the end-to-end suite.
-UNIT = $$($(AS_CALLER) "$$go" list ./... | grep -v '^sallyway/e2e\(/\|$$\)')
+# Unit packages, without the end-to-end suite and what packs the programs.
+UNIT = $$($(AS_CALLER) "$$go" list ./... | grep -v '^sallyway/\(e2e\|images\)\(/\|$$\)')
 # As root the tests run as they are; else they are compiled as the caller, and each test binary runs through sudo.
 TEST_EXEC = $(if $(filter 0,$(shell id -u)),,-exec "$(CURDIR)/$(AS_ROOT)")
 
@@ -65,7 +65,12 @@ test: prerequisites build ## run every test: unit tests with -race, then the end
 unit: build nfpm ## run the unit tests alone
 	@$(find_go)
 	packages=$(UNIT)
-	CGO_ENABLED=1 "$$go" test -json -race -shuffle=on -vet=off -timeout 15m $(TEST_EXEC) $$packages | $(REPORT)
+	# What packs the programs mostly waits for other programs, so it runs beside the rest, without the race detector.
+	(CGO_ENABLED=0 "$$go" test -json -vet=off -timeout 15m $(TEST_EXEC) ./images/... | $(REPORT)) & images=$$!
+	failed=
+	CGO_ENABLED=1 "$$go" test -json -race -shuffle=on -vet=off -timeout 15m $(TEST_EXEC) $$packages | $(REPORT) || failed=yes
+	wait $$images || failed=yes
+	[ -z "$$failed" ]
 
 # The suite runs some daemons with the race detector in them, which needs a C compiler.
 e2e: build ## run the end-to-end suite alone (root by sudo)
