@@ -659,9 +659,9 @@ func TestLooksAgain(t *testing.T) {
 	key := newKey(t)
 	synctest.Test(t, func(t *testing.T) {
 		u := uefi(t, key, func(c *Config) { c.URL = "https://updates.example/m" })
-		asked := 0
+		var asked atomic.Int32
 		u.client.Transport = roundTripper(func(*http.Request) (*http.Response, error) {
-			asked++
+			asked.Add(1)
 			return nil, errors.New("unreachable")
 		})
 		ctx, cancel := context.WithCancel(t.Context())
@@ -669,13 +669,13 @@ func TestLooksAgain(t *testing.T) {
 		go func() { done <- u.Run(ctx, func() bool { return false }) }()
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
-		if asked < 3 {
-			t.Errorf("asked %d times in ten minutes", asked)
+		if n := asked.Load(); n < 3 {
+			t.Errorf("asked %d times in ten minutes", n)
 		}
 		time.Sleep(10 * 24 * time.Hour)
 		synctest.Wait()
-		if asked > 30 {
-			t.Errorf("asked %d times in ten days", asked)
+		if n := asked.Load(); n > 30 {
+			t.Errorf("asked %d times in ten days", n)
 		}
 		cancel()
 		if err := <-done; err != nil {
