@@ -260,7 +260,9 @@ func (s *Server) standIn(sess *peerSession, p *port, silent, now time.Duration) 
 	}
 	sess.stoodIn++
 	sess.known.forget(id)
-	s.merged.standIn(p, id)
+	if !s.behind(id) { // else another session of the peer's is there
+		s.merged.standIn(p, id)
+	}
 }
 
 // mostStandIns bounds how many addresses are tried in a rescue, standInEvery is from one to the next.

@@ -35,14 +35,12 @@ func busyFlow(t *testing.T, s *Session) (came func() uint64, finish func()) {
 	}
 }
 
-// A gateway without an unused connection ID can not follow to another path, and the client replaces only those whose retirement it hears
-// of, which the gateway sends on the path that is dead: two paths that were validated beside the active one hold the last two.
-func TestRescueWithoutConnectionID(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t, nil)
-	a, b, c, d := w.link("a"), w.link("b"), w.link("c"), w.link("d")
-	s := w.dial(a, nil)
-	came, finish := busyFlow(t, s)
+// allLost makes a session with a busy flow whose three links, each validated, have just been cut, and a fourth one that works.
+func (w *world) allLost(t *testing.T) (s *Session, d *fakeLink, came func() uint64, finish func()) {
+	t.Helper()
+	a, b, c := w.link("a"), w.link("b"), w.link("c")
+	s = w.dial(a, nil)
+	came, finish = busyFlow(t, s)
 	for _, l := range []*fakeLink{b, c} {
 		if err := s.Standby(timeout(t, 5*time.Second), l, LinkInfo{}); err != nil {
 			t.Fatal(err)
@@ -51,6 +49,15 @@ func TestRescueWithoutConnectionID(t *testing.T) {
 	for _, l := range []*fakeLink{a, b, c} {
 		cut(l, true)
 	}
+	return s, w.link("d"), came, finish
+}
+
+// A gateway without an unused connection ID can not follow to another path, and the client replaces only those whose retirement it hears
+// of, which the gateway sends on the path that is dead: two paths that were validated beside the active one hold the last two.
+func TestRescueWithoutConnectionID(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	s, d, came, finish := w.allLost(t)
 	before, start := came(), time.Now()
 	if err := s.Repoint(d, LinkInfo{Name: "d"}, "all lost"); err != nil {
 		t.Fatal(err)
@@ -89,17 +96,7 @@ func TestRescueWithoutConnectionID(t *testing.T) {
 func TestRescueAfterLongSilence(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, nil)
-	a, b, c, d := w.link("a"), w.link("b"), w.link("c"), w.link("d")
-	s := w.dial(a, nil)
-	came, finish := busyFlow(t, s)
-	for _, l := range []*fakeLink{b, c} {
-		if err := s.Standby(timeout(t, 5*time.Second), l, LinkInfo{}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, l := range []*fakeLink{a, b, c} {
-		cut(l, true)
-	}
+	s, d, came, finish := w.allLost(t)
 	const outage = 6 * time.Second
 	<-time.After(outage) // the silence itself
 	before, start := came(), time.Now()
