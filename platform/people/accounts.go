@@ -641,18 +641,7 @@ func (s *Service) AcceptInvite(ctx context.Context, code, password, source, agen
 	if err := s.guard.try(s.reg.Now(), ofSource("invite "+source)); err != nil {
 		return nil, err
 	}
-	var p *store.Person
-	err := s.reg.Store.View(ctx, func(tx store.Tx) error {
-		t, err := tx.Ticket(ctx, hashOf(code), ticketInvite, s.reg.Now())
-		if notFound(err) {
-			return gone
-		}
-		if err != nil {
-			return err
-		}
-		p, err = tx.Person(ctx, t.Subject)
-		return err
-	})
+	p, err := s.ofTicket(ctx, code, ticketInvite, gone)
 	if err != nil {
 		return nil, err
 	}

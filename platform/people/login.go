@@ -258,12 +258,10 @@ func (s *Service) refuseLogin(ctx context.Context, p *store.Person, code, source
 	return s.reg.Refused(ctx, org, "person.login", object, code, source)
 }
 
-// SecondFactor ends a login that LogIn began, with a code of the authenticator or a recovery code. A wrong one may be tried again.
-func (s *Service) SecondFactor(ctx context.Context, ticket, code, source, agent string) (*Session, error) {
-	var p *store.Person
-	gone := unauthorized(CodeTicketGone, "log in again with your password", "this login has taken too long, or is done")
-	err := s.reg.Store.View(ctx, func(tx store.Tx) error {
-		t, err := tx.Ticket(ctx, hashOf(ticket), ticketSecond, s.reg.Now())
+// ofTicket finds the person that a ticket of a kind was made for: gone if there is no such ticket any more.
+func (s *Service) ofTicket(ctx context.Context, ticket, kind string, gone error) (p *store.Person, err error) {
+	err = s.reg.Store.View(ctx, func(tx store.Tx) error {
+		t, err := tx.Ticket(ctx, hashOf(ticket), kind, s.reg.Now())
 		if notFound(err) {
 			return gone
 		}
@@ -273,6 +271,13 @@ func (s *Service) SecondFactor(ctx context.Context, ticket, code, source, agent 
 		p, err = tx.Person(ctx, t.Subject)
 		return err
 	})
+	return p, err
+}
+
+// SecondFactor ends a login that LogIn began, with a code of the authenticator or a recovery code. A wrong one may be tried again.
+func (s *Service) SecondFactor(ctx context.Context, ticket, code, source, agent string) (*Session, error) {
+	gone := unauthorized(CodeTicketGone, "log in again with your password", "this login has taken too long, or is done")
+	p, err := s.ofTicket(ctx, ticket, ticketSecond, gone)
 	if err != nil {
 		return nil, err
 	}
