@@ -144,6 +144,21 @@ func orgError(err error, org string) error {
 	return err
 }
 
+// toChange finds a person of an organization whom by may change: nobody touches somebody whose rights are more than their own.
+func (s *Service) toChange(ctx context.Context, c *registry.Change, by *Principal, org, name string) (*store.Person, *store.PersonRole, error) {
+	if err := s.still(ctx, c, by, org, "people", Write); err != nil {
+		return nil, nil, err
+	}
+	if _, err := c.FindOrg(ctx, org); err != nil {
+		return nil, nil, err
+	}
+	p, role, err := find(ctx, c, org, name)
+	if err == nil && role != nil {
+		err = mayAssign(by, org, role.Role)
+	}
+	return p, role, err
+}
+
 // find finds a person whom org may see.
 func find(ctx context.Context, tx store.Tx, org, name string) (*store.Person, *store.PersonRole, error) {
 	p, err := tx.FindPerson(ctx, strings.ToLower(name))
@@ -362,21 +377,9 @@ func (s *Service) UpdatePerson(ctx context.Context, by *Principal, org, name str
 		}
 	}
 	err = s.transact(ctx, by, func(c *registry.Change) error {
-		if err := s.still(ctx, c, by, org, "people", Write); err != nil {
-			return err
-		}
-		if _, err := c.FindOrg(ctx, org); err != nil {
-			return err
-		}
-		p, role, err := find(ctx, c, org, name)
+		p, role, err := s.toChange(ctx, c, by, org, name)
 		if err != nil {
 			return err
-		}
-		if role != nil {
-			// Nobody touches somebody whose rights are more than their own.
-			if err := mayAssign(by, org, role.Role); err != nil {
-				return err
-			}
 		}
 		detail := map[string]any{"login": p.Login}
 		if req.Name != nil || req.Email != nil || req.Disabled != nil {
@@ -513,20 +516,9 @@ func (s *Service) DeletePerson(ctx context.Context, by *Principal, org, name str
 		return err
 	}
 	return s.transact(ctx, by, func(c *registry.Change) error {
-		if err := s.still(ctx, c, by, org, "people", Write); err != nil {
-			return err
-		}
-		if _, err := c.FindOrg(ctx, org); err != nil {
-			return err
-		}
-		p, role, err := find(ctx, c, org, name)
+		p, role, err := s.toChange(ctx, c, by, org, name)
 		if err != nil {
 			return err
-		}
-		if role != nil {
-			if err := mayAssign(by, org, role.Role); err != nil {
-				return err
-			}
 		}
 		if p.Org != org && org != Platform {
 			if err := c.DeletePersonRole(ctx, p.ID, org); err != nil {
