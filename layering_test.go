@@ -48,8 +48,11 @@ var layers = []struct {
 	{folder: "internal/policy", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/control", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/awsidentity", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/ssm", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/datagram", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/daemon", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	// Knows no table of anybody's.
+	{folder: "internal/database", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
 	// Knows connections alone: whoever dials outward may use it.
 	{folder: "internal/egress", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
 	{folder: "internal/trial", never: append([]string{"stun", "tun", "netstack"}, roles...)},
@@ -90,9 +93,9 @@ var heavy = map[string][]string{
 	"github.com/pion/turn":                {}, // tests and the laboratory only: the standard peer and the baseline
 	"github.com/pion/dtls":                {"relay"},
 	"github.com/pion/stun":                {"stun", "relay"},
-	"modernc.org/sqlite":                  {"platform/store"},
-	"github.com/pressly/goose":            {"platform/store"},
-	"github.com/jackc/pgx":                {"platform/store"},
+	"modernc.org/sqlite":                  {"internal/database"},
+	"github.com/pressly/goose":            {"internal/database"},
+	"github.com/jackc/pgx":                {"internal/database"},
 	"github.com/redis/go-redis":           {"platform/replica"},
 	"rsc.io/qr":                           {"platform/web"},
 	"github.com/danielgtaylor/huma":       {"platform/api"},

@@ -1,5 +1,6 @@
 // Package awsidentity lets a node show which AWS identity its host has: it finds the host's credentials (environment, shared profile,
 // container, instance role) and signs a request for sts:GetCallerIdentity with them, which the platform sends to STS. The secret stays here.
+// What else a host asks of AWS in its own name is signed by Authorize.
 //
 //	c, err := awsidentity.Find(ctx, awsidentity.Config{})
 //	signed, err := c.Sign(endpoint, region, map[string]string{"x-sallyway-nonce": nonce}, time.Now())
@@ -13,6 +14,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -54,6 +56,20 @@ func (c *Credentials) Sign(endpoint, region string, more map[string]string, now 
 	r := request{method: "POST", host: u.Host, path: "/", region: region, service: "sts", headers: headers, body: control.AWSQuery}
 	headers["authorization"] = r.authorization(c)
 	return control.AWSSigned{Endpoint: endpoint, Headers: headers}, nil
+}
+
+// Authorize signs a POST to the root of a service of AWS: it sets Host's, the date's and the credentials' headers beside those that req has,
+// and all of them are signed. body is what req sends.
+func (c *Credentials) Authorize(req *http.Request, body, region, service string, now time.Time) {
+	req.Header.Set("X-Amz-Date", now.UTC().Format(dateFormat))
+	if c.token != "" {
+		req.Header.Set("X-Amz-Security-Token", c.token)
+	}
+	r := request{method: req.Method, host: req.URL.Host, path: "/", region: region, service: service, headers: make(map[string]string), body: body}
+	for name := range req.Header {
+		r.headers[strings.ToLower(name)] = req.Header.Get(name)
+	}
+	req.Header.Set("Authorization", r.authorization(c))
 }
 
 // request is what is signed. headers has the date, and all of it is signed.

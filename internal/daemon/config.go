@@ -1,10 +1,13 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -28,7 +31,15 @@ const (
 type Binding struct {
 	cmd  *cobra.Command
 	keys map[string]any // key that only the file has → pointer it is decoded into
+	more Elsewhere      // nil is none
 }
+
+// Elsewhere reads settings by their flags' names from a place that the flags set so far name, and says which place in errors. No values: there
+// is no such place.
+type Elsewhere func(ctx context.Context) (place string, values map[string]string, err error)
+
+// Elsewhere adds a place that is asked last: what stands there wins over the defaults alone. A name that no flag has is an error.
+func (b *Binding) Elsewhere(read Elsewhere) { b.more = read }
 
 // Bind makes each flag of cmd also an environment variable and a key of the YAML file that --config names; it adds
 // that flag. A flag on the command line wins over the environment, that over the file, that over the default. The
@@ -64,7 +75,7 @@ func (b *Binding) FileKey(name string, target any) {
 	b.cmd.Annotations[fileKeysNote] += " " + name
 }
 
-// Source says where a flag's value comes from: "flag", "env", "file" or, for the default, "".
+// Source says where a flag's value comes from: "flag", "env", "file", "elsewhere" or, for the default, "".
 func Source(f *pflag.Flag) string {
 	if s := f.Annotations[sourceNote]; len(s) > 0 {
 		return s[0]
@@ -130,6 +141,36 @@ func (b *Binding) load(env func(string) (string, bool)) error {
 				return Usagef("%s: key %q (line %d): %w", path, name, n.Line, err)
 			}
 		}
+	}
+	return b.loadElsewhere()
+}
+
+func (b *Binding) loadElsewhere() error {
+	if b.more == nil {
+		return nil
+	}
+	ctx := b.cmd.Context()
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	place, values, err := b.more(ctx)
+	if err != nil {
+		return Usagef("%w", err)
+	}
+	flags := b.cmd.Flags()
+	for _, key := range slices.Sorted(maps.Keys(values)) {
+		name := strings.ReplaceAll(key, "_", "-")
+		f := flags.Lookup(name)
+		if f == nil || unbound(name) {
+			return Usagef("%s: unknown setting %q%s", place, key, didYouMean(name, keysOf(keysOfProgram(b.cmd.Root(), true))))
+		}
+		if f.Changed {
+			continue
+		}
+		if err := setText(f, values[key]); err != nil {
+			return Usagef("%s: %s is not a valid %s", place, key, f.Value.Type()) // not the value: it may be a secret
+		}
+		note(flags, f, "elsewhere")
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package daemon
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -218,5 +219,46 @@ func TestDidYouMean(t *testing.T) {
 		if (want == "") != (s == "") || !strings.Contains(s, want) {
 			t.Errorf("%q: %q, want %q", got, s, want)
 		}
+	}
+}
+
+func TestElsewhere(t *testing.T) {
+	t.Setenv("SALLYWAY_STANDBY", "2")
+	for _, tc := range []struct {
+		name    string
+		values  map[string]string
+		err     error
+		code    int
+		said    string
+		listen  string
+		standby int
+	}{
+		{"last before the default", map[string]string{"listen_ip": "there", "tun": "off", "name": "a, b", "standby": "7"}, nil, 0, "", "there", 2},
+		{"command line wins", map[string]string{"tun": "off"}, nil, 0, "", "default", 2},
+		{"unknown", map[string]string{"listen-pi": "hush"}, nil, 2, `unknown setting "listen-pi" (did you mean "listen-ip"?)`, "", 0},
+		{"what is no setting", map[string]string{"config": "hush"}, nil, 2, `unknown setting "config"`, "", 0},
+		{"place fails", nil, errors.New("store away"), 2, "store away", "", 0},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			u := newUp(t)
+			start, _, err := u.root.Find([]string{"up"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			start.PreRunE = nil
+			Bind(start).Elsewhere(func(context.Context) (string, map[string]string, error) {
+				if u.tun != "on" {
+					t.Error("the place is asked before flags are set")
+				}
+				return "the store", tc.values, tc.err
+			})
+			code, said := u.exec(t, "", "up", "--tun", "on", "--token", "x")
+			if code != tc.code || !strings.Contains(said, tc.said) || strings.Contains(said, "hush") {
+				t.Fatalf("exit %d, said %q; want %d with %q", code, said, tc.code, tc.said)
+			}
+			if code == 0 && (u.listen != tc.listen || u.count != tc.standby || u.tun != "on") {
+				t.Errorf("listen %q, standby %d, tun %q", u.listen, u.count, u.tun)
+			}
+		})
 	}
 }

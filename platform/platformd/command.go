@@ -17,6 +17,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
+	"sallyway/internal/ssm"
 	"sallyway/platform"
 	"sallyway/platform/audit"
 	"sallyway/platform/awsauth"
@@ -61,6 +62,9 @@ type serveOptions struct {
 	home     homeFlags
 	// redisFile is a file with the URL.
 	redisFile string
+	// parameters is the path of settings in a parameter store.
+	parameters string
+	store      ssm.Config
 }
 
 func serveCommand(sp daemon.Spec) *cobra.Command {
@@ -93,7 +97,17 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	o.home.register(f)
 	f.StringVar(&c.Redis, "redis", "", "URL of the Redis that platforms on one PostgreSQL talk through: redis://HOST:6379/0")
 	f.StringVar(&o.redisFile, "redis-file", "", "file with the Redis URL (0600), for one with a password")
-	daemon.Bind(cmd)
+	f.StringVar(&o.parameters, "config-ssm", "", "path in AWS Systems Manager's Parameter Store below which parameters have the names of these flags, such as /sallyway/eu; flags, environment and file win")
+	f.StringVar(&o.store.Region, "config-ssm-region", "", "region of that parameter store (default AWS_REGION)")
+	f.StringVar(&o.store.Endpoint, "config-ssm-endpoint", "", "URL of that parameter store (default: the region's public one)")
+	f.StringVar(&o.store.CAFile, "config-ssm-ca", "", "authorities (PEM) of that parameter store's certificate (default: the system's)")
+	daemon.Bind(cmd).Elsewhere(func(ctx context.Context) (string, map[string]string, error) {
+		if o.parameters == "" {
+			return "", nil, nil
+		}
+		values, err := ssm.Read(ctx, o.parameters, o.store)
+		return "parameter store, " + o.parameters, values, err
+	})
 	return cmd
 }
 

@@ -89,12 +89,17 @@ func Result(arn string) string {
 </GetCallerIdentityResponse>`, arn, strings.Split(arn, ":")[4])
 }
 
-// who checks the signature from what arrived.
+// who says whose identity is asked for.
 func (s *STS) who(r *http.Request) (arn, code string) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil || r.Method != http.MethodPost || r.URL.Path != "/" || string(body) != "Action=GetCallerIdentity&Version=2011-06-15" {
 		return "", "InvalidAction"
 	}
+	return s.Signed(r, body, "sts")
+}
+
+// Signed checks the signature of a POST for a service from what arrived, and says whose it is or why it is nobody's.
+func (s *STS) Signed(r *http.Request, body []byte, service string) (arn, code string) {
 	var fields [3]string
 	rest, ok := strings.CutPrefix(r.Header.Get("Authorization"), "AWS4-HMAC-SHA256 ")
 	for i, name := range []string{"Credential=", "SignedHeaders=", "Signature="} {
@@ -114,7 +119,7 @@ func (s *STS) who(r *http.Request) (arn, code string) {
 		return "", "InvalidClientTokenId"
 	}
 	at, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date"))
-	if err != nil || time.Since(at).Abs() > 15*time.Minute || at.Format("20060102") != scope[1] || scope[2] != Region || scope[3] != "sts" {
+	if err != nil || time.Since(at).Abs() > 15*time.Minute || at.Format("20060102") != scope[1] || scope[2] != Region || scope[3] != service {
 		return "", "SignatureDoesNotMatch"
 	}
 	names := strings.Split(fields[1], ";")
