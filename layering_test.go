@@ -251,7 +251,7 @@ func TestLayeringTable(t *testing.T) {
 		{"bench/a.go", "github.com/pion/turn/v5", false},
 		{"internal/lab/a.go", "github.com/quic-go/quic-go/http3", false},
 		{"platform/api/a.go", "modernc.org/sqlite", true},
-		{"platform/store/a.go", "modernc.org/sqlite", false},
+		{"internal/database/a.go", "modernc.org/sqlite", false},
 		{"gateway/a.go", "github.com/quic-go/quic-go", true},
 		{"tunnel/a.go", "github.com/quic-go/quic-go/http3", false},
 	} {

@@ -2,89 +2,91 @@ package store
 
 import (
 	"context"
-	"database/sql"
-	"errors"
+	"embed"
 	"fmt"
 	"io/fs"
-	"os"
-	"strings"
 	"time"
+
+	"sallyway/internal/database"
 )
 
-// viewTimeout ends a view whose database does not answer.
-const viewTimeout = 30 * time.Second
+// migrations are written once, in SQLite's words; see design.md.
+//
+//go:embed migrations/*.sql
+var migrations embed.FS
+
+// fleeting are what running platforms tell each other.
+var fleeting = []string{"replicas", "replica_beats", "leases"}
+
+// schema is the platform's.
+func schema() database.Schema {
+	files, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		panic(err) // it is embedded above
+	}
+	return database.Schema{Migrations: files, Program: "platformd", Fleeting: fleeting}
+}
 
 // DB is a Store in SQLite or PostgreSQL.
-type DB struct {
-	w, r    *sql.DB // to write and to read; may be the same
-	d       *dialect
-	view    *sql.TxOptions // nil is the driver's default
-	updates queue
-	backup  func(ctx context.Context, to string) error
-}
+type DB struct{ *database.DB }
 
 var _ Store = (*DB)(nil)
 
 // Config says which database.
-type Config struct {
-	// URL is empty or sqlite: for the file at Path, or that of a PostgreSQL; see PostgresConfig.
-	URL         string
-	Path        string
-	Connections int
-}
+type Config = database.Config
 
-// Replicated says whether the database can serve several platforms at once.
-func (c Config) Replicated() bool {
-	return strings.HasPrefix(c.URL, "postgres://") || strings.HasPrefix(c.URL, "postgresql://")
-}
+// PostgresConfig is where a PostgreSQL is.
+type PostgresConfig = database.PostgresConfig
 
-// Check says what is wrong with the URL, without its password.
-func (c Config) Check() error {
-	if c.URL == "" || c.URL == "sqlite:" {
-		return nil
-	}
-	if !c.Replicated() {
-		scheme, _, _ := strings.Cut(c.URL, ":") // the rest may hold a password
-		return fmt.Errorf("a database URL begins with postgres://, or is sqlite: for the file in the data folder; this one begins with %.20q", scheme)
-	}
-	_, err := parsePostgres(c.URL)
-	return err
-}
+// PostgresConnections is how many connections one platformd opens at most when it is not told otherwise.
+const PostgresConnections = database.PostgresConnections
+
+// ErrNotEmpty says that a database already holds a platform.
+var ErrNotEmpty = database.ErrNotEmpty
 
 // Open opens or makes the database, and brings its schema up to date.
 func Open(ctx context.Context, c Config) (*DB, error) {
-	if err := c.Check(); err != nil {
+	return wrap(database.Open(ctx, c, schema()))
+}
+
+// OpenSQLite opens or makes the database at path (0600) and brings its schema up to date.
+func OpenSQLite(ctx context.Context, path string) (*DB, error) {
+	return wrap(database.OpenSQLite(ctx, path, schema()))
+}
+
+// OpenPostgres opens the database, which must exist, and brings its schema up to date. Several programs may do so at once. An error that
+// ErrUnavailable wraps says what to do; none holds the password.
+func OpenPostgres(ctx context.Context, c PostgresConfig) (*DB, error) {
+	return wrap(database.OpenPostgres(ctx, c, schema()))
+}
+
+func wrap(db *database.DB, err error) (*DB, error) {
+	if err != nil {
 		return nil, err
 	}
-	if c.Replicated() {
-		return OpenPostgres(ctx, PostgresConfig{URL: c.URL, Connections: c.Connections})
-	}
-	return OpenSQLite(ctx, c.Path)
+	return &DB{db}, nil
+}
+
+// RestoreSQLite puts a backup in the place of the database at path, which no process may have open. The old database is kept
+// beside it, under the name that is returned; "" when there was none.
+func RestoreSQLite(ctx context.Context, backup, path string) (old string, err error) {
+	return database.RestoreSQLite(ctx, backup, path)
+}
+
+// RestorePostgres fills an empty PostgreSQL with a backup, or with the database of a platform that ran on SQLite and is stopped: ErrNotEmpty
+// when it holds a platform already. It is all there afterwards, or nothing.
+func RestorePostgres(ctx context.Context, backup string, to PostgresConfig) error {
+	return database.RestorePostgres(ctx, backup, to, schema())
 }
 
 // Update implements Store.
-func (s *DB) Update(ctx context.Context, fn func(Tx) error) error { return s.updates.do(ctx, fn) }
+func (s *DB) Update(ctx context.Context, fn func(Tx) error) error {
+	return s.DB.Update(ctx, func(tx *database.Tx) error { return fn(&sqlTx{tx}) })
+}
 
 // View implements Store.
 func (s *DB) View(ctx context.Context, fn func(Tx) error) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	life, cancel := context.WithTimeout(context.WithoutCancel(ctx), viewTimeout)
-	defer cancel()
-	tx, err := s.r.BeginTx(life, s.view)
-	if err != nil {
-		return s.d.translate(err)
-	}
-	defer func() { _ = tx.Rollback() }() // it only read: nothing is lost
-	return fn(&sqlTx{q: tx, d: s.d, ctx: life})
-}
-
-// SchemaVersion implements Store.
-func (s *DB) SchemaVersion(ctx context.Context) (int64, error) {
-	var v int64
-	err := s.r.QueryRowContext(ctx, `SELECT MAX(version_id) FROM goose_db_version WHERE is_applied`).Scan(&v)
-	return v, s.d.translate(err)
+	return s.DB.View(ctx, func(tx *database.Tx) error { return fn(&sqlTx{tx}) })
 }
 
 // Writable implements Store.
@@ -93,20 +95,4 @@ func (s *DB) Writable(ctx context.Context) error {
 		// A page's worth, so that a disk without any room is noticed.
 		return tx.PutMeta(ctx, "probe", fmt.Appendf(make([]byte, 0, 4096), "%04096d", time.Now().UnixNano()))
 	})
-}
-
-// Backup implements Store.
-func (s *DB) Backup(ctx context.Context, path string) error {
-	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("backup file %s: %w", path, fs.ErrExist)
-	}
-	return s.backup(ctx, path)
-}
-
-// Close implements Store.
-func (s *DB) Close() error {
-	if s.r == s.w {
-		return s.w.Close()
-	}
-	return errors.Join(s.r.Close(), s.w.Close())
 }

@@ -21,12 +21,12 @@ func (t *sqlTx) PutMeta(ctx context.Context, key string, value []byte) error {
 	return t.exec(ctx, true, `INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value`, key, value)
 }
 
-const orgColumns = `name, range4, range6, created, version, next_address, direct, direct_private`
+const orgColumns = `name, range4, range6, created, version, next_address, direct, direct_private, platform_dial`
 
 func scanOrg(r row) (*Org, error) {
 	var o Org
 	var r4, r6 string
-	if err := r.Scan(&o.Name, &r4, &r6, stamp{&o.Created}, &o.Version, &o.NextAddress, &o.Direct, &o.DirectPrivate); err != nil {
+	if err := r.Scan(&o.Name, &r4, &r6, stamp{&o.Created}, &o.Version, &o.NextAddress, &o.Direct, &o.DirectPrivate, &o.PlatformDial); err != nil {
 		return nil, err
 	}
 	var err error
@@ -40,8 +40,8 @@ func scanOrg(r row) (*Org, error) {
 }
 
 func (t *sqlTx) InsertOrg(ctx context.Context, o *Org) error {
-	return t.insert(ctx, `INSERT INTO orgs (`+orgColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
-		o.Name, o.Range4.String(), o.Range6.String(), micros(o.Created), int64(o.Version), o.NextAddress, o.Direct, o.DirectPrivate)
+	return t.insert(ctx, `INSERT INTO orgs (`+orgColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		o.Name, o.Range4.String(), o.Range6.String(), micros(o.Created), int64(o.Version), o.NextAddress, o.Direct, o.DirectPrivate, o.PlatformDial)
 }
 
 func (t *sqlTx) Org(ctx context.Context, name string) (*Org, error) {
@@ -53,8 +53,8 @@ func (t *sqlTx) Orgs(ctx context.Context, p Page) ([]*Org, error) {
 }
 
 func (t *sqlTx) UpdateOrg(ctx context.Context, o *Org) error {
-	return t.exec(ctx, true, `UPDATE orgs SET range4 = ?, range6 = ?, next_address = ?, direct = ?, direct_private = ? WHERE name = ?`,
-		o.Range4.String(), o.Range6.String(), o.NextAddress, o.Direct, o.DirectPrivate, o.Name)
+	return t.exec(ctx, true, `UPDATE orgs SET range4 = ?, range6 = ?, next_address = ?, direct = ?, direct_private = ?, platform_dial = ? WHERE name = ?`,
+		o.Range4.String(), o.Range6.String(), o.NextAddress, o.Direct, o.DirectPrivate, o.PlatformDial, o.Name)
 }
 
 func (t *sqlTx) DeleteOrg(ctx context.Context, name string) error {
@@ -219,6 +219,9 @@ func (t *sqlTx) Purge(ctx context.Context, now, old time.Time) error {
 		return err
 	}
 	if err := t.exec(ctx, false, `DELETE FROM enrolment_tokens WHERE expires < ?`, micros(old)); err != nil {
+		return err
+	}
+	if err := t.purgePlatformKeys(ctx, old); err != nil {
 		return err
 	}
 	return t.exec(ctx, false, `DELETE FROM session_ends WHERE before < ?`, micros(old))

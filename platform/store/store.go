@@ -12,11 +12,11 @@ package store
 
 import (
 	"context"
-	"errors"
 	"net/netip"
 	"slices"
 	"time"
 
+	"sallyway/internal/database"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
 )
@@ -24,11 +24,11 @@ import (
 // Errors that callers branch on.
 var (
 	// ErrNotFound says that a row does not exist.
-	ErrNotFound = errors.New("not found")
+	ErrNotFound = database.ErrNotFound
 	// ErrExists says that a name or key is taken.
-	ErrExists = errors.New("exists already")
+	ErrExists = database.ErrExists
 	// ErrUnavailable says that the database can not be written or read: disk full, read-only, damaged. The wrapped text says which.
-	ErrUnavailable = errors.New("the database is unavailable")
+	ErrUnavailable = database.ErrUnavailable
 )
 
 // Store is a database. All methods may be called concurrently.
@@ -56,6 +56,8 @@ type Org struct {
 	NextAddress    uint32 // index of the next virtual address to hand out
 	// Direct says whether sessions may leave the relay, DirectPrivate whether nodes tell each other private addresses for that.
 	Direct, DirectPrivate bool
+	// PlatformDial says whether the platform may dial gateways, where a policy allows it.
+	PlatformDial bool
 }
 
 // Authority is a CA: of an organization, or the platform's own.
@@ -115,6 +117,14 @@ type Key struct {
 	Public    []byte // SubjectPublicKeyInfo, DER
 	Enrolment int    // the node's enrolment that it belongs to
 	Created   time.Time
+	NotAfter  time.Time // of the newest leaf
+	Denied    bool
+}
+
+// PlatformKey is a key for which the platform has got a certificate to dial gateways of an organization.
+type PlatformKey struct {
+	Hash      identity.KeyHash
+	Org, Node string
 	NotAfter  time.Time // of the newest leaf
 	Denied    bool
 }
@@ -270,6 +280,9 @@ type Tx interface {
 	Keys(ctx context.Context, node string) ([]*Key, error)   // newest first
 	OrgKeys(ctx context.Context, org string) ([]*Key, error) // of deleted nodes, too; newest first
 
+	PutPlatformKey(ctx context.Context, k *PlatformKey) error              // inserts or replaces
+	PlatformKeys(ctx context.Context, org string) ([]*PlatformKey, error) // newest first
+
 	InsertEnrolmentToken(ctx context.Context, t *EnrolmentToken) error
 	// SpendEnrolmentToken marks a token as used in one statement: ErrNotFound when it is unknown, expired, used, or not for node.
 	SpendEnrolmentToken(ctx context.Context, hash [32]byte, node identity.Node, now time.Time) (*EnrolmentToken, error)
@@ -324,6 +337,6 @@ type Tx interface {
 	AppendAudit(ctx context.Context, org string, e *AuditEntry) error              // moves the head
 	Audit(ctx context.Context, org string, after int64, limit int) ([]*AuditEntry, error)
 
-	// Purge removes what is past its use at now: assertions, spent and expired tokens, ends of sessions before old.
+	// Purge removes what is past its use at now: assertions, spent and expired tokens, ends of sessions and keys of the platform from before old.
 	Purge(ctx context.Context, now, old time.Time) error
 }

@@ -1,4 +1,4 @@
-package store
+package database
 
 import (
 	"context"
@@ -29,7 +29,7 @@ var sqliteDialect = &dialect{
 }
 
 // OpenSQLite opens or makes the database at path (0600) and brings its schema up to date.
-func OpenSQLite(ctx context.Context, path string) (*DB, error) {
+func OpenSQLite(ctx context.Context, path string, schema Schema) (*DB, error) {
 	// The mode is set before SQLite makes the file, which also decides the mode of the WAL.
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -43,7 +43,7 @@ func OpenSQLite(ctx context.Context, path string) (*DB, error) {
 		return nil, err
 	}
 	w.SetMaxOpenConns(1)
-	if err := migrate(ctx, w, goose.DialectSQLite3, nil); err != nil {
+	if err := migrate(ctx, w, schema, goose.DialectSQLite3, nil); err != nil {
 		return nil, errors.Join(fmt.Errorf("database %s: %w", path, translateSQLite(err)), w.Close())
 	}
 	r, err := open(path, "deferred")

@@ -1,4 +1,4 @@
-package store
+package database
 
 import (
 	"context"
@@ -14,15 +14,15 @@ import (
 // A backup is an SQLite file whatever the database is, so that one of PostgreSQL can be restored to either. Both have the same tables, so rows
 // are copied as they are.
 
-// ErrNotEmpty says that a database already holds a platform.
+// ErrNotEmpty says that a database already holds something.
 var ErrNotEmpty = errors.New("the database is not empty")
 
-// notCopied are tables that the schema brings along, and what running platforms tell each other.
-var notCopied = []string{"goose_db_version", "update_turns", "replicas", "replica_beats", "leases"}
+// brought are tables that every schema brings along.
+var brought = []string{"goose_db_version", "update_turns"}
 
 // postgresBackup writes everything that a PostgreSQL holds to a new SQLite file.
-func postgresBackup(ctx context.Context, from *sql.DB, path string) (err error) {
-	to, err := OpenSQLite(ctx, path)
+func postgresBackup(ctx context.Context, from *sql.DB, path string, schema Schema) (err error) {
+	to, err := OpenSQLite(ctx, path, schema)
 	if err != nil {
 		return err
 	}
@@ -39,7 +39,7 @@ func postgresBackup(ctx context.Context, from *sql.DB, path string) (err error) 
 	if _, err := src.ExecContext(ctx, `SET LOCAL statement_timeout = 0`); err != nil {
 		return translatePostgres(err)
 	}
-	names, err := tables(ctx, to.r)
+	names, err := tables(ctx, to.r, schema)
 	if err != nil {
 		return err
 	}
@@ -55,9 +55,9 @@ func postgresBackup(ctx context.Context, from *sql.DB, path string) (err error) 
 	return translateSQLite(dst.Commit())
 }
 
-// RestorePostgres fills an empty PostgreSQL with a backup, or with the database of a platform that ran on SQLite and is stopped: ErrNotEmpty
-// when it holds a platform already. It is all there afterwards, or nothing.
-func RestorePostgres(ctx context.Context, backup string, to PostgresConfig) (err error) {
+// RestorePostgres fills an empty PostgreSQL with a backup, or with the database of a program that ran on SQLite and is stopped: ErrNotEmpty
+// when it holds something already. It is all there afterwards, or nothing.
+func RestorePostgres(ctx context.Context, backup string, to PostgresConfig, schema Schema) (err error) {
 	dir, err := os.MkdirTemp("", "sallyway-restore-") // 0700
 	if err != nil {
 		return err
@@ -68,16 +68,16 @@ func RestorePostgres(ctx context.Context, backup string, to PostgresConfig) (err
 	if err := copySQLite(ctx, backup, tmp); err != nil {
 		return err
 	}
-	from, err := OpenSQLite(ctx, tmp)
+	from, err := OpenSQLite(ctx, tmp, schema)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, from.Close()) }()
-	names, err := tables(ctx, from.r)
+	names, err := tables(ctx, from.r, schema)
 	if err != nil {
 		return err
 	}
-	db, err := OpenPostgres(ctx, to)
+	db, err := OpenPostgres(ctx, to, schema)
 	if err != nil {
 		return err
 	}
@@ -119,7 +119,7 @@ func fill(ctx context.Context, names []string, src, dst querier) error {
 }
 
 // tables lists the tables of an SQLite database, those that others refer to first.
-func tables(ctx context.Context, db *sql.DB) ([]string, error) {
+func tables(ctx context.Context, db *sql.DB, schema Schema) ([]string, error) {
 	texts := func(q string, args ...any) (out []string, err error) {
 		rows, err := db.QueryContext(ctx, q, args...)
 		if err != nil {
@@ -139,7 +139,7 @@ func tables(ctx context.Context, db *sql.DB) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	names = slices.DeleteFunc(names, func(n string) bool { return slices.Contains(notCopied, n) })
+	names = slices.DeleteFunc(names, func(n string) bool { return slices.Contains(brought, n) || slices.Contains(schema.Fleeting, n) })
 	needs := make(map[string][]string)
 	for _, n := range names {
 		if needs[n], err = texts(`SELECT DISTINCT "table" FROM pragma_foreign_key_list(?)`, n); err != nil {

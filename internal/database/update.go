@@ -1,4 +1,4 @@
-package store
+package database
 
 import (
 	"context"
@@ -42,7 +42,7 @@ type transaction struct {
 // request is an update that waits.
 type request struct {
 	ctx  context.Context //nolint:containedctx // of the caller that waits: it may have gone when the update's turn comes
-	fn   func(Tx) error
+	fn   func(*Tx) error
 	done chan struct{} // closed when err and panicked are set
 	err  error
 	// panicked is what fn panicked with; it goes on in the goroutine that asked.
@@ -50,7 +50,7 @@ type request struct {
 }
 
 // do runs fn in a transaction with others.
-func (w *queue) do(ctx context.Context, fn func(Tx) error) error {
+func (w *queue) do(ctx context.Context, fn func(*Tx) error) error {
 	r := &request{ctx: ctx, fn: fn, done: make(chan struct{})}
 	w.mu.Lock()
 	w.waiting = append(w.waiting, r)
@@ -140,7 +140,7 @@ func (w *queue) attempt(ctx context.Context, batch []*request, attempt int) (aga
 			r.err = err
 			continue
 		}
-		t := &sqlTx{q: tx.q, d: w.d, ctx: ctx}
+		t := &Tx{q: tx.q, d: w.d, ctx: ctx}
 		if err := t.nested(len(batch) > 1, r); err != nil {
 			return attempt == 0 && w.d.lost(err) || w.d.again(err), err
 		}
@@ -157,7 +157,7 @@ func (w *queue) attempt(ctx context.Context, batch []*request, attempt int) (aga
 }
 
 // nested runs one request of a transaction. An error ends the transaction.
-func (t *sqlTx) nested(savepoint bool, r *request) error {
+func (t *Tx) nested(savepoint bool, r *request) error {
 	if savepoint {
 		if _, err := t.q.ExecContext(t.ctx, `SAVEPOINT one`); err != nil {
 			return err

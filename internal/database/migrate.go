@@ -1,9 +1,8 @@
-package store
+package database
 
 import (
 	"context"
 	"database/sql"
-	"embed"
 	"fmt"
 	"io"
 	"io/fs"
@@ -13,17 +12,9 @@ import (
 	"github.com/pressly/goose/v3"
 )
 
-// migrations are written once, in SQLite's words; see design.md.
-//
-//go:embed migrations/*.sql
-var migrations embed.FS
-
-// migrate brings the schema up to date. words translates migrations; nil leaves them.
-func migrate(ctx context.Context, db *sql.DB, kind goose.Dialect, words func(string) string, options ...goose.ProviderOption) error {
-	files, err := fs.Sub(migrations, "migrations")
-	if err != nil {
-		return err
-	}
+// migrate brings the schema up to date. Migrations are written once, in SQLite's words; words translates them, nil leaves them.
+func migrate(ctx context.Context, db *sql.DB, schema Schema, kind goose.Dialect, words func(string) string, options ...goose.ProviderOption) error {
+	files := schema.Migrations
 	if words != nil {
 		files = translated{files, words}
 	}
@@ -36,7 +27,7 @@ func migrate(ctx context.Context, db *sql.DB, kind goose.Dialect, words func(str
 		return err
 	}
 	if have > want {
-		return fmt.Errorf("schema %d is newer than this program knows (%d): run the newer platformd, or restore a backup", have, want)
+		return fmt.Errorf("schema %d is newer than this program knows (%d): run the newer %s, or restore a backup", have, want, schema.Program)
 	}
 	if have == want {
 		return nil

@@ -1,4 +1,4 @@
-package store
+package database
 
 import (
 	"context"
@@ -20,9 +20,9 @@ import (
 
 // Limits of the connections to PostgreSQL.
 const (
-	// PostgresConnections is how many one platformd opens at most when it is not told otherwise: a few replicas fit into a server's default of 100.
+	// PostgresConnections is how many one program opens at most when it is not told otherwise: a few replicas fit into a server's default of 100.
 	PostgresConnections = 16
-	// postgresWriters is how many transactions of one platformd write at once. Those that touch the same rows wait for each other anyway.
+	// postgresWriters is how many transactions of one program write at once. Those that touch the same rows wait for each other anyway.
 	postgresWriters  = 2
 	fewestReaders    = 2
 	connectTimeout   = 5 * time.Second
@@ -50,7 +50,7 @@ type PostgresConfig struct {
 
 // OpenPostgres opens the database, which must exist, and brings its schema up to date. Several programs may do so at once. An error that
 // ErrUnavailable wraps says what to do; none holds the password.
-func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
+func OpenPostgres(ctx context.Context, cfg PostgresConfig, schema Schema) (*DB, error) {
 	c, err := parsePostgres(cfg.URL)
 	if err != nil {
 		return nil, err
@@ -59,7 +59,7 @@ func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
 		c.ConnectTimeout = connectTimeout
 	}
 	for name, value := range map[string]string{
-		"application_name": "platformd", "timezone": "UTC",
+		"application_name": schema.Program, "timezone": "UTC",
 		"statement_timeout":                   fmt.Sprint(statementTimeout.Milliseconds()),
 		"idle_in_transaction_session_timeout": fmt.Sprint(batchTimeout.Milliseconds()),
 	} {
@@ -67,7 +67,7 @@ func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
 			c.RuntimeParams[name] = value
 		}
 	}
-	if err := migratePostgres(ctx, c.Copy()); err != nil {
+	if err := migratePostgres(ctx, c.Copy(), schema); err != nil {
 		return nil, fmt.Errorf("database %s: %w", where(c), err)
 	}
 	total := cfg.Connections
@@ -79,7 +79,7 @@ func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*DB, error) {
 	}
 	w, r := pool(c, postgresWriters), pool(c, total-postgresWriters)
 	return &DB{
-		w: w, r: r, d: postgresDialect, backup: func(ctx context.Context, to string) error { return postgresBackup(ctx, r, to) },
+		w: w, r: r, d: postgresDialect, backup: func(ctx context.Context, to string) error { return postgresBackup(ctx, r, to, schema) },
 		view: &sql.TxOptions{Isolation: sql.LevelRepeatableRead, ReadOnly: true},
 		updates: queue{d: postgresDialect, lead: make(chan struct{}, postgresWriters), begin: func(ctx context.Context, attempt int) (*transaction, error) {
 			return beginPostgres(ctx, w, attempt)
@@ -122,7 +122,7 @@ func beginPostgres(ctx context.Context, db *sql.DB, attempt int) (*transaction, 
 	return &transaction{q: tx, commit: tx.Commit, rollback: tx.Rollback}, nil
 }
 
-func migratePostgres(ctx context.Context, c *pgx.ConnConfig) (err error) {
+func migratePostgres(ctx context.Context, c *pgx.ConnConfig, schema Schema) (err error) {
 	c.RuntimeParams["statement_timeout"] = "0" // a migration takes the time that it takes
 	c.RuntimeParams["idle_in_transaction_session_timeout"] = "0"
 	db := stdlib.OpenDB(*c)
@@ -134,7 +134,7 @@ func migratePostgres(ctx context.Context, c *pgx.ConnConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	return translatePostgres(migrate(ctx, db, goose.DialectPostgres, toPostgres, goose.WithSessionLocker(locker)))
+	return translatePostgres(migrate(ctx, db, schema, goose.DialectPostgres, toPostgres, goose.WithSessionLocker(locker)))
 }
 
 // where names a database without its password.
