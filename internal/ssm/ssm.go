@@ -134,7 +134,9 @@ func newReader(ctx context.Context, path string, cfg Config) (*reader, error) {
 	r.client = &http.Client{Transport: transport, Timeout: callTimeout, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	find := cfg.Find
 	if find == nil {
-		find = func(ctx context.Context) (*awsidentity.Credentials, error) { return awsidentity.Find(ctx, awsidentity.Config{}) }
+		find = func(ctx context.Context) (*awsidentity.Credentials, error) {
+			return awsidentity.Find(ctx, awsidentity.Config{})
+		}
 	}
 	var err error
 	r.credentials, err = find(ctx)
