@@ -248,6 +248,7 @@ type Page struct {
 type Tx interface {
 	PeopleTx
 	ReplicaTx
+	PlacesTx
 
 	Meta(ctx context.Context, key string) ([]byte, error)
 	PutMeta(ctx context.Context, key string, value []byte) error
