@@ -204,7 +204,7 @@ func loadSecrets(st *daemon.State) (reset, tokens [32]byte, err error) {
 
 // peerTrust is the trust in who dials. Without a usable one nobody is trusted.
 func (d *gatewayDaemon) peerTrust() *identity.Trust {
-	t, err := d.agent.Trust(identity.Client, identity.Site)
+	t, err := d.agent.Trust(identity.Client, identity.Site, identity.Platform)
 	if err != nil {
 		d.sh.Log.Error("the organization's trust is unusable", "err", err)
 		return &identity.Trust{}

@@ -151,7 +151,7 @@ func (c *ServeConfig) validate() error {
 	return nil
 }
 
-// tls lets a handshake pass with clients and sites of this gateway's organization.
+// tls lets a handshake pass with clients and sites of this gateway's organization, and with the platform as one of its nodes.
 func (c *ServeConfig) tls() *tls.Config {
 	return identity.TLSConfig(c.Certificate, true, alpn, func(chain []*x509.Certificate) error {
 		_, err := c.verify(chain)
@@ -170,8 +170,8 @@ func (c *ServeConfig) verify(chain []*x509.Certificate) (identity.Node, error) {
 	if n.Org != c.Node.Org {
 		return n, fmt.Errorf("%v is of another organization than %v", n, c.Node)
 	}
-	if n.Kind != identity.Client && n.Kind != identity.Site {
-		return n, fmt.Errorf("%v is of kind %s: only clients and sites may dial a gateway", n, n.Kind)
+	if n.Kind != identity.Client && n.Kind != identity.Site && n.Kind != identity.Platform {
+		return n, fmt.Errorf("%v is of kind %s: only clients and sites may dial a gateway, and the platform", n, n.Kind)
 	}
 	return n, nil
 }

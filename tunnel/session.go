@@ -31,7 +31,7 @@ type DialConfig struct {
 	SingleLink bool
 	// Gateway is who must answer: exactly this node, of kind gateway.
 	Gateway identity.Node
-	// Certificate returns this node's certificate: of kind client, or site for a gateway that dials.
+	// Certificate returns this node's certificate: of kind client, site for a gateway that dials, or platform.
 	Certificate func() (*tls.Certificate, error)
 	// Trust returns what the gateway's certificate is held against. It is asked in every handshake.
 	Trust func() *identity.Trust

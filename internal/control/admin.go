@@ -41,6 +41,8 @@ type Organization struct {
 	Range   []netip.Prefix `json:"range"` // virtual addresses: IPv4 and IPv6
 	Created time.Time      `json:"created"`
 	Direct  Direct         `json:"direct"`
+	// PlatformDial says whether the platform may dial gateways, for tests and webhooks, where a policy allows it.
+	PlatformDial bool `json:"platform_dial"`
 }
 
 // UpdateOrganization changes what is not nil.
@@ -48,6 +50,7 @@ type UpdateOrganization struct {
 	Range         []netip.Prefix `json:"range,omitempty" doc:"virtual IPv4 and IPv6 prefix; only while the organization is empty"`
 	Direct        *bool          `json:"direct,omitempty" doc:"whether sessions may leave the relay for a direct path"`
 	DirectPrivate *bool          `json:"direct_private,omitempty" doc:"whether nodes tell each other private addresses for direct paths"`
+	PlatformDial  *bool          `json:"platform_dial,omitempty" doc:"whether the platform may dial gateways, for tests and webhooks, where a policy allows it"`
 }
 
 // CreateOrganization makes a tenant with its own PKI.

@@ -295,15 +295,24 @@ func (s *Snapshot) Peer(n identity.Node) (Peer, bool) {
 	return Peer{}, false
 }
 
-// samePeer compares subjects: a gateway that dials is of kind site in its certificate and of kind gateway in policies.
-func samePeer(a, b identity.Node) bool {
-	if a.Kind == identity.Site {
-		a.Kind = identity.Gateway
+// Platform is the subject of rules for the platform of an organization: whoever shows a certificate of kind platform.
+func Platform(org string) identity.Node {
+	return identity.Node{Org: org, Kind: identity.Platform, ID: string(identity.Platform)}
+}
+
+// samePeer compares subjects.
+func samePeer(a, b identity.Node) bool { return subject(a) == subject(b) }
+
+// subject is how rules name who showed a certificate: a gateway that dials is of kind site there and of kind gateway in policies, and every
+// process of a platform has an id of its own.
+func subject(n identity.Node) identity.Node {
+	switch n.Kind {
+	case identity.Site:
+		n.Kind = identity.Gateway
+	case identity.Platform:
+		return Platform(n.Org)
 	}
-	if b.Kind == identity.Site {
-		b.Kind = identity.Gateway
-	}
-	return a == b
+	return n
 }
 
 func (r *Resource) matches(t Target) bool {

@@ -69,7 +69,7 @@ func (r *Registry) Bootstrap(ctx context.Context) (first bool, err error) {
 
 // createOrg makes an organization with its PKI.
 func (c *change) createOrg(ctx context.Context, name string, ranges []netip.Prefix) error {
-	o := &store.Org{Name: name, Range4: defaultRange, Range6: newULA(), Created: c.now, Version: uint64(c.now.Unix()), NextAddress: firstAddress, Direct: true}
+	o := &store.Org{Name: name, Range4: defaultRange, Range6: newULA(), Created: c.now, Version: uint64(c.now.Unix()), NextAddress: firstAddress, Direct: true, PlatformDial: true}
 	if err := setRanges(o, ranges); err != nil {
 		return err
 	}
@@ -305,7 +305,7 @@ func (r *Registry) CreateOrg(ctx context.Context, req control.CreateOrganization
 }
 
 func orgRecord(o *store.Org) *control.Organization {
-	return &control.Organization{Name: o.Name, Range: []netip.Prefix{o.Range4, o.Range6}, Created: o.Created, Direct: control.Direct{On: o.Direct, Private: o.DirectPrivate}}
+	return &control.Organization{Name: o.Name, Range: []netip.Prefix{o.Range4, o.Range6}, Created: o.Created, Direct: control.Direct{On: o.Direct, Private: o.DirectPrivate}, PlatformDial: o.PlatformDial}
 }
 
 // Org returns an organization.
@@ -366,12 +366,15 @@ func (r *Registry) UpdateOrg(ctx context.Context, name string, req control.Updat
 		if req.DirectPrivate != nil {
 			o.DirectPrivate = *req.DirectPrivate
 		}
+		if err := c.setPlatformDial(ctx, o, req.PlatformDial); err != nil {
+			return err
+		}
 		if err := c.UpdateOrg(ctx, o); err != nil {
 			return err
 		}
 		out = orgRecord(o)
 		if err := c.audit(ctx, name, "organization.update", name, audit.OK, map[string]any{
-			"range4": o.Range4.String(), "range6": o.Range6.String(), "direct": o.Direct, "direct_private": o.DirectPrivate,
+			"range4": o.Range4.String(), "range6": o.Range6.String(), "direct": o.Direct, "direct_private": o.DirectPrivate, "platform_dial": o.PlatformDial,
 		}); err != nil {
 			return err
 		}

@@ -19,7 +19,7 @@ const subjectGroup = "group"
 
 const maxMembers = 10_000
 
-// subject resolves client:NAME, gateway:NAME, group:NAME or person:LOGIN to its kind, id and nodes.
+// subject resolves client:NAME, gateway:NAME, group:NAME, person:LOGIN or platform to its kind, id and nodes.
 func subject(ctx context.Context, tx store.Tx, org, s string) (kind, id string, nodes []*store.Node, err error) {
 	kind, name, _ := strings.Cut(s, ":")
 	switch kind {
@@ -45,6 +45,11 @@ func subject(ctx context.Context, tx store.Tx, org, s string) (kind, id string, 
 		}
 		nodes, err = nodesOf(ctx, tx, g.Members)
 		return kind, g.ID, nodes, err
+	case view.SubjectPlatform:
+		if s != kind {
+			break
+		}
+		return kind, kind, []*store.Node{view.Platform(org)}, nil
 	case view.SubjectPerson:
 		p, err := findPerson(ctx, tx, org, name)
 		if err != nil {
@@ -57,7 +62,7 @@ func subject(ctx context.Context, tx store.Tx, org, s string) (kind, id string, 
 		nodes, err = nodesOf(ctx, tx, people[p.ID])
 		return kind, p.ID, nodes, err
 	}
-	return "", "", nil, invalid("body.subject", "client:NAME, gateway:NAME, group:NAME or person:LOGIN", "subject %.80q names nobody", s)
+	return "", "", nil, invalid("body.subject", "client:NAME, gateway:NAME, group:NAME, person:LOGIN or platform", "subject %.80q names nobody", s)
 }
 
 // subjectName is the reverse of subject.
@@ -68,6 +73,9 @@ func subjectName(ctx context.Context, tx store.Tx, org, kind, id string) (string
 			return "", err
 		}
 		return kind + ":" + g.Name, nil
+	}
+	if kind == view.SubjectPlatform {
+		return kind, nil
 	}
 	if kind == view.SubjectPerson {
 		p, err := tx.Person(ctx, id)
@@ -298,6 +306,8 @@ func (c *change) members(ctx context.Context, org string, names []string) (nodes
 		switch kind {
 		case subjectGroup:
 			return nil, nil, invalid("body.members", "name clients, gateways and people", "a group can not be a member of a group")
+		case view.SubjectPlatform:
+			return nil, nil, invalid("body.members", "allow it by a policy of its own: sallyway policy allow --from platform --resource R", "the platform can not be a member of a group")
 		case view.SubjectPerson:
 			people = append(people, id)
 		default:

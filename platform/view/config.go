@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -133,6 +134,9 @@ func (v *View) Snapshot(g *store.Node) *policy.Snapshot {
 			}
 		}
 	}
+	if dials := policy.Platform(v.Org.Name); peers[dials.ID] {
+		s.Peers = append(s.Peers, policy.Peer{Node: dials, Name: SubjectPlatform, Virtual: []netip.Addr{}})
+	}
 	for _, n := range v.sorted {
 		if n.ID != g.ID && n.Status == store.Active && (peers[n.ID] || n.Kind == identity.Gateway) {
 			s.Peers = append(s.Peers, policy.Peer{Node: n.Identity(), Name: n.Name, Virtual: Addresses(v.Org, n.Address)})
@@ -229,6 +233,15 @@ func (v *View) probes() []control.ProbeRelay {
 
 // relayRefs are the relays of a gateway with credentials for n under the identity as, active first. See Plan for expiry.
 func (v *View) relayRefs(n *store.Node, gateway string, as identity.Node, expiry time.Time) []control.RelayRef {
+	k := v.keys[n.ID]
+	if k == nil {
+		return v.refs(gateway, as, time.Time{}, expiry)
+	}
+	return v.refs(gateway, as, k.NotAfter, expiry)
+}
+
+// refs are the relays of a gateway, active first, with credentials for as, whose leaf ends at end; zero is no leaf, and no credentials.
+func (v *View) refs(gateway string, as identity.Node, end, expiry time.Time) []control.RelayRef {
 	out := []control.RelayRef{}
 	for _, id := range v.assignments[gateway] {
 		r, home := v.relay(id)
@@ -245,10 +258,10 @@ func (v *View) relayRefs(n *store.Node, gateway string, as identity.Node, expiry
 			}
 		}
 		// No credential outlives the node's leaf: before the node has one, or when the relay has no key, there is none.
-		if k, keys := v.keys[n.ID], home.relayKeys[id]; k != nil && len(keys) > 0 {
-			name := wire.Username{Expiry: k.NotAfter, Node: as, Flags: wire.FlagPlainData}
-			if !expiry.IsZero() && expiry.Before(k.NotAfter) {
-				name.Expiry, name.Outage = expiry, k.NotAfter
+		if keys := home.relayKeys[id]; !end.IsZero() && len(keys) > 0 {
+			name := wire.Username{Expiry: end, Node: as, Flags: wire.FlagPlainData}
+			if !expiry.IsZero() && expiry.Before(end) {
+				name.Expiry, name.Outage = expiry, end
 			}
 			ref.Username = name.String()
 			ref.Password = wire.Password(keys[0].Secret, ref.Username)

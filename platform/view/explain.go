@@ -17,10 +17,15 @@ func d4(o *store.Org) []netip.Prefix { return []netip.Prefix{o.Range4} }
 // Explain says whether subjects reach a resource, by the snapshots that the gateways get. subject is how the caller named them.
 func (v *View) Explain(subject string, nodes []*store.Node, r *store.Resource, proto policy.Proto, port uint16) control.Explanation {
 	e := control.Explanation{Rule: policy.DefaultDeny, Gateways: []string{}}
-	cli := strings.NewReplacer("client:", "--client ", "gateway:", "--from gateway:", "group:", "--from group:").Replace(subject)
+	cli := strings.NewReplacer("client:", "--client ", "gateway:", "--from gateway:", "group:", "--from group:", SubjectPlatform, "--from platform").Replace(subject)
 	if len(nodes) == 0 {
 		e.Reason = fmt.Sprintf("%s has no members", subject)
 		e.Remedy = "add a client or a gateway to the group"
+		return e
+	}
+	if subject == SubjectPlatform && !v.Org.PlatformDial {
+		e.Reason = fmt.Sprintf("organization %q does not let the platform dial its gateways", v.Org.Name)
+		e.Remedy = fmt.Sprintf("sallyway organization update %s --platform-dial on", v.Org.Name)
 		return e
 	}
 	for _, n := range nodes {

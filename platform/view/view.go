@@ -224,6 +224,15 @@ func LoadTrust(ctx context.Context, tx store.Tx, org string, now time.Time) (con
 			t.Denied = append(t.Denied, k.Hash)
 		}
 	}
+	dialling, err := tx.PlatformKeys(ctx, org)
+	if err != nil {
+		return t, err
+	}
+	for _, k := range dialling {
+		if k.Denied && k.NotAfter.Add(DeniedMargin).After(now) {
+			t.Denied = append(t.Denied, k.Hash)
+		}
+	}
 	slices.SortFunc(t.Denied, func(a, b identity.KeyHash) int { return slices.Compare(a[:], b[:]) })
 	return t, nil
 }
@@ -276,6 +285,15 @@ func deniedNodes(ctx context.Context, tx store.Tx, org string, live []*store.Nod
 		out = append(out, n.Identity())
 		if n.Kind == identity.Gateway {
 			out = append(out, site(n.Identity()))
+		}
+	}
+	dialling, err := tx.PlatformKeys(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range dialling {
+		if k.Denied && k.NotAfter.Add(DeniedMargin).After(now) {
+			out = append(out, identity.Node{Org: org, Kind: identity.Platform, ID: k.Node})
 		}
 	}
 	slices.SortFunc(out, func(a, b identity.Node) int { return strings.Compare(a.String(), b.String()) })
@@ -346,6 +364,11 @@ func (v *View) resource(r *store.Resource) policy.Resource {
 func (v *View) subjects(p *store.Policy) []identity.Node {
 	ids := []string{p.Subject}
 	switch p.SubjectKind {
+	case SubjectPlatform:
+		if !v.Org.PlatformDial {
+			return nil
+		}
+		return []identity.Node{policy.Platform(v.Org.Name)}
 	case "group":
 		g := v.groups[p.Subject]
 		if g == nil {
