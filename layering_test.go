@@ -103,6 +103,7 @@ var heavy = map[string][]string{
 	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "platform"},
 	"github.com/coreos/go-oidc":           {"platform/people/oidc"},
 	"golang.org/x/oauth2":                 {"platform/people/oidc"},
+	"golang.org/x/crypto/acme":            {"platform"},
 	"golang.org/x/crypto/argon2":          {"platform/people"},
 	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway"},
 	"github.com/coreos/go-systemd":        {"internal/daemon"},

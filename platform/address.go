@@ -16,6 +16,9 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/crypto/acme"
+	"golang.org/x/crypto/acme/autocert"
+
 	"sallyway/internal/identity"
 	"sallyway/platform/pki"
 	"sallyway/platform/registry"
@@ -24,10 +27,12 @@ import (
 // reloadInterval is how often a given certificate's file is looked at for a newer one.
 const reloadInterval = time.Minute
 
-// certificates are what the platform shows on HTTPS: the given one, read again when its file changes, or one by its own CA, made again
-// at half of its life.
+// certificates are what the platform shows on HTTPS: the given one, read again when its file changes, those obtained by ACME, or one by its
+// own CA, made again at half of its life.
 type certificates struct {
-	ca        *pki.Authority // nil with a given certificate
+	obtainer  *autocert.Manager // nil without ACME
+	domains   []string          // of the obtainer
+	ca        *pki.Authority    // nil with another certificate
 	hosts     []string
 	cert, key string
 	now       func() time.Time
@@ -77,16 +82,29 @@ func (c *certificates) get() (*tls.Certificate, error) {
 }
 
 func (c *certificates) config() *tls.Config {
-	return &tls.Config{
+	cfg := &tls.Config{
 		MinVersion:             tls.VersionTLS12, // browsers and load balancers of today; nodes ask for 1.3
 		NextProtos:             []string{"h2", "http/1.1"},
 		SessionTicketsDisabled: true,
 		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.get() },
 	}
+	if c.obtainer != nil {
+		cfg.NextProtos = append(cfg.NextProtos, acme.ALPNProto)
+		cfg.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			if hello.ServerName == "" { // a load balancer's probe, or an address instead of a name
+				hello.ServerName = c.domains[0]
+			}
+			return c.obtainer.GetCertificate(hello)
+		}
+	}
+	return cfg
 }
 
 // pin is the key hash that enrolment tokens carry: of the CA at the end of the chain, or "" when nodes can do without.
 func (c *certificates) pin(host string) (string, error) {
+	if c.obtainer != nil {
+		return "", nil // an authority may issue by another intermediate every time
+	}
 	cert, err := c.get()
 	if err != nil {
 		return "", err
@@ -131,6 +149,13 @@ func (s *Server) address(ctx context.Context) error {
 	}
 	s.url = strings.TrimSuffix(s.cfg.AdvertiseURL, "/")
 	if s.url == "" {
+		if s.cfg.ACME.On() { // the port of the address in use, at a name that has a certificate
+			_, port, err := net.SplitHostPort(listen)
+			if err != nil {
+				return err
+			}
+			listen = net.JoinHostPort(s.cfg.ACME.Domains[0], port)
+		}
 		host, guessed, err := reachable(listen)
 		if err != nil {
 			return err
@@ -145,8 +170,13 @@ func (s *Server) address(ctx context.Context) error {
 		return fmt.Errorf("advertised URL %.100q is not of the form https://host[:port]", s.url)
 	}
 	if s.https != nil {
-		s.certs = &certificates{cert: s.cfg.TLSCert, key: s.cfg.TLSKey, now: s.cfg.Now, log: s.cfg.Log.Warn}
-		if s.cfg.TLSCert == "" {
+		s.certs = &certificates{cert: s.cfg.TLSCert, key: s.cfg.TLSKey, now: s.cfg.Now, log: s.cfg.Log.Warn, domains: s.cfg.ACME.Domains}
+		switch {
+		case s.cfg.ACME.On():
+			if s.certs.obtainer, err = s.obtainer(); err != nil {
+				return err
+			}
+		case s.cfg.TLSCert == "":
 			if s.certs.ca, err = s.reg.ServerCA(ctx); err != nil {
 				return err
 			}

@@ -82,6 +82,8 @@ type Config struct {
 	AdvertiseURL string
 	// TLSCert and TLSKey are files of a certificate chain and its key; empty means a certificate by the platform's own CA.
 	TLSCert, TLSKey string
+	// ACME obtains certificates for names of the platform; the zero value does not.
+	ACME ACME
 	// DocumentLife is how long snapshots and grants are valid, KeyRotation the age at which TURN keys change: zero is 24 h.
 	DocumentLife, KeyRotation time.Duration
 	// CredentialLife is how long nodes' credentials for relays are valid while the platform is there to renew them: zero is as long as the
@@ -145,6 +147,9 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 		return nil, errors.New("a Redis is for platforms that share a PostgreSQL, and this one is alone on SQLite: leave it out, or name the database with --database")
 	case cfg.Redis != "" && cfg.AdvertiseURL == "":
 		return nil, errors.New("platforms that share a database are reached under one URL, of a load balancer or a name with several addresses: name it with --advertise-url")
+	}
+	if err := checkACME(&cfg); err != nil {
+		return nil, err
 	}
 	s := &Server{cfg: cfg, bad: make(map[string]error)}
 	if err := s.open(ctx); err != nil {
@@ -335,6 +340,9 @@ func (s *Server) Run(ctx context.Context) error {
 	g.Go(func() error { return s.people.Run(ctx) })
 	g.Go(func() error { return s.web.Run(ctx) })
 	g.Go(func() error { s.probe(ctx); return nil })
+	if s.cfg.ACME.On() {
+		g.Go(func() error { s.obtain(ctx); return nil })
+	}
 	s.cfg.Log.Info("platform serves", "url", s.url, "listen", s.cfg.Listen, "http_listen", s.cfg.HTTPListen)
 	return errors.Join(g.Wait(), s.Close())
 }

@@ -10,7 +10,10 @@ import (
 	"sallyway/platform/view"
 )
 
-// Reseal seals every CA key, TURN key, secret of people's logins and the key of access tokens anew. It is a keyring.Reseal.
+// ACMEMeta is where the platform's own certificates by ACME and their keys are kept, sealed with this label.
+const ACMEMeta = "acme"
+
+// Reseal seals the platform's own keys, every CA key, TURN key, secret of people's logins and the key of access tokens anew. It is a keyring.Reseal.
 func Reseal(ctx context.Context, tx store.Tx, from, to *pki.Sealer) error {
 	again := func(label string, b []byte) ([]byte, error) {
 		clear, err := from.Open(label, b)
@@ -19,15 +22,20 @@ func Reseal(ctx context.Context, tx store.Tx, from, to *pki.Sealer) error {
 		}
 		return to.Seal(label, clear), nil
 	}
-	if b, err := tx.Meta(ctx, accessMeta); err == nil {
-		if b, err = again(accessMeta, b); err != nil {
+	for _, key := range []string{accessMeta, ACMEMeta} {
+		b, err := tx.Meta(ctx, key)
+		if errors.Is(err, store.ErrNotFound) {
+			continue
+		}
+		if err == nil {
+			b, err = again(key, b)
+		}
+		if err == nil {
+			err = tx.PutMeta(ctx, key, b)
+		}
+		if err != nil {
 			return err
 		}
-		if err := tx.PutMeta(ctx, accessMeta, b); err != nil {
-			return err
-		}
-	} else if !errors.Is(err, store.ErrNotFound) {
-		return err
 	}
 	orgs, err := tx.Orgs(ctx, store.Page{})
 	if err != nil {
