@@ -41,6 +41,10 @@ type Organization struct {
 	Range   []netip.Prefix `json:"range"` // virtual addresses: IPv4 and IPv6
 	Created time.Time      `json:"created"`
 	Direct  Direct         `json:"direct"`
+	// Region is that of the deployment that the organization belongs to, empty where that has no name. RelayRegions are the regions whose shared
+	// relays its nodes use; empty is all.
+	Region       string   `json:"region,omitempty"`
+	RelayRegions []string `json:"relay_regions,omitempty"`
 	// PlatformDial says whether the platform may dial gateways, for tests and webhooks, where a policy allows it.
 	PlatformDial bool `json:"platform_dial"`
 }
@@ -50,6 +54,7 @@ type UpdateOrganization struct {
 	Range         []netip.Prefix `json:"range,omitempty" doc:"virtual IPv4 and IPv6 prefix; only while the organization is empty"`
 	Direct        *bool          `json:"direct,omitempty" doc:"whether sessions may leave the relay for a direct path"`
 	DirectPrivate *bool          `json:"direct_private,omitempty" doc:"whether nodes tell each other private addresses for direct paths"`
+	RelayRegions  *[]string      `json:"relay_regions,omitempty" doc:"regions whose shared relays its nodes may use; an empty list is all"`
 	PlatformDial  *bool          `json:"platform_dial,omitempty" doc:"whether the platform may dial gateways, for tests and webhooks, where a policy allows it"`
 }
 
@@ -87,9 +92,12 @@ type NodeRecord struct {
 	NotAfter *time.Time        `json:"not_after,omitempty"` // of its newest leaf
 	Virtual  []netip.Addr      `json:"virtual,omitempty"`
 	Problems []string          `json:"problems,omitempty"`
+	Places
 	// For relays.
 	Host string `json:"host,omitempty"`
 	Port uint16 `json:"port,omitempty"`
+	// Outside is what the platform found when it tried the relay as nodes reach it; nil is not tried yet, or not lately.
+	Outside *Outside `json:"outside,omitempty"`
 	// SSHPort and TLSPort are those of the last rung; 0 is none, or software that has none.
 	SSHPort uint16 `json:"ssh_port,omitempty"`
 	TLSPort uint16 `json:"tls_port,omitempty"`
@@ -115,6 +123,7 @@ type CreateNode struct {
 	Host  string           `json:"host,omitempty"`
 	Port  uint16           `json:"port,omitempty"`
 	Peers []netip.AddrPort `json:"peers,omitempty"`
+	Places
 	// Authentication is AuthToken (also "") or, for relays and gateways, AuthAWS with AWS.
 	Authentication string   `json:"authentication,omitempty"`
 	AWS            *AWSRule `json:"aws,omitempty"`
@@ -134,6 +143,7 @@ type CreatedNode struct {
 type UpdateNode struct {
 	Name *string `json:"name,omitempty"`
 	Host *string `json:"host,omitempty"`
+	UpdatePlaces
 	// From is when Host changes: not before, so that firewalls can follow. Nil is at once. Host as it is now takes an announced change back.
 	From  *time.Time        `json:"from,omitempty"`
 	Port  *uint16           `json:"port,omitempty"`
