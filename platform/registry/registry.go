@@ -103,12 +103,21 @@ type change struct {
 // update runs fn in a transaction and announces what it changed.
 func (r *Registry) update(ctx context.Context, fn func(c *change) error) error {
 	var last *change
+	first, _ := ctx.Value(beforeKey{}).(*before)
 	err := r.Store.Update(ctx, func(tx store.Tx) error {
 		last = &change{Tx: tx, r: r, now: r.Now().UTC().Truncate(time.Microsecond)}
+		if first != nil && !first.done {
+			if err := first.fn(store.Join(ctx, tx), tx, last.now); err != nil {
+				return err
+			}
+		}
 		return fn(last)
 	})
 	if err != nil {
 		return err
+	}
+	if first != nil {
+		first.done = true
 	}
 	for _, org := range last.bumped {
 		if r.Changed != nil {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"embed"
 	"fmt"
 	"io/fs"
@@ -79,13 +80,26 @@ func RestorePostgres(ctx context.Context, backup string, to PostgresConfig) erro
 	return database.RestorePostgres(ctx, backup, to, schema())
 }
 
+// joinedKey is the key of a transaction in a context; see Join.
+type joinedKey struct{}
+
+// Join returns a context with which View sees what tx does: methods that read for themselves then read inside of the transaction. It is good while
+// tx is.
+func Join(ctx context.Context, tx Tx) context.Context { return context.WithValue(ctx, joinedKey{}, tx) }
+
 // Update implements Store.
 func (s *DB) Update(ctx context.Context, fn func(Tx) error) error {
+	if ctx.Value(joinedKey{}) != nil {
+		return errors.New("a transaction inside of a transaction") // it would wait for itself
+	}
 	return s.DB.Update(ctx, func(tx *database.Tx) error { return fn(&sqlTx{tx}) })
 }
 
 // View implements Store.
 func (s *DB) View(ctx context.Context, fn func(Tx) error) error {
+	if tx, ok := ctx.Value(joinedKey{}).(Tx); ok {
+		return fn(tx)
+	}
 	return s.DB.View(ctx, func(tx *database.Tx) error { return fn(&sqlTx{tx}) })
 }
 

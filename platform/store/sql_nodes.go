@@ -68,26 +68,6 @@ func (t *sqlTx) BumpVersion(ctx context.Context, org string, floor uint64) (uint
 	return v, err
 }
 
-const authorityColumns = `org, kind, generation, certificate, key, created`
-
-func scanAuthority(r row) (*Authority, error) {
-	var a Authority
-	return &a, r.Scan(&a.Org, &a.Kind, &a.Generation, &a.Certificate, &a.Key, stamp{&a.Created})
-}
-
-func (t *sqlTx) InsertAuthority(ctx context.Context, a *Authority) error {
-	return t.insert(ctx, `INSERT INTO authorities (`+authorityColumns+`) VALUES (?, ?, ?, ?, ?, ?)`,
-		a.Org, a.Kind, a.Generation, a.Certificate, a.Key, micros(a.Created))
-}
-
-func (t *sqlTx) Authorities(ctx context.Context, org string) ([]*Authority, error) {
-	return many(ctx, t, scanAuthority, `SELECT `+authorityColumns+` FROM authorities WHERE org = ? ORDER BY kind, generation DESC`, org)
-}
-
-func (t *sqlTx) UpdateAuthorityKey(ctx context.Context, a *Authority) error {
-	return t.exec(ctx, true, `UPDATE authorities SET key = ? WHERE org = ? AND kind = ? AND generation = ?`, a.Key, a.Org, a.Kind, a.Generation)
-}
-
 const nodeColumns = `id, org, kind, name, status, host, port, peers, draining, address, enrolment, version, created, enrolled, last_seen, deleted, next_host, next_from`
 
 func scanNode(r row) (*Node, error) {
@@ -216,6 +196,9 @@ func (t *sqlTx) InsertAssertion(ctx context.Context, jti [32]byte, expires time.
 
 func (t *sqlTx) Purge(ctx context.Context, now, old time.Time) error {
 	if err := t.exec(ctx, false, `DELETE FROM assertions WHERE expires < ?`, micros(now)); err != nil {
+		return err
+	}
+	if err := t.exec(ctx, false, `DELETE FROM answers WHERE expires < ?`, micros(now)); err != nil {
 		return err
 	}
 	if err := t.exec(ctx, false, `DELETE FROM enrolment_tokens WHERE expires < ?`, micros(old)); err != nil {

@@ -63,11 +63,41 @@ type Org struct {
 // Authority is a CA: of an organization, or the platform's own.
 type Authority struct {
 	Org         string
-	Kind        string // root, tls, or the kind of leaf that it issues
-	Generation  int    // the highest is the one that issues
-	Certificate []byte // DER
-	Key         []byte // sealed
+	Kind        string // root, tls, ssh, or the kind of leaf that it issues
+	Generation  int    // counts from 1
+	Certificate []byte // DER; empty while it is requested
+	Key         []byte // sealed; empty when it is kept elsewhere, or erased
 	Created     time.Time
+
+	State AuthorityState
+	Since time.Time // of State; zero is from the beginning
+	Until time.Time // of one that retires: when the last certificate by it has ended
+	// Announced are versions of configurations, by organization: nodes that have them or higher ones pin this CA.
+	Announced map[string]uint64
+}
+
+// AuthorityState is what a CA is for now.
+type AuthorityState string
+
+// The states, in their order.
+const (
+	Requested AuthorityState = "requested" // the owner of the root is to sign its certificate
+	Next      AuthorityState = "next"      // pinned by nodes, issues nothing yet
+	Current   AuthorityState = "current"   // issues
+	Retiring  AuthorityState = "retiring"  // pinned by nodes, issues nothing any more
+	Gone      AuthorityState = "gone"      // its key is erased
+)
+
+// Pinned says whether nodes accept what it issued.
+func (a *Authority) Pinned() bool {
+	return a.State == Next || a.State == Current || a.State == Retiring
+}
+
+// ExpiryWarning is that the end of a certificate has been warned of.
+type ExpiryWarning struct {
+	Org, Subject string
+	Ends         time.Time
+	Days         int // the lowest threshold that was told
 }
 
 // Status is what an administrator decided about a node.
@@ -248,6 +278,8 @@ type Page struct {
 type Tx interface {
 	PeopleTx
 	ReplicaTx
+	TrailTx
+	FlowTx
 	PlacesTx
 
 	Meta(ctx context.Context, key string) ([]byte, error)
@@ -264,6 +296,12 @@ type Tx interface {
 	InsertAuthority(ctx context.Context, a *Authority) error
 	Authorities(ctx context.Context, org string) ([]*Authority, error) // newest generation of a kind first
 	UpdateAuthorityKey(ctx context.Context, a *Authority) error        // the sealed key alone
+	UpdateAuthority(ctx context.Context, a *Authority) error           // all but Created
+	MovingAuthorities(ctx context.Context) ([]*Authority, error)       // of all organizations, those that are next or retiring
+
+	ExpiryWarnings(ctx context.Context, org string) ([]*ExpiryWarning, error)
+	PutExpiryWarning(ctx context.Context, w *ExpiryWarning) error
+	DeleteExpiryWarning(ctx context.Context, org, subject string) error
 
 	InsertNode(ctx context.Context, n *Node) error
 	Node(ctx context.Context, id string) (*Node, error) // a deleted one, too
@@ -338,6 +376,11 @@ type Tx interface {
 	AppendAudit(ctx context.Context, org string, e *AuditEntry) error              // moves the head
 	Audit(ctx context.Context, org string, after int64, limit int) ([]*AuditEntry, error)
 
-	// Purge removes what is past its use at now: assertions, spent and expired tokens, ends of sessions and keys of the platform from before old.
+	// InsertAnswer remembers that a request with an idempotency key was carried out: ErrExists when it is known, and has not expired.
+	InsertAnswer(ctx context.Context, a *Answer) error
+	Answer(ctx context.Context, id [32]byte, now time.Time) (*Answer, error) // ErrNotFound also when it has expired
+	FinishAnswer(ctx context.Context, id [32]byte, sealed []byte) error
+
+	// Purge removes what is past its use at now: answers, assertions, spent and expired tokens, ends of sessions and keys of the platform from before old.
 	Purge(ctx context.Context, now, old time.Time) error
 }
