@@ -46,6 +46,9 @@ var layers = []struct {
 	// The contracts and the daemons' shell stand below everything.
 	{folder: "internal/identity", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/policy", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/entitlement", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
+	// The licence service knows the document alone: it and a platform meet on the wire.
+	{folder: "license", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/control", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/awsidentity", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/ssm", never: append([]string{"stun", "tun", "netstack"}, roles...)},
@@ -53,6 +56,8 @@ var layers = []struct {
 	{folder: "internal/daemon", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	// Knows no table of anybody's.
 	{folder: "internal/database", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
+	// Whoever has something to tell uses it.
+	{folder: "internal/telemetry", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	// Knows connections alone: whoever dials outward may use it.
 	{folder: "internal/egress", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
 	{folder: "internal/trial", never: append([]string{"stun", "tun", "netstack"}, roles...)},
@@ -100,7 +105,7 @@ var heavy = map[string][]string{
 	"rsc.io/qr":                           {"platform/web"},
 	"github.com/danielgtaylor/huma":       {"platform/api"},
 	"golang.org/x/crypto/ssh":             {"relay/reverse", "relay/fallback", "platform/pki"},
-	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "platform"},
+	"github.com/go-jose/go-jose":          {"internal/identity", "internal/control", "internal/policy", "internal/entitlement", "platform"},
 	"github.com/coreos/go-oidc":           {"platform/people/oidc"},
 	"golang.org/x/oauth2":                 {"platform/people/oidc"},
 	"golang.org/x/crypto/acme":            {"platform"},
@@ -109,7 +114,8 @@ var heavy = map[string][]string{
 	"github.com/coreos/go-systemd":        {"internal/daemon"},
 	"github.com/spf13":                    {"images/appliance", "internal/daemon", "internal/admin", "internal/control/agent", "internal/appliance", "cmd", "gateway", "client", "relay", "platform", "images/packages"},
 	"go.yaml.in/yaml":                     {"internal/daemon", "gateway", "internal/appliance"},
-	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control"},
+	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control", "internal/telemetry"},
+	"go.opentelemetry.io":                 {"internal/telemetry"},
 
 	"github.com/google/go-containerregistry": {"images/oci"},
 	"golang.org/x/crypto/x509roots":          {"images/oci"},
