@@ -278,6 +278,7 @@ type Page struct {
 type Tx interface {
 	PeopleTx
 	ReplicaTx
+	LicenceTx
 	TrailTx
 	FlowTx
 	PlacesTx
