@@ -76,6 +76,7 @@ func (d *gatewayDaemon) drainNow(work context.Context, stop <-chan struct{}, o d
 	d.mu.Lock()
 	d.drain = o.reason
 	d.mu.Unlock()
+	d.sh.Health.Set("drain", errors.New(o.reason))
 	d.sh.Status("draining")
 	d.sh.Log.Info("draining", "reason", o.reason, "flows", d.handler.flows.count(), "deadline", o.deadline)
 	d.srv.Drain(o.reason)

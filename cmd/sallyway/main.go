@@ -12,5 +12,6 @@ import (
 func main() {
 	root := admin.Command()
 	root.AddCommand(client.Command(), client.BenchCommand())
+	daemon.TraceCommands(root)
 	os.Exit(daemon.Main(root))
 }

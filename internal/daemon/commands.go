@@ -113,17 +113,23 @@ func DoctorCommand(spec Spec) *cobra.Command {
 	return l.bind(cmd, true)
 }
 
-// HealthcheckCommand exits with 0 if the daemon runs and is ready, and else with 1: a container's health check.
+// HealthcheckCommand exits with 0 if the daemon runs and is ready, and else with 1: a container's health check. With --live it is about the process
+// alone: whether to start it anew.
 func HealthcheckCommand(spec Spec) *cobra.Command {
 	l := &local{spec: spec}
-	return l.bind(&cobra.Command{
+	var live bool
+	cmd := &cobra.Command{
 		Use:   "healthcheck",
 		Short: "Exit with 0 if " + spec.Name + " runs and is ready",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			path, fine := "/readyz", "ready"
+			if live {
+				path, fine = "/livez", "live"
+			}
 			var doc json.RawMessage
-			err := Dial(l.state).Get(cmd.Context(), "/readyz", &doc)
+			err := Dial(l.state).Get(cmd.Context(), path, &doc)
 			var answer *AnswerError
-			if errors.As(err, &answer) {
+			if errors.As(err, &answer) && !live {
 				var r Readiness
 				if json.Unmarshal([]byte(answer.Text), &r) == nil {
 					text := "not ready"
@@ -143,10 +149,12 @@ func HealthcheckCommand(spec Spec) *cobra.Command {
 				_, err = cmd.OutOrStdout().Write(doc)
 				return err
 			}
-			_, err = fmt.Fprintln(cmd.OutOrStdout(), "ready")
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), fine)
 			return err
 		},
-	}, true)
+	}
+	cmd.Flags().BoolVar(&live, "live", false, "only whether the process works, whatever it needs: for a liveness probe")
+	return l.bind(cmd, true)
 }
 
 // VersionCommand prints the build.

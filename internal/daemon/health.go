@@ -56,6 +56,26 @@ func (h *Health) Readiness() Readiness {
 	return Readiness{Ready: len(reasons) == 0, Reasons: reasons}
 }
 
+// healthRoutes adds /readyz (does it do its work), /healthz, which is the same under the name that balancers ask for, and /livez (does the process
+// work: nothing outside of it makes this no, so that what it needs being away is no reason to start it anew).
+func healthRoutes(mux *http.ServeMux, h *Health, alive func() error) {
+	mux.Handle("GET /readyz", h)
+	mux.Handle("GET /healthz", h)
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
+		if err := alive(); err != nil {
+			writeJSON(w, http.StatusServiceUnavailable, Liveness{Reason: err.Error()})
+			return
+		}
+		writeJSON(w, http.StatusOK, Liveness{Live: true})
+	})
+}
+
+// Liveness is what /livez answers.
+type Liveness struct {
+	Live   bool   `json:"live"`
+	Reason string `json:"reason,omitempty"` // why it does not work
+}
+
 // ServeHTTP is /readyz: 200 when ready, else 503; the body says why.
 func (h *Health) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	r := h.Readiness()

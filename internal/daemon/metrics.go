@@ -41,14 +41,10 @@ func newRegistry(spec Spec) *prometheus.Registry {
 	return r
 }
 
-// metricsHandler serves /healthz (the process answers), /readyz and /metrics.
-func metricsHandler(h *Health, r *prometheus.Registry) http.Handler {
+// metricsHandler serves the daemon's health and /metrics.
+func metricsHandler(h *Health, alive func() error, r *prometheus.Registry) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		_, _ = fmt.Fprintln(w, "ok") // the peer has gone: nobody is left to tell
-	})
-	mux.Handle("GET /readyz", h)
+	healthRoutes(mux, h, alive)
 	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: readTimeout}))
 	return mux
 }

@@ -16,6 +16,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+
+	"sallyway/internal/telemetry"
 )
 
 // Options are the flags that every daemon's start command has.
@@ -23,9 +25,13 @@ type Options struct {
 	State         string   // state folder
 	LogLevel      string   // debug, info, warn, error
 	LogFormat     string   // text, json
-	MetricsListen string   // address of /healthz, /readyz and /metrics; empty is off
+	MetricsListen string   // address of /livez, /readyz, /healthz and /metrics; empty is off
 	MetricsHosts  []string // names besides IP addresses and localhost that these answer to
 	Token         TokenFlags
+	// OTLP is the URL of a collector of metrics and traces; empty is what the standard environment variables say, and off without them.
+	OTLP string
+	// TraceRatio of the traces that begin here is sampled, unless the environment says otherwise.
+	TraceRatio float64
 
 	cmd *cobra.Command // that has the flags
 }
@@ -47,8 +53,9 @@ func (o *Options) Register(cmd *cobra.Command, spec Spec) {
 	f.StringVar(&o.State, spec.stateFlag(), o.State, "state folder")
 	f.StringVar(&o.LogLevel, "log-level", o.LogLevel, "debug, info, warn or error")
 	f.StringVar(&o.LogFormat, "log-format", o.LogFormat, "text or json")
-	f.StringVar(&o.MetricsListen, "metrics-listen", o.MetricsListen, "address of /healthz, /readyz and /metrics (empty: off)")
+	f.StringVar(&o.MetricsListen, "metrics-listen", o.MetricsListen, "address of /livez, /readyz, /healthz and /metrics (empty: off)")
 	f.StringSliceVar(&o.MetricsHosts, "metrics-host", o.MetricsHosts, "name under which metrics may be asked for, besides IP addresses and localhost")
+	TelemetryFlags(f, &o.OTLP, &o.TraceRatio)
 	if !spec.NoToken {
 		o.Token.Register(f)
 	}
@@ -70,13 +77,15 @@ type Shell struct {
 	OnDrain func(ctx context.Context) error
 	// OnDrainBy is OnDrain for daemons that are told how long the old work may take; it goes with DrainByCommand.
 	OnDrainBy func(ctx context.Context, deadline time.Duration) error
-	// Alive says whether the daemon still works; while it errs, systemd's watchdog gets no sign of life. Nil means yes.
+	// Alive says whether the daemon still works; while it errs, systemd's watchdog gets no sign of life and /livez says no. It asks nobody else. Nil
+	// means yes.
 	Alive func() error
 
-	spec    Spec
-	opts    *Options
-	mux     *http.ServeMux
-	metrics net.Listener // nil when off
+	spec      Spec
+	opts      *Options
+	telemetry *telemetry.Telemetry // nil when off
+	mux       *http.ServeMux
+	metrics   net.Listener // nil when off
 
 	mu   sync.Mutex
 	stop context.CancelCauseFunc // ends Run's body; nil outside Run; guarded by mu
@@ -98,11 +107,16 @@ func Open(spec Spec, opts *Options, w io.Writer) (*Shell, error) {
 	if opts.cmd != nil {
 		warnUnknown(log, opts.cmd, os.Environ())
 	}
+	registry := newRegistry(spec)
+	tele, err := openTelemetry(spec.program(), opts.OTLP, opts.TraceRatio, registry, log)
+	if err != nil {
+		return nil, err
+	}
 	state, err := openState(opts.State, spec.Name, spec.stateFlag())
 	if err != nil {
 		return nil, err
 	}
-	s := &Shell{Log: log, State: state, Metrics: newRegistry(spec), spec: spec, opts: opts, mux: http.NewServeMux()}
+	s := &Shell{Log: log, State: state, Metrics: registry, spec: spec, opts: opts, telemetry: tele, mux: http.NewServeMux()}
 	if opts.MetricsListen != "" {
 		if s.metrics, err = net.Listen("tcp", opts.MetricsListen); err != nil {
 			return nil, errors.Join(Usagef("metrics: %w\nname a free address with --metrics-listen, or turn it off with --metrics-listen=", err), state.Close())
@@ -115,6 +129,9 @@ func Open(spec Spec, opts *Options, w io.Writer) (*Shell, error) {
 // Handle adds a handler to the control socket, as http.ServeMux does. It is called before Run. A handler that answers
 // for longer than writeTimeout moves its deadline with http.ResponseController.
 func (s *Shell) Handle(pattern string, h http.Handler) { s.mux.Handle(pattern, h) }
+
+// Tracer makes the daemon's spans; it is nil, which makes none, where no collector is configured.
+func (s *Shell) Tracer() *telemetry.Tracer { return s.telemetry.Tracer() }
 
 // MetricsAddr returns where metrics are served, nil when off.
 func (s *Shell) MetricsAddr() net.Addr {
@@ -144,7 +161,7 @@ func (s *Shell) routes() {
 		}
 		writeJSON(w, http.StatusOK, checks)
 	})
-	s.mux.Handle("GET /readyz", &s.Health)
+	healthRoutes(s.mux, &s.Health, s.alive)
 	s.mux.HandleFunc("POST /down", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, http.StatusAccepted, struct {
 			PID int `json:"pid"`
@@ -216,8 +233,9 @@ func (s *Shell) Run(ctx context.Context, body func(ctx context.Context) error) e
 	if s.metrics != nil {
 		s.Log.Info("metrics", "listen", s.metrics.Addr().String())
 		names := s.opts.MetricsHosts
-		server("metrics", CheckHost(metricsHandler(&s.Health, s.Metrics), names...), s.metrics)
+		server("metrics", CheckHost(metricsHandler(&s.Health, s.alive, s.Metrics), names...), s.metrics)
 	}
+	g.Go(func() error { return s.telemetry.Run(servers) })
 	g.Go(func() error { s.watchdog(servers); return nil })
 	g.Go(func() error {
 		select {
@@ -265,6 +283,14 @@ func (s *Shell) notify(state string) {
 	}
 }
 
+// alive says whether the daemon still works.
+func (s *Shell) alive() error {
+	if s.Alive == nil {
+		return nil
+	}
+	return s.Alive()
+}
+
 // watchdog gives systemd a sign of life at half the interval that it asks for.
 func (s *Shell) watchdog(ctx context.Context) {
 	interval, err := sd.SdWatchdogEnabled(false)
@@ -277,9 +303,7 @@ func (s *Shell) watchdog(ctx context.Context) {
 	t := time.NewTicker(interval / 2)
 	defer t.Stop()
 	for {
-		if s.Alive == nil {
-			s.notify(sd.SdNotifyWatchdog)
-		} else if err := s.Alive(); err == nil {
+		if err := s.alive(); err == nil {
 			s.notify(sd.SdNotifyWatchdog)
 		} else {
 			s.Log.Error("the watchdog gets no sign of life", "error", err)

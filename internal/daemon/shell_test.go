@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -288,7 +289,15 @@ func TestForeignUserIsRefused(t *testing.T) {
 }
 
 func TestMetrics(t *testing.T) {
-	sh, stop := start(t, t.TempDir(), nil)
+	var stuck atomic.Bool
+	sh, stop := start(t, t.TempDir(), func(sh *Shell) {
+		sh.Alive = func() error {
+			if stuck.Load() {
+				return errors.New("stuck")
+			}
+			return nil
+		}
+	})
 	base := "http://" + sh.MetricsAddr().String()
 	get := func(path, host string) (int, string) {
 		t.Helper()
@@ -309,15 +318,30 @@ func TestMetrics(t *testing.T) {
 		}
 		return res.StatusCode, string(b)
 	}
-	if code, body := get("/healthz", ""); code != 200 || body != "ok\n" {
-		t.Fatalf("healthz: %d %q", code, body)
+	for _, path := range []string{"/readyz", "/healthz"} {
+		if code, body := get(path, ""); code != 503 || !strings.Contains(body, "starting") {
+			t.Fatalf("%s: %d %q", path, code, body)
+		}
 	}
-	if code, body := get("/readyz", ""); code != 503 || !strings.Contains(body, "starting") {
-		t.Fatalf("readyz: %d %q", code, body)
+	if code, body := get("/livez", ""); code != 200 || !strings.Contains(body, `"live": true`) {
+		t.Fatalf("livez before it is ready: %d %q", code, body)
 	}
 	sh.Ready("")
-	if code, _ := get("/readyz", ""); code != 200 {
-		t.Fatalf("readyz when ready: %d", code)
+	for _, path := range []string{"/readyz", "/healthz"} {
+		if code, _ := get(path, ""); code != 200 {
+			t.Fatalf("%s when ready: %d", path, code)
+		}
+	}
+	sh.Health.Set("database", errors.New("the disk is full"))
+	if code, body := get("/healthz", ""); code != 503 || !strings.Contains(body, "the disk is full") {
+		t.Fatalf("healthz with a condition: %d %q", code, body)
+	}
+	if code, _ := get("/livez", ""); code != 200 {
+		t.Fatalf("livez with a condition: %d", code)
+	}
+	stuck.Store(true)
+	if code, body := get("/livez", ""); code != 503 || !strings.Contains(body, "stuck") {
+		t.Fatalf("livez of a daemon that does not work: %d %q", code, body)
 	}
 	code, body := get("/metrics", "localhost:1")
 	for _, want := range []string{`sallyway_build_info{`, "go_goroutines", "process_resident_memory_bytes"} {

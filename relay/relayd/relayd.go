@@ -211,6 +211,7 @@ func (d *relayDaemon) outage() bool {
 }
 
 func (d *relayDaemon) drain(srv *relay.Server) {
+	d.sh.Health.Set("drain", errors.New("the relay drains: its nodes move to others"))
 	d.sh.Status("draining")
 	ctx, cancel := context.WithTimeout(context.Background(), d.opts.drain)
 	defer cancel()
