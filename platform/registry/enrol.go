@@ -164,6 +164,9 @@ func (c *change) mayEnrol(ctx context.Context, n *store.Node, reqs *requests, ag
 	case k.Denied:
 		return refuse(http.StatusForbidden, CodeKeyDenied, "remove the key from the node's state folder, so that it makes a new one", "this key of %s %q was revoked", n.Kind, n.Name)
 	}
+	if n.Enrolled.IsZero() {
+		return c.room(ctx, n.Org, n.Kind, true)
+	}
 	return nil
 }
 

@@ -245,6 +245,9 @@ func (r *Registry) CreateNodeOf(ctx context.Context, org string, kind identity.K
 			return err
 		}
 		n := &store.Node{
+		if err := c.room(ctx, org, kind, false); err != nil {
+			return err
+		}
 			ID: identity.NewID(kind), Org: org, Kind: kind, Name: req.Name, Status: store.Active, Host: req.Host, Port: req.Port, Peers: req.Peers, Created: c.now,
 		}
 		if kind != identity.Relay {

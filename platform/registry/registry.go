@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"sallyway/internal/control"
+	"sallyway/internal/entitlement"
 	"sallyway/internal/identity"
 	"sallyway/platform/audit"
 	"sallyway/platform/awsauth"
@@ -45,6 +46,9 @@ type Registry struct {
 
 	access accessKey
 	failed aggregate
+	// LicenceTrust are the keys of issuers of licences; without any no licence can be installed, and nothing is limited.
+	LicenceTrust entitlement.Trust
+
 	places places
 	// nextMove is when the next announced address of a relay comes into force, in Unix microseconds; 0 is not known or never.
 	nextMove atomic.Int64
