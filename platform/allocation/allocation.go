@@ -1,9 +1,13 @@
 // Package allocation decides which relays a gateway holds its legs on: an active one and a standby. It does no I/O and reads no clock: the
 // same facts and the same Memory give the same answer on every replica.
 //
-// Nothing moves without need. A relay keeps its places until it drains, is silent for Patience, is deleted, or is excluded. A free place goes,
-// in this order, to a relay of another failure domain than the gateway's other relay; a healthy one before a degraded one; a preferred one; one
-// of those whose round trip is alike to the shortest (see Tolerance); of these, the least loaded; and by a hash that spreads equals evenly.
+// Nothing moves without need. A relay keeps its places until it drains, is silent for Patience, is out (see Relay.Out), or is excluded. A free
+// place goes, in this order, to a relay of another failure domain than the gateway's other relay; a healthy one before a degraded one; one
+// without a doubt; a preferred one; one of those whose round trip is alike to the shortest (see Tolerance); of these, the least loaded; and by a
+// hash that spreads equals evenly.
+//
+// A pin is strict while the relay is usable, and no more: while it is not, the gateway has what it would have without the pin, and the reason
+// says so; when it is usable again the gateway returns to it at once. A relay that is excluded is never given, even where that leaves none.
 //
 // What is only better is left for what is better by far (see Margin), for Long without a break, and not by more than a share of the gateways
 // at a time (see movesPerMinute). So a relay that comes back fills up slowly: standby places first, which no session notices, then roles are swapped.
@@ -15,6 +19,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -49,13 +54,26 @@ type Relay struct {
 	Draining          bool
 	// Silent is for how long it has been unreachable; zero means that it is reachable.
 	Silent time.Duration
+	// Doubt is why it may be of no use although it is there, such as that it was not reached from outside. It is a hint: gateways that have the relay
+	// keep it, others get it only where there is none without a doubt. "" is none.
+	Doubt string
+	// Out is why nobody may have it: deleted, disabled. Such a relay is there for the sake of reasons. "" is a candidate.
+	Out string
 	// Load is what it carries besides the places that this package counts, in places.
 	Load float64
 }
 
-func (r *Relay) takes() bool { return (r.Healthy || r.Degraded) && !r.Draining && r.Silent == 0 }
+// What Relay.Out says of relays that an administrator took away.
+const (
+	Deleted  = "deleted"
+	Disabled = "disabled"
+)
 
-func (r *Relay) keeps() bool { return !r.Draining && r.Silent < Patience }
+func (r *Relay) takes() bool {
+	return r.Out == "" && (r.Healthy || r.Degraded) && !r.Draining && r.Silent == 0
+}
+
+func (r *Relay) keeps() bool { return r.Out == "" && !r.Draining && r.Silent < Patience }
 
 func (r *Relay) healthy() bool { return r.Healthy && r.takes() }
 
@@ -239,7 +257,7 @@ func (r *run) fill(g *Gateway) {
 	var last *Relay
 	for _, id := range r.in.Current[g.ID] {
 		relay := r.byID[id]
-		if relay != nil && !slices.Contains(g.Exclude, id) && (last == nil || relay.Silent < last.Silent) {
+		if relay != nil && relay.Out == "" && !slices.Contains(g.Exclude, id) && (last == nil || relay.Silent < last.Silent) {
 			last = relay
 		}
 	}
@@ -254,7 +272,7 @@ func (r *run) left(g *Gateway, ps []place) (out []string) {
 		relay := r.byID[id]
 		switch {
 		case relay == nil:
-			out = append(out, "moved from a relay that was deleted or disabled")
+			out = append(out, "moved from a relay that is gone")
 		case has(ps, relay):
 		case slices.Contains(g.Exclude, id):
 			out = append(out, fmt.Sprintf("moved from %s: excluded", relay.name()))
@@ -268,6 +286,8 @@ func (r *run) left(g *Gateway, ps []place) (out []string) {
 // state is in words.
 func (r *Relay) state() string {
 	switch {
+	case r.Out != "":
+		return r.Out
 	case r.Draining:
 		return "draining"
 	case r.Silent > 0:
@@ -317,16 +337,43 @@ func (r *run) result() map[string]Assignment {
 				m.came = append(m.came, before[k])
 			}
 		}
+		if missing := r.missing(g, ps); missing != "" {
+			a.Why[0] += "; " + missing
+		}
 		r.next.gateways[g.ID] = m
 		out[g.ID] = a
 	}
 	return out
 }
 
+// missing says of the pins of a gateway that it has not why, "" where it has them, or as many as it can.
+func (r *run) missing(g *Gateway, ps []place) string {
+	var out []string
+	for i, id := range g.Pin {
+		relay := r.byID[id]
+		switch {
+		case i >= Legs:
+		case relay == nil:
+			out = append(out, "a pinned relay is gone")
+		case has(ps, relay):
+		case slices.Contains(g.Exclude, id):
+			out = append(out, relay.name()+" is pinned and excluded")
+		default:
+			out = append(out, fmt.Sprintf("%s is pinned, but %s", relay.name(), relay.state()))
+		}
+	}
+	return strings.Join(out, "; ")
+}
+
 func (r *run) noneWhy(g *Gateway) string {
 	for _, t := range r.takers {
 		if slices.Contains(g.Exclude, t.ID) {
 			return "none: every usable relay is excluded for this gateway; exclude fewer, or add a relay"
+		}
+	}
+	for i := range r.in.Relays {
+		if out := r.in.Relays[i].Out; out != "" && out != Deleted && out != Disabled {
+			return fmt.Sprintf("none: no relay is usable, and %s is %s; start one, or add one", r.in.Relays[i].name(), out)
 		}
 	}
 	return "none: no relay is usable; start one, or add one"

@@ -65,7 +65,7 @@ func (r *run) better(g *Gateway, ps []place) []place {
 	if shares(a.Relay, s.Relay) {
 		var apart []*Relay
 		for _, c := range r.takers {
-			if c.Healthy && !shares(a.Relay, c) {
+			if c.Healthy && c.Doubt == "" && !shares(a.Relay, c) {
 				apart = append(apart, c)
 			}
 		}
@@ -99,7 +99,7 @@ func (r *run) bestOver(g *Gateway, had *Relay, ps []place, ok func(*Relay) bool)
 
 // worth says why a gateway should move from a relay that it may keep to another one, "" for no reason.
 func (r *run) worth(g *Gateway, had, c *Relay) string {
-	if !c.healthy() {
+	if !c.healthy() || c.Doubt != "" {
 		return ""
 	}
 	if len(g.Prefer) > 0 {
@@ -138,7 +138,7 @@ func (r *run) rebalance() {
 		return cmp.Compare(r.places[a]+r.active[a], r.places[b]+r.active[b])
 	})
 	for _, to := range emptiest {
-		if !to.Healthy {
+		if !to.Healthy || to.Doubt != "" {
 			continue
 		}
 		if r.due(to, r.places[to], places, mostPlaces, r.was.light, r.next.light) {

@@ -29,6 +29,7 @@ func (r *run) choose(g *Gateway, from []*Relay, ps []place, active bool) (*Relay
 		}
 	}
 	free, _ = narrow(free, (*Relay).healthy)
+	free, _ = narrow(free, func(c *Relay) bool { return c.Doubt == "" })
 	if preferred, ok := narrow(free, func(c *Relay) bool { return slices.Contains(g.Prefer, c.ID) }); ok && len(g.Prefer) > 0 {
 		free, why = preferred, append(why, "preferred")
 	}
@@ -59,6 +60,9 @@ func (r *run) choose(g *Gateway, from []*Relay, ps []place, active bool) (*Relay
 	}
 	if !best.Healthy {
 		why = append(why, "degraded, as no healthy one is free")
+	}
+	if best.Doubt != "" {
+		why = append(why, best.Doubt+", but no better one is free")
 	}
 	return best, strings.Join(why, ", ")
 }

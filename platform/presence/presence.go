@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"sallyway/internal/control"
+	"sallyway/internal/identity"
 	"sallyway/platform/store"
 )
 
@@ -25,10 +26,37 @@ type Beat struct {
 	control.Heartbeat
 }
 
-// Board holds the beats. The zero value is empty and usable; methods may be called concurrently.
+// Board holds the beats, and what was found of relays from outside. The zero value is empty and usable; methods may be called concurrently.
 type Board struct {
-	mu    sync.Mutex
-	beats map[string]Beat // by node id; guarded by mu
+	mu      sync.Mutex
+	beats   map[string]Beat            // by node id; guarded by mu
+	outside map[string]control.Outside // by relay id; guarded by mu; the map is replaced, never changed
+}
+
+// OutsideLife is how long what was found from outside counts: whoever looks does so every half minute.
+const OutsideLife = 3 * time.Minute
+
+// SetOutside replaces what was found from outside. The board keeps the map.
+func (b *Board) SetOutside(found map[string]control.Outside) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.outside = found
+}
+
+// Outside is what was found of a relay from outside, false when it was not tried lately.
+func (b *Board) Outside(id string, now time.Time) (control.Outside, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	o, ok := b.outside[id]
+	return o, ok && now.Sub(o.At) < OutsideLife
+}
+
+// Doubt is why a relay may be of no use although its heartbeats arrive, and what helps; "" is none.
+func (b *Board) Doubt(id string, now time.Time) (why, remedy string) {
+	if o, ok := b.Outside(id, now); ok && (o.State == control.OutsideUnreached || o.State == control.OutsidePartly) {
+		return o.Why, o.Remedy
+	}
+	return "", ""
 }
 
 // Put records a heartbeat.
@@ -87,8 +115,19 @@ func (b *Board) LastSeen(n *store.Node) time.Time {
 	return n.LastSeen
 }
 
-// State is what the platform knows of a node's life.
+// State is what the platform knows of a node's life: what it says, and of a relay also what was found from outside.
 func (b *Board) State(n *store.Node, now time.Time) control.NodeState {
+	s := b.Said(n, now)
+	if s == control.StateHealthy && n.Kind == identity.Relay {
+		if why, _ := b.Doubt(n.ID, now); why != "" {
+			return control.StateDegraded
+		}
+	}
+	return s
+}
+
+// Said is a node's life by its heartbeats and by what administrators decided.
+func (b *Board) Said(n *store.Node, now time.Time) control.NodeState {
 	switch {
 	case n.Status == store.Disabled:
 		return control.StateDisabled

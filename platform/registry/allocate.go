@@ -2,8 +2,11 @@ package registry
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -11,6 +14,7 @@ import (
 	"sallyway/internal/identity"
 	"sallyway/platform/allocation"
 	"sallyway/platform/store"
+	"sallyway/platform/view"
 )
 
 // places is what this process remembers of decisions about relays, by organization: what waits to be better for long enough, and the reasons.
@@ -94,28 +98,12 @@ func (r *Registry) Allocate(ctx context.Context, org string, started time.Time) 
 func (r *Registry) decide(ctx context.Context, read func(context.Context, func(store.Tx) error) error, org string, started time.Time) (*decision, error) {
 	d := new(decision)
 	err := read(ctx, func(tx store.Tx) error {
-		nodes, err := tx.Nodes(ctx, org, "", store.Page{})
+		in, err := r.facts(ctx, tx, org, started)
 		if err != nil {
 			return err
 		}
-		shared, err := tx.Nodes(ctx, identity.SharedOrg, identity.Relay, store.Page{})
-		if err != nil {
-			return err
-		}
-		if d.current, err = tx.Assignments(ctx, org); err != nil {
-			return err
-		}
-		in := allocation.Input{Now: r.Now(), Current: d.current}
-		for _, n := range slices.Concat(nodes, shared) {
-			switch {
-			case n.Status != store.Active:
-			case n.Kind == identity.Gateway:
-				in.Gateways = append(in.Gateways, r.wants(n))
-			case n.Kind == identity.Relay && !n.Enrolled.IsZero():
-				in.Relays = append(in.Relays, r.candidate(n, started))
-			}
-		}
-		d.want, d.memory = allocation.Decide(in, r.places.recall(org))
+		d.current = in.Current
+		d.want, d.memory = allocation.Decide(*in, r.places.recall(org))
 		d.same = true
 		for g, a := range d.want {
 			d.same = d.same && slices.Equal(a.Relays, d.current[g])
@@ -125,9 +113,87 @@ func (r *Registry) decide(ctx context.Context, read func(context.Context, func(s
 	return d, err
 }
 
+// facts are what is known of an organization's gateways, and of the relays that they may have or wish.
+func (r *Registry) facts(ctx context.Context, tx store.Tx, org string, started time.Time) (*allocation.Input, error) {
+	nodes, err := tx.Nodes(ctx, org, "", store.Page{})
+	if err != nil {
+		return nil, err
+	}
+	shared, err := tx.Nodes(ctx, identity.SharedOrg, identity.Relay, store.Page{})
+	if err != nil {
+		return nil, err
+	}
+	in := &allocation.Input{Now: r.Now()}
+	if in.Current, err = tx.Assignments(ctx, org); err != nil {
+		return nil, err
+	}
+	wishes, err := tx.Wishes(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	region, err := tx.OrgRegion(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	sharing, err := view.LoadSharing(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
+	there := make(map[string]bool)
+	for _, n := range slices.Concat(nodes, shared) {
+		switch {
+		case n.Kind == identity.Gateway && n.Status == store.Active:
+			in.Gateways = append(in.Gateways, r.wants(n, wishes[n.ID]))
+		case n.Kind == identity.Relay && !n.Enrolled.IsZero():
+			c := r.candidate(n, started)
+			if w := wishes[n.ID]; w != nil {
+				c.Region, c.Domain = w.Region, w.Domain
+			}
+			if n.Org == identity.SharedOrg {
+				c.Region, c.Domain = sharing.Region(n.ID), sharing.Domain(n.ID)
+				if c.Out == "" && !sharing.Allows(region.Relays, n.ID) {
+					c.Out = fmt.Sprintf("in %s, and the organization allows shared relays in %s only", orUnknown(c.Region), strings.Join(region.Relays, ", "))
+				}
+			}
+			in.Relays, there[n.ID] = append(in.Relays, c), true
+		}
+	}
+	return in, r.gone(ctx, tx, in, there)
+}
+
+// gone adds relays that gateways have or wish although there are none any more, for the sake of reasons.
+func (r *Registry) gone(ctx context.Context, tx store.Tx, in *allocation.Input, there map[string]bool) error {
+	var ids []string
+	for i := range in.Gateways {
+		g := &in.Gateways[i]
+		for _, id := range slices.Concat(g.Pin, in.Current[g.ID]) {
+			if !there[id] {
+				ids, there[id] = append(ids, id), true
+			}
+		}
+	}
+	for _, id := range ids {
+		c := allocation.Relay{ID: id, Name: id, Out: allocation.Deleted}
+		n, err := tx.Node(ctx, id)
+		switch {
+		case err == nil && n.Deleted.IsZero():
+			c.Name, c.Out = n.Name, "not enrolled yet"
+		case err == nil:
+			c.Name = n.Name
+		case !errors.Is(err, store.ErrNotFound):
+			return err
+		}
+		in.Relays = append(in.Relays, c)
+	}
+	return nil
+}
+
 // wants is what allocation is told of a gateway.
-func (r *Registry) wants(n *store.Node) allocation.Gateway {
+func (r *Registry) wants(n *store.Node, w *store.Wishes) allocation.Gateway {
 	g := allocation.Gateway{ID: n.ID}
+	if w != nil {
+		g.Region, g.Pin, g.Exclude, g.Prefer = w.Region, w.Pin, w.Exclude, w.Prefer
+	}
 	if beat, ok := r.Board.Get(n.ID); ok {
 		g.RTT = beat.RelayRTT
 	}
@@ -138,7 +204,18 @@ func (r *Registry) wants(n *store.Node) allocation.Gateway {
 func (r *Registry) candidate(n *store.Node, started time.Time) allocation.Relay {
 	now := r.Now()
 	c := allocation.Relay{ID: n.ID, Name: n.Name}
-	switch r.Board.State(n, now) {
+	switch n.Status {
+	case store.Disabled:
+		c.Out = allocation.Disabled
+		return c
+	case store.Revoked:
+		c.Out = "revoked"
+		return c
+	}
+	if why, _ := r.Board.Doubt(n.ID, now); why != "" {
+		c.Doubt = why
+	}
+	switch r.Board.Said(n, now) {
 	case control.StateHealthy:
 		c.Healthy = true
 	case control.StateDegraded:

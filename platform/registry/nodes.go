@@ -30,6 +30,7 @@ type lookups struct {
 	rungs    map[string]*store.RelayRungs
 	assigned map[string][]string // ids of relays, by gateway
 	names    map[string]string   // of relays by id, "" for a deleted one
+	wishes   map[string]*store.Wishes
 }
 
 func (l *lookups) relayRungs(ctx context.Context, tx store.Tx, org string) (_ map[string]*store.RelayRungs, err error) {
@@ -122,7 +123,7 @@ func (r *Registry) recordBy(ctx context.Context, tx store.Tx, o *store.Org, n *s
 			rec.RelayReasons = why
 		}
 	}
-	return rec, nil
+	return rec, r.fillPlaces(ctx, tx, n, rec, l)
 }
 
 // Nodes lists the nodes of a kind.
@@ -244,10 +245,10 @@ func (r *Registry) CreateNodeOf(ctx context.Context, org string, kind identity.K
 		if err != nil {
 			return err
 		}
-		n := &store.Node{
 		if err := c.room(ctx, org, kind, false); err != nil {
 			return err
 		}
+		n := &store.Node{
 			ID: identity.NewID(kind), Org: org, Kind: kind, Name: req.Name, Status: store.Active, Host: req.Host, Port: req.Port, Peers: req.Peers, Created: c.now,
 		}
 		if kind != identity.Relay {
@@ -269,6 +270,9 @@ func (r *Registry) CreateNodeOf(ctx context.Context, org string, kind identity.K
 			}
 		}
 		detail := map[string]any{"name": n.Name, "host": n.Host}
+		if err := c.setPlaces(ctx, n, created(req.Places), detail); err != nil {
+			return err
+		}
 		if req.Authentication == control.AuthAWS {
 			if err := c.setAWS(ctx, n, req.AWS, detail); err != nil {
 				return err
@@ -471,6 +475,9 @@ func (r *Registry) UpdateNode(ctx context.Context, org string, kind identity.Kin
 			}
 			n.Peers = *req.Peers
 			detail["peers"] = n.Peers
+		}
+		if err := c.setPlaces(ctx, n, req.UpdatePlaces, detail); err != nil {
+			return nil, err
 		}
 		if err := c.updateAuthentication(ctx, n, req, detail); err != nil {
 			return nil, err
@@ -718,6 +725,9 @@ func (r *Registry) TURNCredential(ctx context.Context, org, relay string, req co
 		client, err := c.FindNode(ctx, org, identity.Client, req.Client)
 		if err != nil {
 			return notFound(err, "client", req.Client, org)
+		}
+		if err := c.mayShare(ctx, org, n); err != nil {
+			return err
 		}
 		if client.Status != store.Active || n.Status != store.Active {
 			return refuse(http.StatusConflict, control.CodeConflict, "enable both first", "relay %q is %s, client %q is %s", n.Name, n.Status, client.Name, client.Status)

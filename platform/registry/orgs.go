@@ -79,6 +79,11 @@ func (c *change) createOrg(ctx context.Context, name string, ranges []netip.Pref
 		}
 		return err
 	}
+	if c.r.Region != "" {
+		if err := c.PutOrgRegion(ctx, &store.OrgRegion{Org: name, Region: c.r.Region}); err != nil {
+			return err
+		}
+	}
 	root, err := pki.NewRoot(name, c.now)
 	if err != nil {
 		return err
@@ -298,14 +303,17 @@ func (r *Registry) CreateOrg(ctx context.Context, req control.CreateOrganization
 		if err != nil {
 			return err
 		}
-		out = orgRecord(o)
+		if out, err = orgRecord(ctx, c.Tx, o); err != nil {
+			return err
+		}
 		return c.bump(ctx, req.Name)
 	})
 	return out, err
 }
 
-func orgRecord(o *store.Org) *control.Organization {
-	return &control.Organization{Name: o.Name, Range: []netip.Prefix{o.Range4, o.Range6}, Created: o.Created, Direct: control.Direct{On: o.Direct, Private: o.DirectPrivate}, PlatformDial: o.PlatformDial}
+func orgRecord(ctx context.Context, tx store.Tx, o *store.Org) (*control.Organization, error) {
+	out := &control.Organization{Name: o.Name, Range: []netip.Prefix{o.Range4, o.Range6}, Created: o.Created, Direct: control.Direct{On: o.Direct, Private: o.DirectPrivate}, PlatformDial: o.PlatformDial}
+	return out, regionRecord(ctx, tx, out)
 }
 
 // Org returns an organization.
@@ -314,7 +322,7 @@ func (r *Registry) Org(ctx context.Context, name string) (*control.Organization,
 	err := r.Store.View(ctx, func(tx store.Tx) error {
 		o, err := findOrg(ctx, tx, name)
 		if err == nil {
-			out = orgRecord(o)
+			out, err = orgRecord(ctx, tx, o)
 		}
 		return err
 	})
@@ -336,7 +344,11 @@ func (r *Registry) Orgs(ctx context.Context, p store.Page) (*control.List[contro
 		os = slices.DeleteFunc(os, func(o *store.Org) bool { return o.Name == identity.SharedOrg })
 		os, out.NextCursor = trim(os, p.Limit, func(o *store.Org) string { return o.Name })
 		for _, o := range os {
-			out.Items = append(out.Items, *orgRecord(o))
+			rec, err := orgRecord(ctx, tx, o)
+			if err != nil {
+				return err
+			}
+			out.Items = append(out.Items, *rec)
 		}
 		return nil
 	})
@@ -372,10 +384,18 @@ func (r *Registry) UpdateOrg(ctx context.Context, name string, req control.Updat
 		if err := c.UpdateOrg(ctx, o); err != nil {
 			return err
 		}
-		out = orgRecord(o)
-		if err := c.audit(ctx, name, "organization.update", name, audit.OK, map[string]any{
+		detail := map[string]any{
 			"range4": o.Range4.String(), "range6": o.Range6.String(), "direct": o.Direct, "direct_private": o.DirectPrivate, "platform_dial": o.PlatformDial,
-		}); err != nil {
+		}
+		if req.RelayRegions != nil {
+			if err := c.setRelayRegions(ctx, name, *req.RelayRegions, detail); err != nil {
+				return err
+			}
+		}
+		if out, err = orgRecord(ctx, c.Tx, o); err != nil {
+			return err
+		}
+		if err := c.audit(ctx, name, "organization.update", name, audit.OK, detail); err != nil {
 			return err
 		}
 		return c.bump(ctx, name)

@@ -164,8 +164,16 @@ func (r *Registry) ResourceSummary(ctx context.Context, org string) (*ResourceSu
 		if err != nil {
 			return err
 		}
+		region, err := tx.OrgRegion(ctx, org)
+		if err != nil {
+			return err
+		}
+		sharing, err := view.LoadSharing(ctx, tx)
+		if err != nil {
+			return err
+		}
 		for _, n := range shared {
-			if n.Status == store.Active && !n.Enrolled.IsZero() {
+			if n.Status == store.Active && !n.Enrolled.IsZero() && sharing.Allows(region.Relays, n.ID) {
 				out.SharedRelays++
 			}
 		}

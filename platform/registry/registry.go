@@ -34,6 +34,8 @@ type Registry struct {
 	// URL and Pin are what enrolment tokens carry, TokenLife is how long they work: zero is control.TokenLife.
 	URL, Pin  string
 	TokenLife time.Duration
+	// Region is that of the deployment, "" for one without a name. BindRegion sets it.
+	Region string
 	// Audiences are the URLs under which the platform may be addressed by assertions, canonical (see CanonicalURL).
 	Audiences []string
 	// Changed is called after a commit that changed what nodes of org are told, with the version that it has since. It must not block.

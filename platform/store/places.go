@@ -39,8 +39,9 @@ type PlacesTx interface {
 	Wishes(ctx context.Context, org string) (map[string]*Wishes, error) // by node; those that wish something
 	NodeWishes(ctx context.Context, node string) (*Wishes, error)       // never ErrNotFound
 
-	PutOrgRegion(ctx context.Context, r *OrgRegion) error         // inserts or replaces
-	OrgRegions(ctx context.Context) (map[string]OrgRegion, error) // by organization; those that have a row
+	PutOrgRegion(ctx context.Context, r *OrgRegion) error          // inserts or replaces
+	OrgRegion(ctx context.Context, org string) (*OrgRegion, error) // never ErrNotFound
+	OrgRegions(ctx context.Context) (map[string]OrgRegion, error)  // by organization; those that have a row
 
 	PutRelayProbe(ctx context.Context, p *RelayProbe) error // inserts or replaces
 	RelayProbes(ctx context.Context) ([]*RelayProbe, error) // of live relays

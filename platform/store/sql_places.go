@@ -39,11 +39,21 @@ func (t *sqlTx) PutOrgRegion(ctx context.Context, r *OrgRegion) error {
 		ON CONFLICT (org) DO UPDATE SET region = excluded.region, relays = excluded.relays`, r.Org, r.Region, encode(r.Relays))
 }
 
+func scanOrgRegion(r row) (*OrgRegion, error) {
+	var v OrgRegion
+	return &v, r.Scan(&v.Org, &v.Region, list[[]string]{&v.Relays})
+}
+
+func (t *sqlTx) OrgRegion(ctx context.Context, org string) (*OrgRegion, error) {
+	v, err := one(ctx, t, scanOrgRegion, `SELECT org, region, relays FROM org_regions WHERE org = ?`, org)
+	if errors.Is(err, ErrNotFound) {
+		return &OrgRegion{Org: org}, nil
+	}
+	return v, err
+}
+
 func (t *sqlTx) OrgRegions(ctx context.Context) (map[string]OrgRegion, error) {
-	rows, err := many(ctx, t, func(r row) (*OrgRegion, error) {
-		var v OrgRegion
-		return &v, r.Scan(&v.Org, &v.Region, list[[]string]{&v.Relays})
-	}, `SELECT org, region, relays FROM org_regions`)
+	rows, err := many(ctx, t, scanOrgRegion, `SELECT org, region, relays FROM org_regions`)
 	out := make(map[string]OrgRegion, len(rows))
 	for _, v := range rows {
 		out[v.Org] = *v

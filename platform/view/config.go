@@ -93,7 +93,12 @@ func (v *View) Plan(id string, expiry time.Time) *Plan {
 func (v *View) relayConfig(n *store.Node) *control.Relay {
 	c := &control.Relay{Host: n.Host, Port: n.Port, Keys: v.relayKeys[n.ID], Denied: v.denied, Draining: n.Draining}
 	if v.Org.Name == identity.SharedOrg {
-		c.Orgs = v.orgs
+		c.Orgs = []control.RelayOrg{}
+		for _, o := range v.orgs {
+			if v.sharing.Allows(v.orgRegions[o.Org].Relays, n.ID) {
+				c.Orgs = append(c.Orgs, o)
+			}
+		}
 	} else {
 		c.Orgs = []control.RelayOrg{{Org: v.Org.Name, Peers: n.Peers, Trust: &v.Trust, SSHCAs: v.sshCAs}}
 	}
@@ -173,7 +178,7 @@ func (v *View) dialling(p *Plan, n *store.Node, expiry time.Time) {
 			continue
 		}
 		ref := control.GatewayRef{
-			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address), Relays: v.relayRefs(n, g.ID, dialler(n), expiry),
+			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address), Relays: v.arrange(n, v.relayRefs(n, g.ID, dialler(n), expiry)),
 		}
 		grant := policy.Grant{Org: v.Org.Name, Node: n.Identity(), Gateway: g.Identity(), Pins: v.Trust.Pins[identity.Gateway]}
 		if n.Kind == identity.Gateway {
@@ -220,7 +225,7 @@ func (v *View) probes() []control.ProbeRelay {
 			continue
 		}
 		for _, n := range home.sorted {
-			if n.Kind == identity.Relay && n.Status == store.Active && !n.Enrolled.IsZero() && n.Host != "" && len(out) < probesMost {
+			if n.Kind == identity.Relay && n.Status == store.Active && !n.Enrolled.IsZero() && n.Host != "" && len(out) < probesMost && v.mayUseRelay(home, n.ID) {
 				out = append(out, control.ProbeRelay{ID: n.ID, Host: n.Host, Port: n.Port})
 			}
 		}
@@ -245,7 +250,7 @@ func (v *View) refs(gateway string, as identity.Node, end, expiry time.Time) []c
 	out := []control.RelayRef{}
 	for _, id := range v.assignments[gateway] {
 		r, home := v.relay(id)
-		if r == nil || r.Status != store.Active {
+		if r == nil || r.Status != store.Active || !v.mayUseRelay(home, id) {
 			continue
 		}
 		ref := control.RelayRef{

@@ -47,7 +47,11 @@ type View struct {
 	ends        []*store.SessionEnd
 	shared      *View              // the platform's relays; nil in the platform's own view
 	orgs        []control.RelayOrg // in the platform's own view: every organization
+	orgRegions  map[string]store.OrgRegion
 	rungs       map[string]*store.RelayRungs
+	wishes      map[string]*store.Wishes // by node
+	regions     []string                 // whose shared relays are used; empty is all
+	sharing     *Sharing
 	sshCAs      []string
 
 	// What every plan needs and nobody changes, made by the first.
@@ -138,6 +142,17 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 	if v.sshCAs, err = sshCAs(ctx, tx, org); err != nil {
 		return nil, err
 	}
+	if v.wishes, err = tx.Wishes(ctx, org); err != nil {
+		return nil, err
+	}
+	region, err := tx.OrgRegion(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	v.regions = region.Relays
+	if v.sharing, err = LoadSharing(ctx, tx); err != nil {
+		return nil, err
+	}
 	if v.assignments, err = tx.Assignments(ctx, org); err != nil {
 		return nil, err
 	}
@@ -149,6 +164,9 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 func (v *View) loadOrgs(ctx context.Context, tx store.Tx, now time.Time) error {
 	orgs, err := tx.Orgs(ctx, store.Page{})
 	if err != nil {
+		return err
+	}
+	if v.orgRegions, err = tx.OrgRegions(ctx); err != nil {
 		return err
 	}
 	for _, o := range orgs {
