@@ -61,7 +61,7 @@ func TestFind(t *testing.T) {
 		return path
 	}
 	shared := write("credentials", "[default]\naws_access_key_id = AKIDDEFAULT\naws_secret_access_key=s1\n\n[ops]\n# x\naws_access_key_id=AKIDOPS\naws_secret_access_key=s2\naws_session_token=t2\n")
-	config := write("config", "[profile assumed]\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = default\n[profile ops]\nregion = eu-west-1\n")
+	config := write("config", "[profile ops]\nregion = eu-west-1\n")
 	for _, tc := range []struct {
 		name string
 		env  map[string]string
@@ -72,9 +72,8 @@ func TestFind(t *testing.T) {
 		{"a line break in a key", map[string]string{"AWS_ACCESS_KEY_ID": "AKIDENV", "AWS_SECRET_ACCESS_KEY": "a\nb"}, "characters"},
 		{"default profile", map[string]string{"AWS_SHARED_CREDENTIALS_FILE": shared, "AWS_CONFIG_FILE": config}, "AKIDDEFAULT"},
 		{"named profile", map[string]string{"AWS_PROFILE": "ops", "AWS_SHARED_CREDENTIALS_FILE": shared, "AWS_CONFIG_FILE": config}, "AKIDOPS"},
-		{"profile of a role", map[string]string{"AWS_PROFILE": "assumed", "AWS_SHARED_CREDENTIALS_FILE": shared, "AWS_CONFIG_FILE": config}, "role_arn"},
-		{"unknown profile", map[string]string{"AWS_PROFILE": "nobody", "AWS_SHARED_CREDENTIALS_FILE": shared}, "do not have"},
-		{"web identity", map[string]string{"AWS_WEB_IDENTITY_TOKEN_FILE": "x"}, "not followed"},
+		{"unknown profile", map[string]string{"AWS_PROFILE": "nobody", "AWS_SHARED_CREDENTIALS_FILE": shared}, "do not have it"},
+		{"web identity without a role", map[string]string{"AWS_WEB_IDENTITY_TOKEN_FILE": "x"}, "without AWS_ROLE_ARN"},
 		{"container", map[string]string{"AWS_CONTAINER_CREDENTIALS_FULL_URI": metadata.URL + "/task", "AWS_CONTAINER_AUTHORIZATION_TOKEN": "pod"}, "AKIDTASK"},
 		{"container without its token", map[string]string{"AWS_CONTAINER_CREDENTIALS_FULL_URI": metadata.URL + "/task"}, "status 401"},
 		{"container elsewhere", map[string]string{"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://192.0.2.1/task"}, "plain HTTP"},

@@ -3,6 +3,8 @@ package awsidentity
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -41,10 +43,11 @@ var ErrNone = errors.New("no AWS credentials on this host: not in AWS_ACCESS_KEY
 // Config is for tests: the zero value is this host.
 type Config struct {
 	Getenv func(string) string // nil is os.Getenv
+	Roots  *x509.CertPool      // of STS's certificate; nil is the system's
 }
 
-// Find looks for credentials in AWS's order: environment, shared profile (AWS_PROFILE), container (ECS, EKS Pod Identity), instance role
-// (IMDSv2). The first place that names some is taken, also when it is broken. It errs with ErrNone when there is none.
+// Find looks for credentials in AWS's order: environment, web identity (EKS), shared profile (AWS_PROFILE; with the roles and programs that it
+// names), container (ECS, EKS Pod Identity), instance role (IMDSv2). The first place that names some is taken, also when it is broken. It errs with ErrNone when there is none.
 func Find(ctx context.Context, cfg Config) (*Credentials, error) {
 	f := finder{getenv: cfg.Getenv, client: &http.Client{
 		Timeout: hopTimeout,
@@ -52,10 +55,17 @@ func Find(ctx context.Context, cfg Config) (*Credentials, error) {
 		Transport:     &http.Transport{DialContext: (&net.Dialer{Timeout: hopTimeout}).DialContext, DisableKeepAlives: true, MaxResponseHeaderBytes: maxAnswer},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
+	f.sts = &http.Client{
+		Timeout: stsTimeout, Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true, MaxResponseHeaderBytes: maxAnswer},
+		CheckRedirect: f.client.CheckRedirect,
+	}
+	if cfg.Roots != nil {
+		f.sts.Transport.(*http.Transport).TLSClientConfig = &tls.Config{RootCAs: cfg.Roots, MinVersion: tls.VersionTLS12}
+	}
 	if f.getenv == nil {
 		f.getenv = os.Getenv
 	}
-	for _, look := range []func(context.Context) (*Credentials, error){f.environment, f.profile, f.webIdentity, f.container, f.instance} {
+	for _, look := range []func(context.Context) (*Credentials, error){f.environment, f.webIdentity, f.profile, f.container, f.instance} {
 		if c, err := look(ctx); err != nil || c != nil {
 			return c, err
 		}
@@ -65,7 +75,8 @@ func Find(ctx context.Context, cfg Config) (*Credentials, error) {
 
 type finder struct {
 	getenv func(string) string
-	client *http.Client
+	client *http.Client // for services on the host's link
+	sts    *http.Client
 }
 
 // usable refuses what can not stand in a header.
@@ -89,15 +100,32 @@ func (f *finder) environment(context.Context) (*Credentials, error) {
 	return usable(c)
 }
 
-// profile reads the shared files. A profile that leads to other credentials (a role to assume, single sign-on, a program) is named as such.
-func (f *finder) profile(context.Context) (*Credentials, error) {
+// profile reads the shared files and follows what the profile names: keys, a program that prints them, a role to assume.
+func (f *finder) profile(ctx context.Context) (*Credentials, error) {
 	name := f.getenv("AWS_PROFILE")
-	asked := name != ""
-	if !asked {
-		name = "default"
+	if name != "" {
+		return f.named(ctx, name, nil)
 	}
-	found := make(map[string]string)
-	seen := false
+	found, _, err := f.section("default")
+	if err != nil || !leads(found) {
+		return nil, err
+	}
+	return f.named(ctx, "default", nil)
+}
+
+// leads says whether a profile names credentials in any way.
+func leads(found map[string]string) bool {
+	for _, key := range []string{"aws_access_key_id", "aws_secret_access_key", "role_arn", "credential_process", "sso_session", "sso_start_url"} {
+		if found[key] != "" {
+			return true
+		}
+	}
+	return false
+}
+
+// section reads a profile out of both files; that of credentials wins. A file that may not be read is passed over when nobody named it.
+func (f *finder) section(name string) (found map[string]string, there bool, err error) {
+	found = make(map[string]string)
 	for _, file := range []struct{ path, fallback, section string }{
 		{f.getenv("AWS_CONFIG_FILE"), "config", "profile " + name},
 		{f.getenv("AWS_SHARED_CREDENTIALS_FILE"), "credentials", name}, // wins
@@ -114,25 +142,75 @@ func (f *finder) profile(context.Context) (*Credentials, error) {
 			}
 			path = filepath.Join(home, ".aws", file.fallback)
 		}
-		there, err := readSection(path, section, found)
+		has, err := readSection(path, section, found)
 		if err != nil && (file.path != "" || !errors.Is(err, fs.ErrPermission)) {
-			return nil, fmt.Errorf("AWS credentials: %w", err)
+			return nil, false, fmt.Errorf("AWS credentials: %w", err)
 		}
-		seen = seen || there
+		there = there || has
 	}
-	c := &Credentials{found["aws_access_key_id"], found["aws_secret_access_key"], found["aws_session_token"], "profile " + name}
-	if c.accessKey != "" || c.secret != "" {
-		return usable(c)
+	return found, there, nil
+}
+
+// named resolves a profile. before are the profiles that led to it.
+func (f *finder) named(ctx context.Context, name string, before []string) (*Credentials, error) {
+	found, there, err := f.section(name)
+	if err != nil {
+		return nil, err
 	}
-	for _, key := range []string{"role_arn", "sso_session", "sso_start_url", "credential_process"} {
-		if found[key] != "" {
-			return nil, fmt.Errorf("AWS profile %s gets its credentials by %s, which is not followed here: put keys into the environment (aws configure export-credentials --profile %s), or use an instance role", name, key, name)
-		}
+	source := "profile " + name
+	keys := &Credentials{found["aws_access_key_id"], found["aws_secret_access_key"], found["aws_session_token"], source}
+	again := len(before) > 0 && before[len(before)-1] == name // a role whose source is its own profile's keys
+	switch {
+	case !there:
+		return nil, fmt.Errorf("AWS profile %s is asked for, and the shared files do not have it", name)
+	case len(before) >= maxChain || (!again && slices.Contains(before, name)):
+		return nil, fmt.Errorf("AWS profiles lead in a circle: %s", strings.Join(append(before, name), ", "))
+	case found["role_arn"] != "" && !again:
+		return f.roleOf(ctx, name, found, before)
+	case keys.accessKey != "" || keys.secret != "":
+		return usable(keys)
+	case found["credential_process"] != "":
+		return f.process(ctx, found["credential_process"], source)
+	case found["sso_session"] != "" || found["sso_start_url"] != "":
+		return nil, fmt.Errorf("AWS profile %s gets its credentials by single sign-on, which is not followed here: put keys into the environment (aws configure export-credentials --profile %s), or use an instance role", name, name)
 	}
-	if asked && !seen {
-		return nil, fmt.Errorf("AWS_PROFILE names profile %s, which the shared files do not have", name)
+	return nil, fmt.Errorf("AWS profile %s names no credentials: give it keys, a role_arn with its source, or a credential_process", name)
+}
+
+// roleOf assumes a profile's role.
+func (f *finder) roleOf(ctx context.Context, name string, found map[string]string, before []string) (*Credentials, error) {
+	r := role{
+		arn: found["role_arn"], session: found["role_session_name"], externalID: found["external_id"], region: found["region"],
+		tokenFile: found["web_identity_token_file"],
 	}
-	return nil, nil
+	source := "profile " + name
+	if found["mfa_serial"] != "" {
+		return nil, fmt.Errorf("AWS %s wants a code of a second factor, which nobody is there to type: put keys into the environment, or use another profile", source)
+	}
+	if r.tokenFile != "" {
+		return f.assume(ctx, r, nil, source)
+	}
+	var by *Credentials
+	var err error
+	switch from := found["credential_source"]; {
+	case found["source_profile"] != "":
+		by, err = f.named(ctx, found["source_profile"], append(before, name))
+	case from == "Environment":
+		by, err = f.environment(ctx)
+	case from == "EcsContainer":
+		by, err = f.container(ctx)
+	case from == "Ec2InstanceMetadata":
+		by, err = f.instance(ctx)
+	default:
+		err = fmt.Errorf("AWS %s has a role_arn, and neither source_profile, credential_source nor web_identity_token_file to assume it with", source)
+	}
+	if err == nil && by == nil {
+		err = fmt.Errorf("AWS %s assumes its role by %s, where there are no credentials", source, found["credential_source"])
+	}
+	if err != nil {
+		return nil, err
+	}
+	return f.assume(ctx, r, by, source)
 }
 
 // readSection adds the keys of a section of an INI file. A file that is not there has none.
@@ -164,12 +242,16 @@ func readSection(path, section string, into map[string]string) (there bool, err 
 	return there, nil
 }
 
-// webIdentity names what is not followed rather than to take the instance's role in its place.
-func (f *finder) webIdentity(context.Context) (*Credentials, error) {
-	if f.getenv("AWS_WEB_IDENTITY_TOKEN_FILE") != "" {
-		return nil, errors.New("AWS_WEB_IDENTITY_TOKEN_FILE is set, which is not followed here: use EKS Pod Identity, an instance role, or keys in the environment")
+// webIdentity assumes the role of a pod's service account (EKS), or of whatever else writes tokens of OIDC to a file.
+func (f *finder) webIdentity(ctx context.Context) (*Credentials, error) {
+	r := role{arn: f.getenv("AWS_ROLE_ARN"), session: f.getenv("AWS_ROLE_SESSION_NAME"), tokenFile: f.getenv("AWS_WEB_IDENTITY_TOKEN_FILE")}
+	if r.tokenFile == "" {
+		return nil, nil
 	}
-	return nil, nil
+	if r.arn == "" {
+		return nil, errors.New("AWS_WEB_IDENTITY_TOKEN_FILE is set without AWS_ROLE_ARN, the role that its token is good for")
+	}
+	return f.assume(ctx, r, nil, "the web identity")
 }
 
 // served is what containers and instances are answered.
