@@ -95,6 +95,12 @@ type Config struct {
 	// AWS says which STS tells the AWS identity of nodes that enrol by it. The zero value is the public one of awsauth.DefaultRegion.
 	AWS awsauth.Config
 
+	// APIRate is how many requests a second one caller of the API has: zero is api.DefaultRate, less is no limit.
+	APIRate int
+
+	// Licence says whose licences count and where they come from.
+	Licence LicenceConfig
+
 	Log     *slog.Logger          // nil discards
 	Metrics prometheus.Registerer // nil is a registry of its own
 	Now     func() time.Time      // nil is time.Now
@@ -106,20 +112,22 @@ type Config struct {
 
 // Server is a platform. Open makes it, Run serves, and Close gives back what Open took when Run was never called.
 type Server struct {
-	cfg     Config
-	store   *store.DB
-	reg     *registry.Registry
-	hub     *push.Hub
-	limiter api.Limiter
-	group   *replica.Group // nil on SQLite: nobody shares it
-	people  *people.Service
-	web     *web.Server
-	url     string
-	pin     string
-	https   net.Listener // nil when off
-	plain   net.Listener // nil when off
-	certs   *certificates
-	handler http.Handler
+	cfg      Config
+	store    *store.DB
+	reg      *registry.Registry
+	hub      *push.Hub
+	dialler  *dialler.Dialler
+	limiter  api.Limiter
+	licences *licences
+	group    *replica.Group // nil on SQLite: nobody shares it
+	people   *people.Service
+	web      *web.Server
+	url      string
+	pin      string
+	https    net.Listener // nil when off
+	plain    net.Listener // nil when off
+	certs    *certificates
+	handler  http.Handler
 
 	mu  sync.Mutex
 	bad map[string]error // conditions that are not good; guarded by mu
@@ -203,6 +211,9 @@ func (s *Server) open(ctx context.Context) (err error) {
 	s.handler = s.routes()
 	s.cfg.Metrics.MustRegister(&census{s: s})
 	if err := s.remembered(ctx); err != nil {
+		return err
+	}
+	if s.licences, err = newLicences(ctx, s); err != nil {
 		return err
 	}
 	if err := s.adminToken(ctx); err != nil {
@@ -345,6 +356,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	s.cfg.Log.Info("platform serves", "url", s.url, "listen", s.cfg.Listen, "http_listen", s.cfg.HTTPListen)
 	return errors.Join(g.Wait(), s.Close())
+	g.Go(func() error { s.licences.run(ctx); return nil })
 }
 
 // probe tries the database, so that readiness tells of a full disk before a user does.

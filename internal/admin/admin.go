@@ -65,6 +65,7 @@ The usual way, where you are administrator:
 		a.login(), a.logout(), a.organization(),
 		a.node(relays), a.node(gateways), a.node(clients),
 		a.resource(), a.policy(), a.group(),
+		a.licence(),
 		a.whoami(), a.user(), a.serviceAccount(), a.token(), a.provider(),
 		a.status(), a.session(), a.audit(), a.stun(), a.firewall(),
 		daemon.VersionCommand(daemon.Spec{Name: "sallyway"}),

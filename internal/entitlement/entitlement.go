@@ -74,7 +74,7 @@ type Limits struct {
 	Gateways *int64 `json:"gateways,omitempty" minimum:"0"`
 	Relays   *int64 `json:"relays,omitempty" minimum:"0"`
 	Clients  *int64 `json:"clients,omitempty" minimum:"0"`
-	// Bandwidth is in bytes per second, through each relay, both directions together.
+	// Bandwidth is in bytes per second, of what all nodes together send through each relay.
 	Bandwidth *int64 `json:"bandwidth,omitempty" minimum:"1" doc:"bytes per second"`
 }
 

@@ -127,6 +127,8 @@ var useProblems = sync.OnceFunc(func() {
 		switch {
 		case status == http.StatusNotFound:
 			p.Code = control.CodeNotFound
+	s.licenceRoutes()
+	s.authorityRoutes()
 		case status >= 400 && status < 500:
 			p.Code = control.CodeInvalid
 			p.Remedy = "correct the request; /api/v1/openapi.json describes it"

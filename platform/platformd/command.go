@@ -60,6 +60,7 @@ type serveOptions struct {
 	daemon   daemon.Options
 	platform platform.Config
 	home     homeFlags
+	licence  licenceFlags
 	// redisFile is a file with the URL.
 	redisFile string
 	// parameters is the path of settings in a parameter store.
@@ -100,6 +101,7 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.StringVar(&c.AWS.CAFile, "aws-sts-ca", "", "authorities (PEM) of that STS's certificate (default: the system's)")
 	o.home.register(f)
 	f.StringVar(&c.Redis, "redis", "", "URL of the Redis that platforms on one PostgreSQL talk through: redis://HOST:6379/0")
+	o.licence.register(f)
 	f.StringVar(&o.redisFile, "redis-file", "", "file with the Redis URL (0600), for one with a password")
 	f.StringVar(&o.parameters, "config-ssm", "", "path in AWS Systems Manager's Parameter Store below which parameters have the names of these flags, such as /sallyway/eu; flags, environment and file win")
 	f.StringVar(&o.store.Region, "config-ssm-region", "", "region of that parameter store (default AWS_REGION)")
@@ -121,6 +123,9 @@ func (o *serveOptions) resolve(cmd *cobra.Command) (err error) {
 		return err
 	}
 	if o.platform.Redis, err = secretURL(cmd, "redis", o.platform.Redis, o.redisFile); err != nil || o.platform.Redis == "" {
+	if err := o.licence.resolve(cmd); err != nil {
+		return err
+	}
 		return err
 	}
 	if err := replica.CheckURL(o.platform.Redis); err != nil {
@@ -163,6 +168,7 @@ func (o *serveOptions) run(ctx context.Context, sp daemon.Spec, logTo io.Writer)
 	h := o.home.home
 	c.Database, c.Connections, c.MasterKey, c.MasterKeyCommand = h.Database, h.Connections, h.MasterKey, h.MasterKeyCommand
 	srv, err := platform.Open(ctx, c)
+	c.Licence = o.licence.cfg
 	switch {
 	case errors.Is(err, store.ErrUnavailable) && !(store.Config{URL: c.Database}).Replicated():
 		return daemon.Failf("%w\nmake room on the disk of %s and see that this user can write there", err, c.Data)

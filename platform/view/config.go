@@ -100,7 +100,7 @@ func (v *View) relayConfig(n *store.Node) *control.Relay {
 			}
 		}
 	} else {
-		c.Orgs = []control.RelayOrg{{Org: v.Org.Name, Peers: n.Peers, Trust: &v.Trust, SSHCAs: v.sshCAs}}
+		c.Orgs = []control.RelayOrg{{Org: v.Org.Name, Peers: n.Peers, Trust: &v.Trust, SSHCAs: v.sshCAs, BytesPerSecond: v.bandwidth}}
 	}
 	if r := v.rungs[n.ID]; r != nil {
 		c.SSHPort, c.TLSPort = r.SSHPort, r.TLSPort

@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -55,6 +56,7 @@ type View struct {
 	sshCAs      []string
 
 	// What every plan needs and nobody changes, made by the first.
+	bandwidth   int64 // bytes per second that the organization may have through each relay; 0 is the relay's default
 	once     sync.Once
 	inForce  map[string][]policy.Rule   // by resource id
 	allowed  map[string]map[string]bool // nodes by resource id
@@ -161,10 +163,26 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 }
 
 // loadOrgs fills in what shared relays serve: every organization.
+	if v.bandwidth, err = bandwidthOf(ctx, tx, org); err != nil {
+		return nil, err
+	}
 func (v *View) loadOrgs(ctx context.Context, tx store.Tx, now time.Time) error {
 	orgs, err := tx.Orgs(ctx, store.Page{})
 	if err != nil {
 		return err
+// bandwidthOf is what an organization may have through each relay by its licence, in bytes per second; 0 is the relay's default. It stays when the licence
+// ends.
+func bandwidthOf(ctx context.Context, tx store.Tx, org string) (int64, error) {
+	l, err := tx.Licence(ctx, org)
+	if errors.Is(err, store.ErrNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	return l.Bandwidth, nil
+}
+
 	}
 	if v.orgRegions, err = tx.OrgRegions(ctx); err != nil {
 		return err
@@ -181,7 +199,11 @@ func (v *View) loadOrgs(ctx context.Context, tx store.Tx, now time.Time) error {
 		if err != nil {
 			return err
 		}
-		v.orgs = append(v.orgs, control.RelayOrg{Org: o.Name, Trust: &trust, SSHCAs: cas})
+		bandwidth, err := bandwidthOf(ctx, tx, o.Name)
+		if err != nil {
+			return err
+		}
+		v.orgs = append(v.orgs, control.RelayOrg{Org: o.Name, Trust: &trust, SSHCAs: cas, BytesPerSecond: bandwidth})
 		live, err := tx.Nodes(ctx, o.Name, "", store.Page{})
 		if err != nil {
 			return err
