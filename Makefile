@@ -40,7 +40,7 @@ TEST_EXEC = $(if $(filter 0,$(shell id -u)),,-exec "$(CURDIR)/$(AS_ROOT)")
 export SALLYWAY_BIN := $(CURDIR)/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test unit e2e image image-test check layering lint bench bench-quick bench-failover bench-peers bench-packages peers install dist packages containers nfpm clean help prerequisites
+.PHONY: build demo test unit e2e image image-test check layering lint bench bench-quick bench-failover bench-peers bench-platform bench-packages peers install dist packages containers nfpm clean help prerequisites
 
 build: ## build the programs into bin/ (the default)
 	@$(find_go)
@@ -111,6 +111,10 @@ bench-failover: build peers bench-packages ## kill, cut, drain and block what is
 
 bench-peers: build peers bench-packages ## one short run through a relay next to the peers that can be installed (root by sudo)
 	@$(AS_ROOT) bin/bench --quick --peers --scenario one-relay
+
+bench-platform: build ## measure the platform: 10 000 connected nodes, a change of policy, grants, audit, pages; about 15 minutes (root by sudo)
+	@build/prerequisites.sh
+	$(AS_ROOT) bin/bench platform
 
 bench-packages: ## install the Debian packages of the benchmarks' peers; a peer that cannot be had is named in the results
 	@build/prerequisites.sh bench || echo "make: not all packages could be installed; bench names the peers that are missing"

@@ -193,6 +193,9 @@ func (p *Postgres) Start(t testing.TB) {
 // Stop stops the server: its clients are cut off.
 func (p *Postgres) Stop(t testing.TB) { t.Helper(); p.end(t, p.stop) }
 
+// PID is the server's process, whose children serve its clients.
+func (p *Postgres) PID() int { return p.cmd.Process.Pid }
+
 // URL names a database of the server.
 func (p *Postgres) URL(database string) string {
 	return fmt.Sprintf("postgres://postgres@/%s?host=%s", database, p.dir)

@@ -48,7 +48,7 @@ Without flags: all of it, and each layer alone; that takes more than an hour.`,
 	f.IntVar(&o.mtu, "mtu", 0, "MTU of the links between the sites, in bytes, where the scenario has none of its own (default 1500)")
 	f.StringVar(&o.out, "out", "", "folder of the results (default: bench/results of the source tree)")
 	o.only.flags(cmd)
-	cmd.AddCommand(failoverCommand(), soakCommand(), compareCommand(), turnCommand(), forwardCommand(), partCommand())
+	cmd.AddCommand(failoverCommand(), soakCommand(), compareCommand(), turnCommand(), forwardCommand(), partCommand(), platformCommand())
 	return cmd
 }
 
