@@ -25,10 +25,13 @@ type nodeKind struct {
 
 var (
 	relays = nodeKind{"relay", "relays", "Relays: hosts that both ends can reach", `  sallyway relay create fra-1 --host relay.example
+  sallyway relay create ams-1 --host 203.0.113.9 --region eu-west --failure-domain provider-b
   sallyway relay drain fra-1
   sallyway relay credential fra-1 --client laptop      # for standard TURN software
   sallyway relay create eu-1 --shared --host eu.example # for every organization of the platform`}
 	gateways = nodeKind{"gateway", "gateways", "Gateways: hosts in the private network", `  sallyway gateway create office
+  sallyway gateway update office --pin-relay fra-1     # this relay first; --exclude-relay, --prefer-relay likewise
+  sallyway gateway explain office                      # every relay, and why the gateway has it or has not
   sallyway gateway token office                        # a fresh token, for a new host or after a loss
   sallyway gateway create office --json | jq -r .token | ssh office sudo gatewayd install --token-file -
   sallyway gateway create office --appliance-iso office.iso # a disk for the appliance's image`}
@@ -59,6 +62,9 @@ func (a *app) node(k nodeKind) *cobra.Command {
 	if k == clients {
 		verbs = append(verbs, a.clientEnrol(), a.clientMine())
 	}
+	if k == gateways {
+		verbs = append(verbs, a.gatewayExplain())
+	}
 	if k == relays {
 		verbs = append(verbs, a.nodeAction(k, "drain", "Move everybody off a relay, without a break", "draining"), a.relayCredential())
 	}
@@ -72,6 +78,7 @@ func (a *app) node(k nodeKind) *cobra.Command {
 func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 	var relay relayFlags
 	var aws awsFlags
+	var places placesFlags
 	var appliance applianceFlags
 	cmd := &cobra.Command{
 		Use: "create NAME", Short: "Make a " + k.name + " and print the command for its host", Args: one("the " + k.name + "'s name"),
@@ -86,6 +93,7 @@ func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 					return err
 				}
 			}
+			places.create(&req)
 			if err := aws.create(cmd, &req); err != nil {
 				return err
 			}
@@ -115,6 +123,7 @@ func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 	if k != clients {
 		aws.register(cmd)
 	}
+	places.register(cmd, k)
 	if k == relays {
 		cmd.Use = "create NAME --host HOST [--port N] [--peer ADDR:PORT]"
 		relay.register(cmd)
@@ -169,7 +178,7 @@ func (a *app) nodeList(k nodeKind) *cobra.Command {
 func nodeHead(k nodeKind) string {
 	switch k {
 	case relays:
-		return "NAME STATE HOST VERSION SEEN PROBLEMS"
+		return "NAME STATE HOST RTT REGION VERSION SEEN PROBLEMS"
 	case gateways:
 		return "NAME STATE RELAYS VIRTUAL VERSION SEEN PROBLEMS"
 	}
@@ -181,7 +190,7 @@ func nodeRow(k nodeKind) func(control.NodeRecord) []any {
 		row := []any{n.Name, n.State}
 		switch k {
 		case relays:
-			row = append(row, hostPort(n.Host, n.Port)+announced(n))
+			row = append(row, hostPort(n.Host, n.Port)+announced(n), roundTrip(n.RTT), n.Region)
 		case gateways:
 			row = append(row, join(n.Relays), join(n.Virtual))
 		default:
@@ -238,7 +247,8 @@ func showNode(w io.Writer, n control.NodeRecord) {
 		accounts, principals = join(n.AWS.Accounts), join(n.AWS.Principals)
 	}
 	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "person", n.Person, "state", n.State, "authentication", n.Authentication, "aws accounts", accounts, "aws principals", principals, "host", hostPort(n.Host, n.Port)+announced(n), "last rung", lastRung(n), "peers", join(n.Peers),
-		"relays", join(n.Relays), "virtual", join(n.Virtual), "version", n.Version, "load", strings.Join(load, ", "),
+		"region", n.Region, "failure domain", n.FailureDomain, "rtt", roundTrip(n.RTT), "from outside", outside(n.Outside),
+		"relays", join(n.Relays), "why", strings.Join(n.RelayReasons, "\n"), "pinned relays", join(n.PinRelays), "excluded relays", join(n.ExcludeRelays), "preferred relays", join(n.PreferRelays), "virtual", join(n.Virtual), "version", n.Version, "load", strings.Join(load, ", "),
 		"problems", strings.Join(n.Problems, "; "), "key", key, "certificate until", moment(n.NotAfter),
 		"created", moment(&n.Created), "enrolled", moment(n.Enrolled), "last seen", moment(n.LastSeen))
 }
@@ -258,6 +268,7 @@ func lastRung(n control.NodeRecord) string {
 func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 	var relay relayFlags
 	var aws awsFlags
+	var places placesFlags
 	var name, from string
 	var sshPort, tlsPort uint16
 	cmd := &cobra.Command{
@@ -300,6 +311,7 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 				}
 				u.Peers = &peers
 			}
+			places.update(cmd, &u)
 			if err := aws.update(cmd, &u); err != nil {
 				return err
 			}
@@ -316,6 +328,7 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&name, "name", "", "a new name")
+	places.register(cmd, k)
 	if k != clients {
 		aws.register(cmd)
 	}

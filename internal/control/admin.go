@@ -98,6 +98,8 @@ type NodeRecord struct {
 	Port uint16 `json:"port,omitempty"`
 	// Outside is what the platform found when it tried the relay as nodes reach it; nil is not tried yet, or not lately.
 	Outside *Outside `json:"outside,omitempty"`
+	// RTT is how far away a relay is: the median of what gateways measured, or else what the platform did, in nanoseconds; 0 is not known.
+	RTT time.Duration `json:"rtt,omitempty"`
 	// SSHPort and TLSPort are those of the last rung; 0 is none, or software that has none.
 	SSHPort uint16 `json:"ssh_port,omitempty"`
 	TLSPort uint16 `json:"tls_port,omitempty"`

@@ -31,6 +31,7 @@ type lookups struct {
 	assigned map[string][]string // ids of relays, by gateway
 	names    map[string]string   // of relays by id, "" for a deleted one
 	wishes   map[string]*store.Wishes
+	trips    map[string]RoundTrip // of relays
 }
 
 func (l *lookups) relayRungs(ctx context.Context, tx store.Tx, org string) (_ map[string]*store.RelayRungs, err error) {

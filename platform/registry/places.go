@@ -211,9 +211,18 @@ func (r *Registry) fillPlaces(ctx context.Context, tx store.Tx, n *store.Node, r
 	if n.Kind != identity.Relay {
 		return nil
 	}
+	if l.trips == nil {
+		if l.trips, err = r.roundTrips(ctx, tx, n.Org); err != nil {
+			return err
+		}
+	}
+	rec.RTT = l.trips[n.ID].Median
 	now := r.Now()
 	if o, ok := r.Board.Outside(n.ID, now); ok {
 		rec.Outside = &o
+		if rec.RTT == 0 {
+			rec.RTT = o.RTT
+		}
 		if why, remedy := r.Board.Doubt(n.ID, now); why != "" && n.Status == store.Active {
 			if remedy != "" {
 				why += ": " + remedy
