@@ -50,6 +50,7 @@ var layers = []struct {
 	// The licence service knows the document alone: it and a platform meet on the wire.
 	{folder: "license", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/control", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	{folder: "internal/auditfile", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/awsidentity", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/ssm", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/datagram", never: append([]string{"stun", "tun", "netstack"}, roles...)},

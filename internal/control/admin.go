@@ -62,6 +62,8 @@ type UpdateOrganization struct {
 type CreateOrganization struct {
 	Name  string         `json:"name"`
 	Range []netip.Prefix `json:"range,omitempty"`
+	// Root is the certificate (PEM) of a root whose key its owner keeps; "" has the platform make one.
+	Root string `json:"root,omitempty" doc:"certificate (PEM) of a root that is kept offline"`
 }
 
 // NodeState is what the platform knows of a node's life.
@@ -96,10 +98,10 @@ type NodeRecord struct {
 	// For relays.
 	Host string `json:"host,omitempty"`
 	Port uint16 `json:"port,omitempty"`
-	// Outside is what the platform found when it tried the relay as nodes reach it; nil is not tried yet, or not lately.
-	Outside *Outside `json:"outside,omitempty"`
 	// RTT is how far away a relay is: the median of what gateways measured, or else what the platform did, in nanoseconds; 0 is not known.
 	RTT time.Duration `json:"rtt,omitempty"`
+	// Outside is what the platform found when it tried the relay as nodes reach it; nil is not tried yet, or not lately.
+	Outside *Outside `json:"outside,omitempty"`
 	// SSHPort and TLSPort are those of the last rung; 0 is none, or software that has none.
 	SSHPort uint16 `json:"ssh_port,omitempty"`
 	TLSPort uint16 `json:"tls_port,omitempty"`
@@ -298,6 +300,9 @@ type AuditVerification struct {
 	OK      bool   `json:"ok"`
 	Entries int64  `json:"entries"`
 	Problem string `json:"problem,omitempty"`
+	// Signed is the newest entry that a signature covers, SignedAt its time; none yet is 0.
+	Signed   int64     `json:"signed"`
+	SignedAt time.Time `json:"signed_at,omitzero"`
 }
 
 // OrgStatus is an overview.

@@ -7,6 +7,7 @@
 //	GET  /api/v1/node/control       stream of Event, one JSON a line       Bearer; the platform sends an event at least every PingInterval
 //	POST /api/v1/node/heartbeat     Heartbeat → {}                         Bearer, every HeartbeatInterval
 //	POST /api/v1/node/renew         RenewRequest → RenewResponse           Bearer
+//	POST /api/v1/node/flows         FlowBatch → {}                         Bearer, of gateways that were told to (Gateway.FlowLog)
 //
 // The assertion is a JWT signed with the node's key (ES256): iss and sub are the node (org/kind/id), aud is the platform's URL,
 // exp is at most AssertionLife ahead, jti is random and accepted once. Errors are problem+json (RFC 9457) with a code member.
@@ -127,7 +128,11 @@ type RenewResponse struct {
 
 // Trust is what a node knows of its organization's PKI.
 type Trust struct {
-	Roots string `json:"roots"` // PEM
+	// Roots are the organization's root certificates (PEM): the current and, during a rotation, the one before or after. That of a root which
+	// follows another is signed by it.
+	Roots string `json:"roots"`
+	// Lineage are roots of the past (PEM) that lead from one that a node may know to Roots, see identity.Succession. They are not trusted.
+	Lineage string `json:"lineage,omitempty"`
 	// Pins are the CA keys per kind of leaf: the current and, when there is one, the next.
 	Pins   map[identity.Kind][]identity.KeyHash `json:"pins"`
 	Denied []identity.KeyHash                   `json:"denied,omitempty"`
@@ -159,6 +164,8 @@ const (
 type Event struct {
 	Type   EventType `json:"type"`
 	Config *Config   `json:"config,omitempty"`
+	// Version, in a ping, says up to which version nothing changed for the node since the last configuration; 0 says nothing.
+	Version uint64 `json:"version,omitempty"`
 }
 
 // Config is everything a node is told. Nodes cache the newest in their state folder and start from it when the platform is down.
@@ -232,6 +239,8 @@ type Gateway struct {
 	Probe []ProbeRelay `json:"probe,omitempty"`
 	// EndSessions are sessions to end at once: those of a node that began before a time. The node's key stays good.
 	EndSessions []EndSession `json:"end_sessions,omitempty"`
+	// FlowLog has it tell the platform of the flows that peers had (POST /api/v1/node/flows).
+	FlowLog bool `json:"flow_log,omitempty"`
 }
 
 // ProbeRelay is a relay that a gateway measures by plain STUN Binding requests.
@@ -304,6 +313,9 @@ type Heartbeat struct {
 	Resources []ResourceHealth `json:"resources,omitempty"`
 	// RelayRTT is a gateway's round-trip time to relays by id, the median of recent probes, in nanoseconds. One that did not answer is not in it.
 	RelayRTT map[string]time.Duration `json:"relay_rtt,omitempty"`
+	// ConfigVersion is that of the newest configuration which the node took over, or was told that nothing in it is new for the node
+	// (Event.Version). A rotation of CAs waits for it.
+	ConfigVersion uint64 `json:"config_version,omitempty"`
 }
 
 // ResourceHealth is whether a gateway reaches a resource.

@@ -3,18 +3,18 @@
 //
 //	hash = SHA-256( previous hash as hex, JSON of the entry without its hash )
 //
-// Entries are appended in the transaction of the change that they tell of.
+// Entries are appended in the transaction of the change that they tell of. The head is signed every hour (sign.go), and Export writes a file that
+// can be checked without the platform (package auditfile).
 package audit
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
 
+	"sallyway/internal/auditfile"
 	"sallyway/internal/control"
 	"sallyway/platform/store"
 )
@@ -34,29 +34,11 @@ type Entry struct {
 	Detail map[string]any // no secrets
 }
 
-// hashed is what a hash covers besides the hash before it.
-type hashed struct {
-	Org    string          `json:"org"`
-	Seq    int64           `json:"seq"`
-	At     string          `json:"at"`
-	Actor  string          `json:"actor"`
-	Action string          `json:"action"`
-	Object string          `json:"object"`
-	Result string          `json:"result"`
-	Detail json.RawMessage `json:"detail"`
-}
-
-func hash(prev, org string, e *store.AuditEntry) (string, error) {
-	b, err := json.Marshal(hashed{
-		Org: org, Seq: e.Seq, At: e.At.UTC().Format(time.RFC3339Nano), Actor: e.Actor, Action: e.Action, Object: e.Object, Result: e.Result, Detail: e.Detail,
-	})
-	if err != nil {
-		return "", fmt.Errorf("audit entry %d: %w", e.Seq, err)
+// line is the entry as an export has it; its hash is computed from that.
+func line(e *store.AuditEntry) *auditfile.Entry {
+	return &auditfile.Entry{
+		Type: auditfile.TypeEntry, Seq: e.Seq, At: e.At.UTC(), Actor: e.Actor, Action: e.Action, Object: e.Object, Result: e.Result, Detail: e.Detail, Hash: e.Hash,
 	}
-	h := sha256.New()
-	h.Write([]byte(prev))
-	h.Write(b)
-	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
 // Append adds an entry to the chain of org in the transaction tx.
@@ -75,7 +57,7 @@ func Append(ctx context.Context, tx store.Tx, org string, at time.Time, e Entry)
 	row := &store.AuditEntry{
 		Seq: seq + 1, At: at.UTC().Truncate(time.Microsecond), Actor: e.Actor, Action: e.Action, Object: e.Object, Result: e.Result, Detail: detail,
 	}
-	if row.Hash, err = hash(prev, org, row); err != nil {
+	if row.Hash, err = auditfile.Hash(prev, org, line(row)); err != nil {
 		return err
 	}
 	if err := tx.AppendAudit(ctx, org, row); err != nil {
@@ -95,6 +77,10 @@ func Verify(ctx context.Context, st store.Store, org string) (*control.AuditVeri
 		if err != nil {
 			return err
 		}
+		signed, err := newSignatures(ctx, tx, org)
+		if err != nil {
+			return err
+		}
 		prev := ""
 		for {
 			rows, err := tx.Audit(ctx, org, v.Entries, batch)
@@ -106,12 +92,15 @@ func Verify(ctx context.Context, st store.Store, org string) (*control.AuditVeri
 					v.Problem = fmt.Sprintf("entry %d is missing", v.Entries+1)
 					return nil
 				}
-				want, err := hash(prev, org, e)
+				want, err := auditfile.Hash(prev, org, line(e))
 				if err != nil || want != e.Hash {
 					v.Problem = fmt.Sprintf("entry %d (%s at %s) was changed", e.Seq, e.Action, e.At.Format(time.RFC3339))
 					return nil
 				}
 				prev, v.Entries = e.Hash, e.Seq
+				if v.Problem = signed.check(e); v.Problem != "" {
+					return nil
+				}
 			}
 			if len(rows) < batch {
 				break
@@ -119,6 +108,10 @@ func Verify(ctx context.Context, st store.Store, org string) (*control.AuditVeri
 		}
 		if v.Entries != headSeq || prev != headHash {
 			v.Problem = fmt.Sprintf("the chain ends at entry %d, its head says %d: entries were cut off", v.Entries, headSeq)
+			return nil
+		}
+		if v.Signed, v.SignedAt = signed.last(); v.Signed > v.Entries {
+			v.Problem = fmt.Sprintf("entry %d was signed, and the chain ends at entry %d: entries were cut off", v.Signed, v.Entries)
 			return nil
 		}
 		v.OK = true

@@ -13,7 +13,7 @@ import (
 // ACMEMeta is where the platform's own certificates by ACME and their keys are kept, sealed with this label.
 const ACMEMeta = "acme"
 
-// Reseal seals the platform's own keys, every CA key, TURN key, secret of people's logins and the key of access tokens anew. It is a keyring.Reseal.
+// Reseal seals the platform's own keys, every CA key, TURN key, secret of people's logins, key of an audit chain, secret of a webhook and the key of access tokens anew. It is a keyring.Reseal.
 func Reseal(ctx context.Context, tx store.Tx, from, to *pki.Sealer) error {
 	again := func(label string, b []byte) ([]byte, error) {
 		clear, err := from.Open(label, b)
@@ -70,6 +70,9 @@ func Reseal(ctx context.Context, tx store.Tx, from, to *pki.Sealer) error {
 				return err
 			}
 		}
+	}
+	if err := resealTrail(ctx, tx, again); err != nil {
+		return err
 	}
 	return resealPeople(ctx, tx, again)
 }
