@@ -64,6 +64,7 @@ type gatewayDaemon struct {
 	host     *client.Host
 	last     *lastRung
 	health   *health
+	flowLog  *flowLog
 	probes   relayProbes
 	direct   *directPeers
 	drainCh  chan drainOrder // 1 place
@@ -158,6 +159,9 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		virtual: func() []netip.Addr { return *d.virtual.Load() }, metrics: m,
 		bench: bench{off: o.bench == string(client.Off), relayRTT: d.relayRTT},
 	}
+	d.flowLog = newFlowLog(&d.handler.flows, sh.Log, d.agent.ReportFlows)
+	d.flowLog.rung = d.rung
+	sh.Metrics.MustRegister(d.flowLog.collectors()...)
 	d.health = newHealth(sh.Log, d.agent.Snapshot, (&prober{enforce}).probe, d.healthChanged)
 	if d.merged, err = tunnel.NewMerged(tunnel.MergedConfig{}); err != nil {
 		return nil, err
@@ -174,6 +178,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		return nil, err
 	}
 	d.handler.bench.quic = d.srv.QUIC
+	d.flowLog.sessions = d.srv.Sessions
 	return d, nil
 }
 
@@ -228,6 +233,7 @@ func (d *gatewayDaemon) run(ctx context.Context) error {
 	g.Go(func() error { return d.direct.run(ctx) })
 	g.Go(func() error { return d.handler.often.Run(ctx, d.sh.Log) })
 	g.Go(func() error { return d.health.run(ctx) })
+	g.Go(func() error { return d.flowLog.run(ctx) })
 	g.Go(func() error {
 		if _, err := d.agent.WaitConfig(ctx); err != nil {
 			return ctx.Err()
@@ -255,6 +261,7 @@ func (d *gatewayDaemon) follow(c *control.Config) {
 		d.legs.Want("serving", refs)
 		d.last.follow(refs)
 		d.probes.follow(c.Gateway.Probe)
+		d.flowLog.enable(c.Gateway.FlowLog)
 	}
 	if c.Dialling != nil {
 		virtual := slices.Clone(c.Dialling.Virtual)
@@ -337,12 +344,23 @@ func (d *gatewayDaemon) onRendezvous(relay, peer identity.Node, ch *leg.Channel)
 
 // onSession logs sessions with the key that proved the peer, so that a certificate which the platform issued to somebody else shows.
 func (d *gatewayDaemon) onSession(s tunnel.SessionInfo, end error) {
+	d.flowLog.session(s, end)
 	if end == nil {
 		d.sh.Log.Info("session open", "peer", s.Peer.Node, "key", s.Peer.Key, "path", s.Path.Name)
 		return
 	}
 	d.direct.sessionOver(s.Peer.Session)
 	d.sh.Log.Info("session over", "peer", s.Peer.Node, "key", s.Peer.Key, "reason", end, "flows", s.TotalFlows, "sent", s.Sent, "received", s.Received)
+}
+
+// rung is the transport of the gateway's leg on a relay that goes by a name.
+func (d *gatewayDaemon) rung(relay string) string {
+	for _, st := range d.legs.Status() {
+		if st.Up && st.Name == relay {
+			return string(st.Transport)
+		}
+	}
+	return ""
 }
 
 // nameServers are the host's own: split DNS of the site side may have put the stub before them.

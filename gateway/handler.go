@@ -91,7 +91,7 @@ func (h *handler) dial(ctx context.Context, p tunnel.Peer, t policy.Target, netw
 		if err == nil {
 			h.metrics.flows.WithLabelValues(network, "ok").Inc()
 			h.log.Debug("flow open", "peer", p.Node, "to", t, "rule", dest.decision.Rule)
-			flow := h.flows.add(c, p.Node, t, a)
+			flow := h.flows.add(c, p, t, a, dest.decision)
 			if tcp, ok := c.(*net.TCPConn); ok {
 				return &tcpFlow{tcp, flow}, nil
 			}

@@ -45,6 +45,7 @@ func (u *udpFlow) Close() error { return u.flow.close() }
 func (u *udpFlow) ReadRun(b []byte) (n, size int, err error) {
 	u.readMu.Lock()
 	defer u.readMu.Unlock()
+	defer func() { u.flow.read(n, err) }()
 	if len(u.rest) > 0 {
 		n = copy(b, u.rest[:min(len(u.rest), max(1, len(b)/u.size)*u.size)])
 		u.rest = u.rest[n:]
@@ -63,9 +64,10 @@ func (u *udpFlow) read(b []byte) (n, size int, err error) {
 }
 
 // Read reads one datagram. b should hold 65535 bytes.
-func (u *udpFlow) Read(b []byte) (int, error) {
+func (u *udpFlow) Read(b []byte) (n int, err error) {
 	u.readMu.Lock()
 	defer u.readMu.Unlock()
+	defer func() { u.flow.read(n, err) }()
 	if len(u.rest) == 0 {
 		n, size, err := u.read(b)
 		if err != nil || n == size {
@@ -75,9 +77,16 @@ func (u *udpFlow) Read(b []byte) (int, error) {
 		return size, nil
 	}
 	k := min(u.size, len(u.rest))
-	n := copy(b, u.rest[:k])
+	n = copy(b, u.rest[:k])
 	u.rest = u.rest[k:]
 	return n, nil
+}
+
+// Write sends one datagram.
+func (u *udpFlow) Write(b []byte) (int, error) {
+	n, err := u.UDPConn.Write(b)
+	u.flow.wrote(n, err)
+	return n, err
 }
 
 // WriteRun implements tunnel.RunConn.
@@ -89,8 +98,10 @@ func (u *udpFlow) WriteRun(b []byte, size int) error {
 	for {
 		k := min(run, len(b))
 		if err := u.writePiece(b[:k], size); err != nil {
+			u.flow.wrote(0, err)
 			return err
 		}
+		u.flow.wrote(k, nil)
 		if b = b[k:]; len(b) == 0 {
 			return nil
 		}
@@ -108,7 +119,7 @@ func (u *udpFlow) writePiece(b []byte, size int) error {
 	}
 	for {
 		k := min(size, len(b))
-		if _, err := u.Write(b[:k]); err != nil {
+		if _, err := u.UDPConn.Write(b[:k]); err != nil {
 			return err
 		}
 		if b = b[k:]; len(b) == 0 {

@@ -8,8 +8,8 @@ import (
 	"time"
 
 	"sallyway/internal/datagram"
-	"sallyway/internal/identity"
 	"sallyway/internal/policy"
+	"sallyway/tunnel"
 )
 
 // udpPair is a flow of a gateway and the socket that it leads to.
@@ -24,7 +24,7 @@ func udpPair(t *testing.T) (*udpFlow, *net.UDPConn) {
 		t.Fatal(err)
 	}
 	var flows openFlows
-	f := newUDPFlow(c, flows.add(c, identity.Node{}, policy.Target{}, c.RemoteAddr().(*net.UDPAddr).AddrPort().Addr()))
+	f := newUDPFlow(c, flows.add(c, tunnel.Peer{}, policy.Target{}, c.RemoteAddr().(*net.UDPAddr).AddrPort().Addr(), policy.Decision{}))
 	t.Cleanup(func() {
 		f.Close()
 		server.Close()
