@@ -88,6 +88,7 @@ func New(cfg Config) http.Handler {
 	s.api.UseMiddleware(s.authorize)
 	s.orgRoutes()
 	s.nodeRoutes()
+	s.placesRoutes()
 	s.accessRoutes()
 	s.nodeEndpoints()
 	s.peopleRoutes()
@@ -121,7 +122,6 @@ func (p *problem) GetStatus() int { return p.Status }
 func (p *problem) ContentType(string) string { return "application/problem+json" }
 
 // useProblems has huma's own errors (validation) be problems of ours. huma keeps the constructor in a variable of its package.
-	s.placesRoutes()
 var useProblems = sync.OnceFunc(func() {
 	huma.NewError = func(status int, msg string, errs ...error) huma.StatusError {
 		p := &problem{control.Problem{Status: status, Title: http.StatusText(status), Detail: msg}}
