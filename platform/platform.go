@@ -35,6 +35,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/platform/api"
 	"sallyway/platform/awsauth"
+	"sallyway/platform/dialler"
 	"sallyway/platform/people"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
@@ -198,6 +199,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 		c.Peers, s.limiter.Tell = s.group, s.group.Refused
 	}
 	s.hub = push.New(c, s.cfg.Metrics)
+	s.dialler = dialler.New(dialler.Config{View: s.hub.View, Registry: s.reg, Log: s.cfg.Log, Metrics: s.cfg.Metrics, Now: s.cfg.Now})
 	if s.group != nil {
 		s.group.Join(local{s.hub, &s.limiter, s.cfg.Now})
 	}
@@ -284,7 +286,7 @@ func (s *Server) AdminFile() string { return filepath.Join(s.cfg.Data, adminFile
 func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/api/", api.New(api.Config{
-		Registry: s.reg, Hub: s.hub, People: s.people, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
+		Registry: s.reg, Hub: s.hub, Dialler: s.dialler, People: s.people, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
 		Unavailable: func(err error) { s.condition("database", err) }, Limiter: &s.limiter,
 	}))
 	mux.Handle("/", s.web)
@@ -345,6 +347,7 @@ func (s *Server) Run(ctx context.Context) error {
 		g.Go(func() error { return s.serve(ctx, s.plain, false) })
 	}
 	g.Go(func() error { return s.hub.Run(ctx) })
+	g.Go(func() error { return s.dialler.Run(ctx) })
 	if s.group != nil {
 		g.Go(func() error { return s.group.Run(ctx) })
 	}

@@ -335,19 +335,25 @@ func (a *app) organization() *cobra.Command {
 					return err
 				}
 				return a.show(cmd, o, func(w io.Writer) {
-					fields(w, "name", o.Name, "virtual addresses", join(o.Range), "direct paths", directWord(o.Direct), "created", moment(&o.Created))
+					fields(w, "name", o.Name, "virtual addresses", join(o.Range), "direct paths", directWord(o.Direct), "platform may dial gateways", onWord(o.PlatformDial), "created", moment(&o.Created))
 				})
 			})
 		},
 	}
-	var direct, directPrivate string
+	var direct, directPrivate, platformDial string
+	var regions []string
 	update := &cobra.Command{
 		Use: "update [NAME]", Short: "Change what an organization allows", Args: cobra.MaximumNArgs(1),
 		Long: `Change what an organization allows. Nodes hear of it at once.
 
 --direct on lets sessions leave the relay for a direct UDP path between client and gateway where NATs and firewalls let them; off keeps
 every packet on relays, and takes open sessions back to them. The two ends then tell each other their public addresses, and with
---direct-private on those of their interfaces, too.`,
+--direct-private on those of their interfaces, too.
+
+--platform-dial off keeps the platform from opening sessions to gateways itself, for tests of resources and webhooks to private addresses;
+else it may, where a policy allows it (sallyway policy allow --from platform --resource R).
+
+--regions keeps the organization's traffic on shared relays of these regions; its own relays stand where it put them.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			on, err := onOff("--direct", direct)
 			if err != nil {
@@ -357,25 +363,39 @@ every packet on relays, and takes open sessions back to them. The two ends then 
 			if err != nil {
 				return err
 			}
-			if on == nil && private == nil {
-				return daemon.Usagef("nothing to change: give --direct or --direct-private")
+			dial, err := onOff("--platform-dial", platformDial)
+			if err != nil {
+				return err
+			}
+			u := control.UpdateOrganization{Direct: on, DirectPrivate: private, PlatformDial: dial}
+			if cmd.Flags().Changed("regions") {
+				list := named(regions)
+				if list == nil {
+					list = []string{} // null would mean no change
+				}
+				u.RelayRegions = &list
+			}
+			if on == nil && private == nil && dial == nil && u.RelayRegions == nil {
+				return daemon.Usagef("nothing to change: give --direct, --direct-private, --platform-dial or --regions")
 			}
 			return a.do(cmd, "update organization", func(ctx context.Context, c *Client) error {
 				if len(args) > 0 {
 					c.org = args[0]
 				}
-				o, err := patch[control.Organization](ctx, c, c.path(), control.UpdateOrganization{Direct: on, DirectPrivate: private})
+				o, err := patch[control.Organization](ctx, c, c.path(), u)
 				if err != nil {
 					return err
 				}
 				return a.show(cmd, o, func(w io.Writer) {
-					fmt.Fprintf(w, "organization %s: direct paths %s\n", o.Name, directWord(o.Direct))
+					fmt.Fprintf(w, "organization %s: direct paths %s, the platform may dial gateways: %s, shared relays of %s\n", o.Name, directWord(o.Direct), onWord(o.PlatformDial), regionsWord(o.RelayRegions))
 				})
 			})
 		},
 	}
+	update.Flags().StringSliceVar(&regions, "regions", nil, "regions whose shared relays its nodes may use, such as eu-central,eu-west (empty: all)")
 	update.Flags().StringVar(&direct, "direct", "", "paths between client and gateway without a relay: on or off")
 	update.Flags().StringVar(&directPrivate, "direct-private", "", "tell each other private addresses for that: on or off")
+	update.Flags().StringVar(&platformDial, "platform-dial", "", "the platform opens sessions to gateways where a policy allows it: on or off")
 	del := &cobra.Command{
 		Use: "delete NAME", Aliases: []string{"rm"}, Short: "Delete an empty organization and its keys", Args: one("the organization's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -404,6 +424,13 @@ func onOff(flag, s string) (*bool, error) {
 		return &on, nil
 	}
 	return nil, daemon.Usagef("%s %.20q: want on or off", flag, s)
+}
+
+func onWord(on bool) string {
+	if on {
+		return "on"
+	}
+	return "off"
 }
 
 func directWord(d control.Direct) string {

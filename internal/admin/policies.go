@@ -19,12 +19,15 @@ const (
 	groups   = "groups"
 )
 
+// platformSubject is the platform itself as a subject.
+const platformSubject = string(identity.Platform)
+
 // subjectFlags say who.
 type subjectFlags struct{ client, from, group string }
 
 func (f *subjectFlags) register(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.client, "client", "", "a client")
-	cmd.Flags().StringVar(&f.from, "from", "", "gateway:NAME (a site), client:NAME, group:NAME or person:LOGIN")
+	cmd.Flags().StringVar(&f.from, "from", "", "gateway:NAME (a site), client:NAME, group:NAME, person:LOGIN, or platform (for tests and webhooks)")
 	cmd.Flags().StringVar(&f.group, "group", "", "a group")
 }
 
@@ -38,8 +41,8 @@ func (f *subjectFlags) subject() (string, error) {
 		found = append(found, "group:"+f.group)
 	}
 	if f.from != "" {
-		if err := checkSubject(f.from, "client", "gateway", "group", "person"); err != nil {
-			return "", daemon.Usagef("--from %w", err)
+		if err := checkSubject(f.from, "client", "gateway", "group", "person"); err != nil && f.from != platformSubject {
+			return "", daemon.Usagef("--from %w, or %s", err, platformSubject)
 		}
 		found = append(found, f.from)
 	}
@@ -47,7 +50,7 @@ func (f *subjectFlags) subject() (string, error) {
 	case 1:
 		return found[0], nil
 	case 0:
-		return "", daemon.Usagef("who? add one of --client C, --from gateway:G, --group G")
+		return "", daemon.Usagef("who? add one of --client C, --from gateway:G, --from platform, --group G")
 	}
 	return "", daemon.Usagef("%s: name one subject at a time (a group holds many)", strings.Join(found, " and "))
 }

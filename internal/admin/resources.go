@@ -59,7 +59,7 @@ func (a *app) resource() *cobra.Command {
   sallyway resource create lan --gateway office,office-2 --address 10.0.3.0/24 --tcp all --udp all --icmp
   sallyway resource create apps --gateway office --address '*.corp.example' --tcp 80,443 --domain corp.example`,
 		a.resourceCreate(), a.resourceList(), a.completing(resources, show), a.resourceUpdate(), a.completing(resources, del),
-		a.resourceSwitch("enable", false), a.resourceSwitch("disable", true))
+		a.resourceSwitch("enable", false), a.resourceSwitch("disable", true), a.resourceTest())
 }
 
 func (a *app) resourceCreate() *cobra.Command {

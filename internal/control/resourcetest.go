@@ -53,9 +53,20 @@ const (
 	HopSkipped HopState = "skipped"
 )
 
+// Names of hops, in their order.
+const (
+	StepResolve    = "resolve"    // the relay's name
+	StepBinding    = "binding"    // STUN to the relay and back
+	StepRelay      = "relay"      // an allocation on the relay, or its TLS port
+	StepRendezvous = "rendezvous" // the relay leads to the gateway
+	StepGateway    = "gateway"    // QUIC with the gateway
+	StepResource   = "resource"   // the gateway's policy, its look-up of the name, its connection
+	StepFirstByte  = "first-byte" // what the resource says unasked
+)
+
 // TestHop is a step on the way from the platform to a resource.
 type TestHop struct {
-	Name   string   `json:"name"` // resolve, stun, relay, rendezvous, gateway, resource, first-byte
+	Name   string   `json:"name"` // see StepResolve
 	To     string   `json:"to"`   // for people
 	State  HopState `json:"state"`
 	Millis float64  `json:"ms"`

@@ -30,7 +30,7 @@ func (r *relay) dial(ctx context.Context, transports []leg.Transport, delay time
 			return nil, err
 		}
 	}
-	trust, err := relayTrust(ref)
+	trust, err := RelayTrust(ref)
 	if err != nil {
 		return nil, err
 	}
@@ -106,10 +106,15 @@ func (r *relay) onRendezvous() func(identity.Node, netip.AddrPort, *leg.Channel)
 
 // Addrs finds the addresses of a port of a relay, IPv4 first.
 func (k *Keeper) Addrs(ctx context.Context, ref control.RelayRef, port uint16) ([]netip.AddrPort, error) {
+	return Addrs(ctx, k.cfg.Resolver, ref, port)
+}
+
+// Addrs finds the addresses of a port of a relay, IPv4 first.
+func Addrs(ctx context.Context, resolver *net.Resolver, ref control.RelayRef, port uint16) ([]netip.AddrPort, error) {
 	if a, err := netip.ParseAddr(ref.Host); err == nil {
 		return []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), port)}, nil
 	}
-	addrs, err := k.cfg.Resolver.LookupNetIP(ctx, "ip", ref.Host)
+	addrs, err := resolver.LookupNetIP(ctx, "ip", ref.Host)
 	if err != nil {
 		return nil, fmt.Errorf("address of relay %s: %w", ref.Name, err)
 	}

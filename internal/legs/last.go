@@ -83,7 +83,7 @@ func (k *Keeper) Last(ctx context.Context, relay, peer identity.Node) (*reverse.
 	if err != nil {
 		return nil, err
 	}
-	trust, err := relayTrust(ref)
+	trust, err := RelayTrust(ref)
 	if err != nil {
 		return nil, err
 	}
@@ -127,8 +127,8 @@ const (
 // maxRefused bounds the pairs of relay and peer whose last refusal is remembered.
 const maxRefused = 4096
 
-// relayTrust is the trust in a relay's certificate.
-func relayTrust(ref control.RelayRef) (*identity.Trust, error) {
+// RelayTrust is the trust in a relay's certificate.
+func RelayTrust(ref control.RelayRef) (*identity.Trust, error) {
 	roots, err := identity.DecodeCertificates([]byte(ref.Roots))
 	if err != nil {
 		return nil, fmt.Errorf("roots of relay %s: %w", ref.Name, err)

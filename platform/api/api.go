@@ -47,6 +47,8 @@ type Config struct {
 	// Unavailable is told of a database that can not be used. It must not block.
 	Unavailable func(error)
 	Metrics     prometheus.Registerer
+	// Dialler opens sessions to resources.
+	Dialler Tester
 	// Limiter counts refused requests; nil is one of its own.
 	Limiter *Limiter
 }
@@ -90,6 +92,7 @@ func New(cfg Config) http.Handler {
 	s.nodeRoutes()
 	s.placesRoutes()
 	s.accessRoutes()
+	s.testRoutes()
 	s.nodeEndpoints()
 	s.peopleRoutes()
 	s.serviceAccountRoutes()

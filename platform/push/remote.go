@@ -7,6 +7,7 @@ import (
 
 	"sallyway/platform/presence"
 	"sallyway/platform/store"
+	"sallyway/platform/view"
 )
 
 // reopened is how old a stream is at least that ends because another platform tells of a newer one: word of one that was older may come late.
@@ -67,4 +68,16 @@ func (h *Hub) catchUp(ctx context.Context, name string) error {
 	}
 	h.RemoteChanged(name, version)
 	return nil
+}
+
+// View is an organization as it is now; store.ErrNotFound when there is none.
+func (h *Hub) View(ctx context.Context, name string) (*view.View, error) {
+	if err := h.catchUp(ctx, name); err != nil {
+		if errors.Is(err, ErrDropped) {
+			return nil, store.ErrNotFound
+		}
+		return nil, err
+	}
+	v, _, _, err := h.current(ctx, name)
+	return v, err
 }

@@ -49,6 +49,12 @@ func (v *View) MayDial(r *store.Resource, proto policy.Proto, port uint16) contr
 	return v.Explain(SubjectPlatform, []*store.Node{Platform(v.Org.Name)}, r, proto, port)
 }
 
+// GatewayServes reports whether a gateway is there and not disabled.
+func (v *View) GatewayServes(id string) bool {
+	n := v.nodes[id]
+	return n != nil && n.Kind == identity.Gateway && n.Status == store.Active
+}
+
 // FindResource finds a resource by name or id; nil is none.
 func (v *View) FindResource(name string) *store.Resource {
 	for _, r := range v.resources {
