@@ -90,17 +90,19 @@ type Config struct {
 	// CredentialLife is how long nodes' credentials for relays are valid while the platform is there to renew them: zero is as long as the
 	// node's certificate.
 	CredentialLife time.Duration
+	// LeafLife is how long nodes' certificates are valid; they are renewed at half of it. Zero is control.LeafLife.
+	LeafLife time.Duration
 	// TokenLife is how long enrolment tokens work: zero is an hour.
 	TokenLife time.Duration
-
-	// AWS says which STS tells the AWS identity of nodes that enrol by it. The zero value is the public one of awsauth.DefaultRegion.
-	AWS awsauth.Config
 
 	// APIRate is how many requests a second one caller of the API has: zero is api.DefaultRate, less is no limit.
 	APIRate int
 
 	// Licence says whose licences count and where they come from.
 	Licence LicenceConfig
+
+	// AWS says which STS tells the AWS identity of nodes that enrol by it. The zero value is the public one of awsauth.DefaultRegion.
+	AWS awsauth.Config
 
 	Log     *slog.Logger          // nil discards
 	Metrics prometheus.Registerer // nil is a registry of its own
@@ -171,7 +173,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if s.store, s.reg, err = s.cfg.Home().open(ctx, s.cfg.Log, s.cfg.Now); err != nil {
 		return err
 	}
-	s.reg.TokenLife = s.cfg.TokenLife
+	s.reg.TokenLife, s.reg.LeafLife, s.reg.DocumentLife = s.cfg.TokenLife, s.cfg.LeafLife, s.cfg.DocumentLife
 	s.cfg.AWS.Now = s.cfg.Now
 	if s.reg.AWS, err = awsauth.New(s.cfg.AWS); err != nil {
 		return err
@@ -211,11 +213,11 @@ func (s *Server) open(ctx context.Context) (err error) {
 		return err
 	}
 	s.handler = s.routes()
-	s.cfg.Metrics.MustRegister(&census{s: s})
-	if err := s.remembered(ctx); err != nil {
+	if s.licences, err = newLicences(ctx, s); err != nil {
 		return err
 	}
-	if s.licences, err = newLicences(ctx, s); err != nil {
+	s.cfg.Metrics.MustRegister(&census{s: s})
+	if err := s.remembered(ctx); err != nil {
 		return err
 	}
 	if err := s.adminToken(ctx); err != nil {
@@ -287,7 +289,7 @@ func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/api/", api.New(api.Config{
 		Registry: s.reg, Hub: s.hub, Dialler: s.dialler, People: s.people, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
-		Unavailable: func(err error) { s.condition("database", err) }, Limiter: &s.limiter,
+		Unavailable: func(err error) { s.condition("database", err) }, Limiter: &s.limiter, Rate: s.cfg.APIRate,
 	}))
 	mux.Handle("/", s.web)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -354,12 +356,12 @@ func (s *Server) Run(ctx context.Context) error {
 	g.Go(func() error { return s.people.Run(ctx) })
 	g.Go(func() error { return s.web.Run(ctx) })
 	g.Go(func() error { s.probe(ctx); return nil })
+	g.Go(func() error { s.licences.run(ctx); return nil })
 	if s.cfg.ACME.On() {
 		g.Go(func() error { s.obtain(ctx); return nil })
 	}
 	s.cfg.Log.Info("platform serves", "url", s.url, "listen", s.cfg.Listen, "http_listen", s.cfg.HTTPListen)
 	return errors.Join(g.Wait(), s.Close())
-	g.Go(func() error { s.licences.run(ctx); return nil })
 }
 
 // probe tries the database, so that readiness tells of a full disk before a user does.

@@ -6,6 +6,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -51,7 +52,17 @@ type Config struct {
 	Dialler Tester
 	// Limiter counts refused requests; nil is one of its own.
 	Limiter *Limiter
+	// Rate is how many requests a second one caller has; zero is DefaultRate, less is no limit.
+	Rate int
 }
+
+// Codes of preconditions and of idempotency keys.
+const (
+	CodePrecondition = "precondition_failed"         // If-Match: the object was changed meanwhile
+	CodeKeyReused    = "idempotency_key_reused"      // the key came with another request before
+	CodeInProgress   = "idempotency_key_in_progress" // the first request with the key is being carried out: try again
+	CodeAnswerLost   = "idempotency_answer_lost"     // the first request with the key was carried out, and its answer was lost
+)
 
 type server struct {
 	reg     *registry.Registry
@@ -60,15 +71,35 @@ type server struct {
 	log     *slog.Logger
 	cfg     Config
 	api     huma.API
-	mux     *http.ServeMux
+	mux     *mux
 	limiter *Limiter
+	budget  budget
+	shows   map[string]show // by the path of a GET that answers one object
 	refused *prometheus.CounterVec
+}
+
+// mux is a ServeMux that knows its patterns.
+type mux struct {
+	*http.ServeMux
+	patterns []string
+}
+
+// HandleFunc implements humago.Mux.
+func (m *mux) HandleFunc(pattern string, handler func(http.ResponseWriter, *http.Request)) {
+	m.patterns = append(m.patterns, pattern)
+	m.ServeMux.HandleFunc(pattern, handler)
 }
 
 // New returns the handler of everything under /api/v1.
 func New(cfg Config) http.Handler {
+	return http.MaxBytesHandler(routes(cfg).mux, maxBody)
+}
+
+// routes makes the handlers of everything under /api/v1, and describes them.
+func routes(cfg Config) *server {
 	useProblems()
-	s := &server{reg: cfg.Registry, people: cfg.People, hub: cfg.Hub, log: cfg.Log, cfg: cfg, mux: http.NewServeMux(), limiter: cfg.Limiter}
+	s := &server{reg: cfg.Registry, people: cfg.People, hub: cfg.Hub, log: cfg.Log, cfg: cfg, mux: &mux{ServeMux: http.NewServeMux()}, limiter: cfg.Limiter, shows: make(map[string]show)}
+	s.budget.rate = float64(max(0, cmp.Or(cfg.Rate, DefaultRate)))
 	if s.limiter == nil {
 		s.limiter = new(Limiter)
 	}
@@ -80,7 +111,7 @@ func New(cfg Config) http.Handler {
 	c := huma.DefaultConfig("Sallyway platform", version.Get().Version)
 	c.CreateHooks = nil // no $schema members in answers
 	c.DocsPath, c.SchemasPath = "", ""
-	c.OpenAPIPath = "/api/v1/openapi"
+	c.OpenAPIPath = "" // see documents
 	c.Info.Description = "Admin API and node endpoints of a Sallyway platform. Errors are problem+json (RFC 9457) with a stable code and a remedy."
 	c.Components.SecuritySchemes = map[string]*huma.SecurityScheme{
 		"token": {Type: "http", Scheme: "bearer", Description: "API token: of a person (`sallyway login`), of a service account, or of its own (`platformd admin token`)"},
@@ -96,10 +127,13 @@ func New(cfg Config) http.Handler {
 	s.nodeEndpoints()
 	s.peopleRoutes()
 	s.serviceAccountRoutes()
+	s.licenceRoutes()
+	s.authorityRoutes()
 	s.mux.HandleFunc("/api/", func(w http.ResponseWriter, r *http.Request) {
 		write(w, &control.Problem{Status: http.StatusNotFound, Code: control.CodeNotFound, Detail: "there is no " + clip(r.Method+" "+r.URL.Path), Remedy: "see /api/v1/openapi.json"})
 	})
-	return http.MaxBytesHandler(s.mux, maxBody)
+	s.documents()
+	return s
 }
 
 func clip(s string) string {
@@ -131,8 +165,6 @@ var useProblems = sync.OnceFunc(func() {
 		switch {
 		case status == http.StatusNotFound:
 			p.Code = control.CodeNotFound
-	s.licenceRoutes()
-	s.authorityRoutes()
 		case status >= 400 && status < 500:
 			p.Code = control.CodeInvalid
 			p.Remedy = "correct the request; /api/v1/openapi.json describes it"

@@ -87,16 +87,13 @@ func allAddresses() []*net.IPNet {
 	}
 }
 
-func authority(org, name string, now time.Time, life time.Duration, pathLen int, k identity.Kind, parent *Authority) (*Authority, error) {
-	key, err := identity.NewKey()
-	if err != nil {
-		return nil, err
-	}
+// caTemplate is what the certificates of all CAs of an organization have in common.
+func caTemplate(org, name string, now time.Time, life time.Duration, pathLen int) (*x509.Certificate, error) {
 	sn, err := serial()
 	if err != nil {
 		return nil, err
 	}
-	t := &x509.Certificate{
+	return &x509.Certificate{
 		SerialNumber:                sn,
 		Subject:                     pkix.Name{Organization: []string{org}, CommonName: name},
 		NotBefore:                   now.Add(-Backdate),
@@ -110,40 +107,46 @@ func authority(org, name string, now time.Time, life time.Duration, pathLen int,
 		PermittedDNSDomains:         []string{domain(org)},
 		PermittedDNSDomainsCritical: true,
 		ExcludedIPRanges:            allAddresses(),
-	}
-	signer, issuer := crypto.Signer(key), t
-	if parent != nil {
-		if t.ExtKeyUsage, t.UnknownExtKeyUsage, err = usages(k); err != nil {
-			return nil, err
-		}
-		signer, issuer = parent.Key, parent.Certificate
-		if t.NotAfter.After(issuer.NotAfter) {
-			t.NotAfter = issuer.NotAfter
-		}
-	}
-	return sign(t, issuer, key, signer)
+	}, nil
 }
 
-func sign(t, issuer *x509.Certificate, key, signer crypto.Signer) (*Authority, error) {
-	der, err := x509.CreateCertificate(rand.Reader, t, issuer, key.Public(), signer)
+// certify signs t for pub.
+func certify(t, issuer *x509.Certificate, pub crypto.PublicKey, signer crypto.Signer) (*x509.Certificate, error) {
+	der, err := x509.CreateCertificate(rand.Reader, t, issuer, pub, signer)
 	if err != nil {
 		return nil, fmt.Errorf("sign %s: %w", t.Subject.CommonName, err)
 	}
-	c, err := x509.ParseCertificate(der)
+	return x509.ParseCertificate(der)
+}
+
+// NewRoot makes an organization's first root.
+func NewRoot(org string, now time.Time) (*Authority, error) {
+	key, err := identity.NewKey()
+	if err != nil {
+		return nil, err
+	}
+	t, err := caTemplate(org, rootName(org, 1), now, RootLife, 1)
+	if err != nil {
+		return nil, err
+	}
+	c, err := certify(t, t, key.Public(), key)
 	if err != nil {
 		return nil, err
 	}
 	return &Authority{Certificate: c, Key: key}, nil
 }
 
-// NewRoot makes an organization's root.
-func NewRoot(org string, now time.Time) (*Authority, error) {
-	return authority(org, org+" root", now, RootLife, 1, "", nil)
-}
-
-// NewIntermediate makes the CA for leaves of a kind.
+// NewIntermediate makes the first CA for leaves of a kind.
 func (a *Authority) NewIntermediate(org string, k identity.Kind, now time.Time) (*Authority, error) {
-	return authority(org, org+" "+string(k)+" CA", now, IntermediateLife, 0, k, a)
+	key, err := identity.NewKey()
+	if err != nil {
+		return nil, err
+	}
+	c, err := a.SignIntermediate(org, k, 1, key.Public(), now, IntermediateLife)
+	if err != nil {
+		return nil, err
+	}
+	return &Authority{Certificate: c, Key: key}, nil
 }
 
 // Request is a checked certificate signing request.

@@ -40,7 +40,11 @@ func NewServerCA(now time.Time) (*Authority, error) {
 		IsCA:                  true,
 		MaxPathLenZero:        true,
 	}
-	return sign(t, t, key, key)
+	c, err := certify(t, t, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	return &Authority{Certificate: c, Key: key}, nil
 }
 
 // Server issues the HTTPS certificate for hosts: names and IP addresses.

@@ -94,14 +94,15 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.StringVar(&c.ACME.CAFile, "acme-ca", "", "authorities (PEM) of that directory's certificate (default: the system's)")
 	f.DurationVar(&c.DocumentLife, "snapshot-life", 24*time.Hour, "how long policy snapshots and grants hold while the platform is away")
 	f.DurationVar(&c.CredentialLife, "relay-credential-life", 0, "how long nodes' credentials for relays hold while the platform is there, renewed at half of it, such as 2h; during an outage they hold as long as the node's certificate (0: always so long)")
+	f.DurationVar(&c.LeafLife, "leaf-life", control.LeafLife, "how long nodes' certificates hold while the platform is away, renewed at half of it")
 	f.DurationVar(&c.KeyRotation, "turn-key-rotation", 24*time.Hour, "age at which relays get new TURN keys")
 	f.DurationVar(&c.TokenLife, "token-life", control.TokenLife, "how long enrolment tokens work")
 	f.StringVar(&c.AWS.Region, "aws-region", awsauth.DefaultRegion, "region to which nodes that enrol by AWS sign")
 	f.StringVar(&c.AWS.Endpoint, "aws-sts-endpoint", "", "URL of the STS that is asked for their identity, the only one (default: the region's public one)")
 	f.StringVar(&c.AWS.CAFile, "aws-sts-ca", "", "authorities (PEM) of that STS's certificate (default: the system's)")
 	o.home.register(f)
-	f.StringVar(&c.Redis, "redis", "", "URL of the Redis that platforms on one PostgreSQL talk through: redis://HOST:6379/0")
 	o.licence.register(f)
+	f.StringVar(&c.Redis, "redis", "", "URL of the Redis that platforms on one PostgreSQL talk through: redis://HOST:6379/0")
 	f.StringVar(&o.redisFile, "redis-file", "", "file with the Redis URL (0600), for one with a password")
 	f.StringVar(&o.parameters, "config-ssm", "", "path in AWS Systems Manager's Parameter Store below which parameters have the names of these flags, such as /sallyway/eu; flags, environment and file win")
 	f.StringVar(&o.store.Region, "config-ssm-region", "", "region of that parameter store (default AWS_REGION)")
@@ -122,10 +123,10 @@ func (o *serveOptions) resolve(cmd *cobra.Command) (err error) {
 	if err := o.home.resolve(cmd); err != nil {
 		return err
 	}
-	if o.platform.Redis, err = secretURL(cmd, "redis", o.platform.Redis, o.redisFile); err != nil || o.platform.Redis == "" {
 	if err := o.licence.resolve(cmd); err != nil {
 		return err
 	}
+	if o.platform.Redis, err = secretURL(cmd, "redis", o.platform.Redis, o.redisFile); err != nil || o.platform.Redis == "" {
 		return err
 	}
 	if err := replica.CheckURL(o.platform.Redis); err != nil {
@@ -140,9 +141,12 @@ func (o *serveOptions) check() error {
 	if o.platform.DocumentLife < shortest || o.platform.DocumentLife > 30*24*time.Hour {
 		return daemon.Usagef("--snapshot-life %v is not between 1m and 720h", o.platform.DocumentLife)
 	}
-	const shortestCredential, longestCredential = 10 * time.Second, 24 * time.Hour
+	const shortestCredential, longestCredential, longestLeaf = 10 * time.Second, 24 * time.Hour, 7 * 24 * time.Hour
 	if l := o.platform.CredentialLife; l != 0 && (l < shortestCredential || l > longestCredential) {
 		return daemon.Usagef("--relay-credential-life %v is not between 10s and 24h, or 0", l)
+	}
+	if l := o.platform.LeafLife; l < shortestCredential || l > longestLeaf {
+		return daemon.Usagef("--leaf-life %v is not between 10s and 168h", l)
 	}
 	if o.platform.TokenLife < time.Second || o.platform.TokenLife > 24*time.Hour {
 		return daemon.Usagef("--token-life %v is not between 1s and 24h", o.platform.TokenLife)
@@ -164,11 +168,11 @@ func (o *serveOptions) run(ctx context.Context, sp daemon.Spec, logTo io.Writer)
 	}
 	defer sh.Close()
 	c := o.platform
+	c.Licence = o.licence.cfg
 	c.Data, c.Log, c.Metrics, c.Health = sh.State.Dir(), sh.Log, sh.Metrics, sh.Health.Set
 	h := o.home.home
 	c.Database, c.Connections, c.MasterKey, c.MasterKeyCommand = h.Database, h.Connections, h.MasterKey, h.MasterKeyCommand
 	srv, err := platform.Open(ctx, c)
-	c.Licence = o.licence.cfg
 	switch {
 	case errors.Is(err, store.ErrUnavailable) && !(store.Config{URL: c.Database}).Replicated():
 		return daemon.Failf("%w\nmake room on the disk of %s and see that this user can write there", err, c.Data)

@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyway/internal/control"
+	"sallyway/internal/identity"
 	"sallyway/internal/policy"
 	"sallyway/platform/allocation"
 	"sallyway/platform/pki"
@@ -218,13 +219,6 @@ func (h *Hub) current(ctx context.Context, name string) (*view.View, *policy.Sig
 	v, signer, renew, changed, generation := o.view, o.signer, o.renew, o.changed, o.generation
 	h.mu.Unlock()
 	now := h.reg.Now()
-	if signer == nil || !now.Before(renew) {
-		var err error
-		if signer, err = h.reg.Signer(ctx, name); err != nil {
-			return nil, nil, nil, err
-		}
-		renew = now.Add(pki.PolicyLife / 2)
-	}
 	if v == nil {
 		if err := h.reg.Store.View(ctx, func(tx store.Tx) (err error) {
 			v, err = view.Load(ctx, tx, h.reg.Seal, name, now)
@@ -232,6 +226,14 @@ func (h *Hub) current(ctx context.Context, name string) (*view.View, *policy.Sig
 		}); err != nil {
 			return nil, nil, nil, err
 		}
+	}
+	// A rotation of the policy CA has those who sign get a certificate by the new one.
+	if signer == nil || !now.Before(renew) || identity.CertificateKeyHash(signer.Chain[1]) != v.PolicyCA {
+		var err error
+		if signer, err = h.reg.Signer(ctx, name); err != nil {
+			return nil, nil, nil, err
+		}
+		renew = now.Add(pki.PolicyLife / 2)
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -299,12 +301,13 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 			last = sum
 			h.metrics.pushes.Inc()
 		}
+		has := v.Org.Version // since last was sent nothing changed for the node
 		for wait := true; wait; {
 			select {
 			case <-ctx.Done():
 				return context.Cause(ctx)
 			case <-ping.C:
-				if err := send(control.Event{Type: control.EventPing}); err != nil {
+				if err := send(control.Event{Type: control.EventPing, Version: has}); err != nil {
 					return err
 				}
 			case <-refresh.C:
@@ -390,6 +393,7 @@ func (h *Hub) Run(ctx context.Context) error {
 			if h.moves.Swap(false) || h.reg.MoveDue(now) {
 				h.moveRelays(ctx)
 			}
+			h.note(ctx, "rotate CAs", h.reg.AdvanceAuthorities(ctx))
 		case <-flush.C:
 			h.note(ctx, "audit refusals", h.reg.FlushRefusals(ctx, false))
 		case <-house.C:

@@ -17,6 +17,8 @@ type CertificateRecord struct {
 	Kind       string // root, the kind of leaf that a CA issues, or the kind of a node
 	CA         bool
 	Generation int // of a CA
+	State      store.AuthorityState
+	Until      time.Time // when a CA that retires does not count any more
 	Node       string
 	Key        string // hash
 	NotBefore  time.Time
@@ -38,7 +40,14 @@ func (r *Registry) Certificates(ctx context.Context, org string) ([]CertificateR
 			return err
 		}
 		for _, a := range as {
-			c := CertificateRecord{Kind: a.Kind, CA: true, Generation: a.Generation, NotBefore: a.Created}
+			if a.State == store.Gone || (org != identity.SharedOrg && a.Kind == pki.KindTLS) {
+				continue
+			}
+			c := CertificateRecord{Kind: a.Kind, CA: true, Generation: a.Generation, NotBefore: a.Created, State: a.State, Until: a.Until}
+			if a.State == store.Requested {
+				out = append(out, c)
+				continue
+			}
 			if a.Kind != pki.KindSSH {
 				cert, err := x509.ParseCertificate(a.Certificate)
 				if err != nil {

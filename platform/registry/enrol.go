@@ -223,7 +223,7 @@ func (c *change) issue(ctx context.Context, n *store.Node, reqs *requests) (*con
 		if err != nil {
 			return nil, "", err
 		}
-		cert, err := ca.Leaf(r.Node, r.Public, c.now, control.LeafLife)
+		cert, err := ca.Leaf(r.Node, r.Public, c.now, c.r.life())
 		if err != nil {
 			return nil, "", err
 		}
@@ -262,12 +262,12 @@ func (c *change) issueSSH(ctx context.Context, n *store.Node, reqs *requests) (s
 	if err != nil {
 		return "", err
 	}
-	cert, err := ca.Issue(n.Identity(), reqs.ssh.Public, reqs.main.Key, c.now, control.LeafLife)
+	cert, err := ca.Issue(n.Identity(), reqs.ssh.Public, reqs.main.Key, c.now, c.r.life())
 	if err != nil {
 		return "", err
 	}
 	err = c.audit(ctx, n.Org, "certificate.issue", n.Identity().String(), audit.OK, map[string]any{
-		"ssh_key": reqs.ssh.Key.String(), "key": reqs.main.Key.String(), "not_after": c.now.Add(control.LeafLife).UTC().Format(time.RFC3339),
+		"ssh_key": reqs.ssh.Key.String(), "key": reqs.main.Key.String(), "not_after": c.now.Add(c.r.life()).UTC().Format(time.RFC3339),
 	})
 	if err != nil || n.Kind != identity.Relay {
 		return cert, err

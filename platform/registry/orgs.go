@@ -49,17 +49,17 @@ func (r *Registry) Bootstrap(ctx context.Context) (first bool, err error) {
 			return err
 		}
 		first = true
-		if err := c.createOrg(ctx, identity.SharedOrg, nil); err != nil {
+		if err := c.createOrg(ctx, identity.SharedOrg, nil, nil); err != nil {
 			return err
 		}
 		ca, err := pki.NewServerCA(c.now)
 		if err != nil {
 			return err
 		}
-		if err := c.putAuthority(ctx, identity.SharedOrg, pki.KindTLS, ca); err != nil {
+		if _, err := c.insert(ctx, &rotating{org: identity.SharedOrg}, pki.KindTLS, store.Current, ca.Certificate.Raw, ca.Key); err != nil {
 			return err
 		}
-		return c.createOrg(ctx, DefaultOrg, nil)
+		return c.createOrg(ctx, DefaultOrg, nil, nil)
 	})
 	if err != nil {
 		return false, err
@@ -67,9 +67,9 @@ func (r *Registry) Bootstrap(ctx context.Context) (first bool, err error) {
 	return first, r.loadAccessKey(ctx)
 }
 
-// createOrg makes an organization with its PKI.
-func (c *change) createOrg(ctx context.Context, name string, ranges []netip.Prefix) error {
-	o := &store.Org{Name: name, Range4: defaultRange, Range6: newULA(), Created: c.now, Version: uint64(c.now.Unix()), NextAddress: firstAddress, Direct: true, PlatformDial: true}
+// createOrg makes an organization with its PKI. root is one whose key is kept offline; nil: the platform makes it and keeps the key.
+func (c *change) createOrg(ctx context.Context, name string, ranges []netip.Prefix, root *x509.Certificate) error {
+	o := &store.Org{Name: name, Range4: defaultRange, Range6: newULA(), Created: c.now, Version: uint64(c.now.Unix()), NextAddress: firstAddress, Direct: true}
 	if err := setRanges(o, ranges); err != nil {
 		return err
 	}
@@ -79,46 +79,35 @@ func (c *change) createOrg(ctx context.Context, name string, ranges []netip.Pref
 		}
 		return err
 	}
-	if c.r.Region != "" {
-		if err := c.PutOrgRegion(ctx, &store.OrgRegion{Org: name, Region: c.r.Region}); err != nil {
+	top := &pki.Authority{Certificate: root}
+	if root == nil {
+		var err error
+		if top, err = pki.NewRoot(name, c.now); err != nil {
 			return err
 		}
 	}
-	root, err := pki.NewRoot(name, c.now)
+	all := &rotating{org: name}
+	a, err := c.insert(ctx, all, pki.KindRoot, store.Current, top.Certificate.Raw, top.Key)
 	if err != nil {
 		return err
 	}
-	if err := c.putAuthority(ctx, name, pki.KindRoot, root); err != nil {
+	made, err := c.nextIntermediates(ctx, all, a, all.kinds()...)
+	if err != nil {
 		return err
 	}
-	kinds := orgKinds
-	if name == identity.SharedOrg {
-		kinds = sharedKinds
-	}
-	for _, k := range kinds {
-		ca, err := root.NewIntermediate(name, k, c.now)
-		if err != nil {
-			return err
-		}
-		if err := c.putAuthority(ctx, name, string(k), ca); err != nil {
-			return err
+	for _, a := range made {
+		if a.State == store.Next { // nobody has to hear of it
+			a.State, a.Announced = store.Current, nil
+			if err := c.UpdateAuthority(ctx, a); err != nil {
+				return err
+			}
 		}
 	}
 	if err := c.putSSHAuthority(ctx, name); err != nil {
 		return err
 	}
 	return c.audit(ctx, name, "organization.create", name, audit.OK, map[string]any{
-		"range4": o.Range4.String(), "range6": o.Range6.String(), "root_key": identity.CertificateKeyHash(root.Certificate).String(),
-	})
-}
-
-func (c *change) putAuthority(ctx context.Context, org, kind string, a *pki.Authority) error {
-	key, err := identity.EncodeKey(a.Key)
-	if err != nil {
-		return err
-	}
-	return c.InsertAuthority(ctx, &store.Authority{
-		Org: org, Kind: kind, Generation: 1, Certificate: a.Certificate.Raw, Key: c.r.Seal.Seal(authorityLabel(org, kind, 1), key), Created: c.now,
+		"range4": o.Range4.String(), "range6": o.Range6.String(), "root_key": identity.CertificateKeyHash(top.Certificate).String(), "offline_root": root != nil,
 	})
 }
 
@@ -128,17 +117,12 @@ func (c *change) putSSHAuthority(ctx context.Context, org string) error {
 	if err != nil {
 		return err
 	}
-	key, err := identity.EncodeKey(ca.Key)
-	if err != nil {
-		return err
-	}
 	public, err := x509.MarshalPKIXPublicKey(ca.Key.Public())
 	if err != nil {
 		return err
 	}
-	return c.InsertAuthority(ctx, &store.Authority{
-		Org: org, Kind: pki.KindSSH, Generation: 1, Certificate: public, Key: c.r.Seal.Seal(authorityLabel(org, pki.KindSSH, 1), key), Created: c.now,
-	})
+	_, err = c.insert(ctx, &rotating{org: org}, pki.KindSSH, store.Current, public, ca.Key)
+	return err
 }
 
 // completeAuthorities makes the SSH CA of organizations that were made before there was one.
@@ -168,54 +152,36 @@ func (c *change) completeAuthorities(ctx context.Context) error {
 	return nil
 }
 
-// sshAuthority opens the newest SSH CA of an organization.
+// sshAuthority opens the SSH CA of an organization that issues.
 func (r *Registry) sshAuthority(ctx context.Context, tx store.Tx, org string) (*pki.SSHAuthority, error) {
-	as, err := tx.Authorities(ctx, org)
+	ca, err := r.Authority(ctx, tx, org, pki.KindSSH)
 	if err != nil {
 		return nil, err
 	}
-	for _, a := range as { // newest first
-		if a.Kind != pki.KindSSH {
-			continue
-		}
-		pem, err := r.Seal.Open(authorityLabel(org, pki.KindSSH, a.Generation), a.Key)
-		if err != nil {
-			return nil, err
-		}
-		key, err := identity.DecodeKey(pem)
-		if err != nil {
-			return nil, fmt.Errorf("key of the SSH CA of %s: %w", org, err)
-		}
-		return pki.OpenSSHAuthority(key)
-	}
-	return nil, fmt.Errorf("organization %s has no SSH CA: %w", org, store.ErrNotFound)
+	return pki.OpenSSHAuthority(ca.Key)
 }
 
-// Authority opens the newest CA of a kind.
+// Authority opens the CA of a kind that issues; that of an SSH CA has no certificate. It refuses while the owner of an offline root has
+// not signed one.
 func (r *Registry) Authority(ctx context.Context, tx store.Tx, org, kind string) (*pki.Authority, error) {
-	as, err := tx.Authorities(ctx, org)
+	all, err := tx.Authorities(ctx, org)
 	if err != nil {
 		return nil, err
 	}
-	for _, a := range as { // newest first
-		if a.Kind != kind {
-			continue
-		}
-		pem, err := r.Seal.Open(authorityLabel(org, kind, a.Generation), a.Key)
-		if err != nil {
-			return nil, err
-		}
-		key, err := identity.DecodeKey(pem)
-		if err != nil {
-			return nil, fmt.Errorf("key of the %s CA of %s: %w", kind, org, err)
-		}
-		cert, err := x509.ParseCertificate(a.Certificate)
-		if err != nil {
-			return nil, fmt.Errorf("certificate of the %s CA of %s: %w", kind, org, err)
-		}
-		return &pki.Authority{Certificate: cert, Key: key}, nil
+	o := &rotating{org, all}
+	a := o.in(kind, store.Current)
+	switch {
+	case a == nil && o.in(kind, store.Requested) != nil:
+		return nil, refuse(http.StatusConflict, control.CodeConflict, "where the root's key is: sallyway --org "+org+" ca sign --root-key FILE",
+			"the owner of the root of organization %s has not signed its %s CA yet", org, kind)
+	case a == nil:
+		return nil, fmt.Errorf("organization %s has no CA for %s: %w", org, kind, store.ErrNotFound)
 	}
-	return nil, fmt.Errorf("organization %s has no CA for %s: %w", org, kind, store.ErrNotFound)
+	ca, err := r.open(a)
+	if err == nil && ca.Key == nil {
+		err = fmt.Errorf("the key of the %s CA of %s is not kept here", kind, org)
+	}
+	return ca, err
 }
 
 // newULA is a random /48 (RFC 4193 §3.2.2).
@@ -294,9 +260,20 @@ func (r *Registry) CreateOrg(ctx context.Context, req control.CreateOrganization
 	if slices.Contains(reserved, req.Name) {
 		return nil, invalid("body.name", "choose another name", "the name %q is reserved", req.Name)
 	}
+	var root *x509.Certificate
+	if req.Root != "" {
+		certs, err := identity.DecodeCertificates([]byte(req.Root))
+		if err != nil || len(certs) != 1 {
+			return nil, invalid("body.root", "one certificate, PEM", "the root is not a certificate")
+		}
+		root = certs[0]
+		if err := pki.CheckRoot(root, req.Name, nil, r.Now()); err != nil {
+			return nil, invalid("body.root", "make it with `sallyway organization create NAME --offline-root`", "root: %v", err)
+		}
+	}
 	var out *control.Organization
 	err := r.update(ctx, func(c *change) error {
-		if err := c.createOrg(ctx, req.Name, req.Range); err != nil {
+		if err := c.createOrg(ctx, req.Name, req.Range, root); err != nil {
 			return err
 		}
 		o, err := c.Org(ctx, req.Name)

@@ -36,6 +36,8 @@ type Registry struct {
 	TokenLife time.Duration
 	// Region is that of the deployment, "" for one without a name. BindRegion sets it.
 	Region string
+	// LeafLife is how long certificates of nodes are valid, DocumentLife how long snapshots and grants: zero is 24 h.
+	LeafLife, DocumentLife time.Duration
 	// Audiences are the URLs under which the platform may be addressed by assertions, canonical (see CanonicalURL).
 	Audiences []string
 	// Changed is called after a commit that changed what nodes of org are told, with the version that it has since. It must not block.
@@ -46,11 +48,11 @@ type Registry struct {
 	// AWS asks whose AWS identity a node has; nil: no node can enrol by one.
 	AWS *awsauth.Verifier
 
-	access accessKey
-	failed aggregate
 	// LicenceTrust are the keys of issuers of licences; without any no licence can be installed, and nothing is limited.
 	LicenceTrust entitlement.Trust
 
+	access accessKey
+	failed aggregate
 	places places
 	// nextMove is when the next announced address of a relay comes into force, in Unix microseconds; 0 is not known or never.
 	nextMove atomic.Int64

@@ -33,6 +33,8 @@ const DeniedMargin = 2 * identity.ClockSkew
 type View struct {
 	Org   *store.Org
 	Trust control.Trust // Denied included
+	// PolicyCA is the key hash of the CA that issues to those who sign documents; zero when there is none.
+	PolicyCA identity.KeyHash
 
 	nodes       map[string]*store.Node // live ones, by id
 	sorted      []*store.Node          // by name
@@ -54,9 +56,9 @@ type View struct {
 	regions     []string                 // whose shared relays are used; empty is all
 	sharing     *Sharing
 	sshCAs      []string
+	bandwidth   int64 // bytes per second that the organization may have through each relay; 0 is the relay's default
 
 	// What every plan needs and nobody changes, made by the first.
-	bandwidth   int64 // bytes per second that the organization may have through each relay; 0 is the relay's default
 	once     sync.Once
 	inForce  map[string][]policy.Rule   // by resource id
 	allowed  map[string]map[string]bool // nodes by resource id
@@ -89,6 +91,9 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 		relayKeys: make(map[string][]control.RelayKey),
 	}
 	if v.Trust, err = LoadTrust(ctx, tx, org, now); err != nil {
+		return nil, err
+	}
+	if v.PolicyCA, err = policyCA(ctx, tx, org); err != nil {
 		return nil, err
 	}
 	if v.sorted, err = tx.Nodes(ctx, org, "", store.Page{}); err != nil {
@@ -158,18 +163,13 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 	if v.assignments, err = tx.Assignments(ctx, org); err != nil {
 		return nil, err
 	}
+	if v.bandwidth, err = bandwidthOf(ctx, tx, org); err != nil {
+		return nil, err
+	}
 	v.ends, err = tx.SessionEnds(ctx, org)
 	return v, err
 }
 
-// loadOrgs fills in what shared relays serve: every organization.
-	if v.bandwidth, err = bandwidthOf(ctx, tx, org); err != nil {
-		return nil, err
-	}
-func (v *View) loadOrgs(ctx context.Context, tx store.Tx, now time.Time) error {
-	orgs, err := tx.Orgs(ctx, store.Page{})
-	if err != nil {
-		return err
 // bandwidthOf is what an organization may have through each relay by its licence, in bytes per second; 0 is the relay's default. It stays when the licence
 // ends.
 func bandwidthOf(ctx context.Context, tx store.Tx, org string) (int64, error) {
@@ -183,6 +183,11 @@ func bandwidthOf(ctx context.Context, tx store.Tx, org string) (int64, error) {
 	return l.Bandwidth, nil
 }
 
+// loadOrgs fills in what shared relays serve: every organization.
+func (v *View) loadOrgs(ctx context.Context, tx store.Tx, now time.Time) error {
+	orgs, err := tx.Orgs(ctx, store.Page{})
+	if err != nil {
+		return err
 	}
 	if v.orgRegions, err = tx.OrgRegions(ctx); err != nil {
 		return err
@@ -221,6 +226,27 @@ func bandwidthOf(ctx context.Context, tx store.Tx, org string) (int64, error) {
 	return nil
 }
 
+// maxLineage is how many roots of the past nodes are told of, newest first: one that slept through more enrols anew.
+const maxLineage = 8
+
+// policyCA is the key hash of the CA that issues leaves of kind policy: whoever signs documents has one by it. It is zero when there is none.
+func policyCA(ctx context.Context, tx store.Tx, org string) (identity.KeyHash, error) {
+	as, err := tx.Authorities(ctx, org)
+	if err != nil {
+		return identity.KeyHash{}, err
+	}
+	for _, a := range as {
+		if a.Kind == string(identity.Policy) && a.State == store.Current {
+			c, err := x509.ParseCertificate(a.Certificate)
+			if err != nil {
+				return identity.KeyHash{}, fmt.Errorf("certificate of the policy CA: %w", err)
+			}
+			return identity.CertificateKeyHash(c), nil
+		}
+	}
+	return identity.KeyHash{}, nil
+}
+
 // LoadTrust reads what nodes of org trust: roots, pins of every kind, denied keys.
 func LoadTrust(ctx context.Context, tx store.Tx, org string, now time.Time) (control.Trust, error) {
 	t := control.Trust{Pins: make(map[identity.Kind][]identity.KeyHash)}
@@ -228,23 +254,26 @@ func LoadTrust(ctx context.Context, tx store.Tx, org string, now time.Time) (con
 	if err != nil {
 		return t, err
 	}
-	var roots []*x509.Certificate
+	var roots, lineage []*x509.Certificate
 	for _, a := range as {
-		if a.Kind == pki.KindSSH {
-			continue // a key, see sshCAs
+		if a.Kind == pki.KindSSH || len(a.Certificate) == 0 {
+			continue // a key, see sshCAs; or nothing yet
 		}
 		c, err := x509.ParseCertificate(a.Certificate)
 		if err != nil {
 			return t, fmt.Errorf("certificate of the %s CA: %w", a.Kind, err)
 		}
 		switch kind := identity.Kind(a.Kind); {
-		case a.Kind == pki.KindRoot:
+		case a.Kind == pki.KindRoot && a.Pinned():
 			roots = append(roots, c)
-		case kind.Valid():
+		case a.Kind == pki.KindRoot && a.Generation > 1 && !a.Until.IsZero(): // it has been current
+			lineage = append(lineage, c)
+		case kind.Valid() && a.Pinned():
 			t.Pins[kind] = append(t.Pins[kind], identity.CertificateKeyHash(c))
 		}
 	}
 	t.Roots = string(identity.EncodeCertificates(roots...))
+	t.Lineage = string(identity.EncodeCertificates(lineage[:min(len(lineage), maxLineage)]...))
 	nodes, err := tx.Nodes(ctx, org, "", store.Page{})
 	if err != nil {
 		return t, err
@@ -285,7 +314,7 @@ func sshCAs(ctx context.Context, tx store.Tx, org string) ([]string, error) {
 	}
 	var out []string
 	for _, a := range as {
-		if a.Kind != pki.KindSSH {
+		if a.Kind != pki.KindSSH || !a.Pinned() {
 			continue
 		}
 		key, err := x509.ParsePKIXPublicKey(a.Certificate)

@@ -94,6 +94,7 @@ type Agent struct {
 	mu          sync.Mutex
 	state       nodeState
 	cache       cacheState
+	heard       uint64 // the platform said that nothing is new up to this version
 	cert, site  *tls.Certificate
 	snapshot    *policy.Snapshot
 	snapshotErr error

@@ -11,7 +11,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 
@@ -182,8 +181,11 @@ func (a *Agent) events(r io.Reader) error {
 		if err := json.Unmarshal(s.Bytes(), &ev); err != nil {
 			return &link.Error{Kind: link.NotPlatform, Reason: "the control stream carries something that is not an event", Remedy: "check what answers at the platform's URL", Err: err}
 		}
-		if ev.Type == control.EventConfig && ev.Config != nil {
+		switch {
+		case ev.Type == control.EventConfig && ev.Config != nil:
 			a.apply(ev.Config)
+		case ev.Type == control.EventPing:
+			a.upToDate(ev.Version)
 		}
 	}
 	if err := s.Err(); err != nil {
@@ -246,6 +248,14 @@ func (a *Agent) apply(c *control.Config) {
 	next := cacheState{Highest: c.Version, HighestSnapshot: a.cache.HighestSnapshot, Snapshot: a.cache.Snapshot, Config: c}
 	same := a.cache.Config != nil && equal(a.cache.Config, c)
 	a.cache = next
+	if c.Trust.Roots != a.state.Trust.Roots {
+		// From here on these roots count, and what follows them: one that has gone leads nowhere any more.
+		a.state.Trust = c.Trust
+		if err := save(a.cfg.StateDir, nodeFile, a.state); err != nil {
+			a.log.Error("new roots of the organization not saved: after a restart this node follows them from the former ones", "error", err)
+		}
+		a.log.Info("the organization's roots changed, signed by the ones before", "version", c.Version)
+	}
 	if c.Node.Kind == identity.Gateway {
 		jws := ""
 		if c.Gateway != nil {
@@ -270,6 +280,26 @@ func (a *Agent) apply(c *control.Config) {
 	poke(a.changed)
 }
 
+// upToDate notes that nothing changed for the node up to a version.
+func (a *Agent) upToDate(version uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.cache.Config != nil && a.status.ConfigError == "" {
+		a.heard = max(a.heard, version)
+	}
+}
+
+// heardVersion is what heartbeats acknowledge: the version of the newest configuration that counts here, or up to which it was said to be
+// the newest.
+func (a *Agent) heardVersion() uint64 {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.cache.Config == nil {
+		return 0
+	}
+	return max(a.heard, a.cache.Config.Version)
+}
+
 func (a *Agent) checkLocked(c *control.Config) error {
 	switch {
 	case c.Node != a.state.Node:
@@ -280,28 +310,36 @@ func (a *Agent) checkLocked(c *control.Config) error {
 	if _, err := c.Trust.For(c.Node.Kind); err != nil {
 		return fmt.Errorf("configuration: %w", err)
 	}
-	return a.checkRootsLocked(c.Trust.Roots)
+	return a.checkRootsLocked(c.Trust)
 }
 
-// checkRootsLocked refuses roots other than those this node was enrolled with, unless one of these has signed them: a configuration is not
-// signed itself, so whoever speaks for the platform could else put an organization of its own in place of ours.
-func (a *Agent) checkRootsLocked(roots string) error {
-	known, err := identity.DecodeCertificates([]byte(a.state.Trust.Roots))
-	if err != nil {
-		return fmt.Errorf("roots from the enrolment: %w", err)
+// checkRootsLocked refuses roots that this node does not know and that follow none it knows: a configuration is not signed itself, so whoever
+// speaks for the platform could else put an organization of its own in place of ours.
+func (a *Agent) checkRootsLocked(t control.Trust) error {
+	err := succeeds(a.state.Trust.Roots, t)
+	if se, ok := errors.AsType[*identity.SuccessionError](err); ok {
+		return fmt.Errorf("the configuration names the root %v, which neither is one that this node knows nor is signed by it: the platform was installed anew, or somebody speaks in its name; enrol anew with a fresh token to accept it", se.Root)
 	}
-	shown, err := identity.DecodeCertificates([]byte(roots))
+	return err
+}
+
+// succeeds holds the roots of t against known ones (PEM).
+func succeeds(known string, t control.Trust) error {
+	from, err := identity.DecodeCertificates([]byte(known))
+	if err != nil {
+		return fmt.Errorf("roots that this node knows: %w", err)
+	}
+	shown, err := identity.DecodeCertificates([]byte(t.Roots))
 	if err != nil {
 		return fmt.Errorf("roots of the configuration: %w", err)
 	}
-	for _, s := range shown {
-		if !slices.ContainsFunc(known, func(k *x509.Certificate) bool {
-			return k.Equal(s) || (s.IsCA && s.CheckSignatureFrom(k) == nil)
-		}) {
-			return fmt.Errorf("the configuration names the root %v, which neither is the one this node was enrolled with nor is signed by it: the platform was installed anew, or somebody speaks in its name; enrol anew with a fresh token to accept it", identity.CertificateKeyHash(s))
+	var links []*x509.Certificate
+	if t.Lineage != "" {
+		if links, err = identity.DecodeCertificates([]byte(t.Lineage)); err != nil {
+			return fmt.Errorf("former roots of the configuration: %w", err)
 		}
 	}
-	return nil
+	return identity.Succession(from, shown, links)
 }
 
 // takeSnapshotLocked verifies a signed snapshot and keeps it if it is not older than one seen before. a.mu is held.
@@ -359,6 +397,7 @@ func (a *Agent) heartbeats(ctx context.Context) {
 		if hb.Started.IsZero() {
 			hb.Started = started
 		}
+		hb.ConfigVersion = a.heardVersion()
 		if err := a.call(ctx, "/api/v1/node/heartbeat", hb, nil); err != nil && ctx.Err() == nil {
 			a.log.Debug("heartbeat not delivered", "error", err)
 		}
@@ -400,13 +439,17 @@ func (a *Agent) renewals(ctx context.Context) {
 	}
 }
 
-// renewAt is half of the leaf's life, ± a tenth of it, so that nodes enrolled together do not renew together.
+// renewAt is half of the leaf's life, ± a tenth of it, so that nodes enrolled together do not renew together. A platform backdates leaves
+// by identity.ClockSkew, which is no part of their life.
 func (a *Agent) renewAt() time.Time {
 	a.mu.Lock()
 	leaf := a.cert.Leaf
 	a.mu.Unlock()
-	life := leaf.NotAfter.Sub(leaf.NotBefore)
-	return leaf.NotBefore.Add(jitter(life/2, 0.2))
+	issued := leaf.NotBefore
+	if at := issued.Add(identity.ClockSkew); at.Before(leaf.NotAfter) {
+		issued = at
+	}
+	return issued.Add(jitter(leaf.NotAfter.Sub(issued)/2, 0.2))
 }
 
 func (a *Agent) renewNow(ctx context.Context) error {
