@@ -33,9 +33,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyway/internal/control"
+	"sallyway/internal/telemetry"
 	"sallyway/platform/api"
 	"sallyway/platform/awsauth"
 	"sallyway/platform/dialler"
+	"sallyway/platform/incoming"
 	"sallyway/platform/people"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
@@ -107,6 +109,11 @@ type Config struct {
 	Log     *slog.Logger          // nil discards
 	Metrics prometheus.Registerer // nil is a registry of its own
 	Now     func() time.Time      // nil is time.Now
+	// Tracer makes a span of every request; nil is none.
+	Tracer *telemetry.Tracer
+	// DrainDelay is how long a platform that stops says that it is not ready before it closes its listeners, for the balancer before it. Zero is two
+	// seconds with PostgreSQL and none with SQLite, less is none.
+	DrainDelay time.Duration
 	// Health is told of conditions: nil is good. Nil is nobody.
 	Health func(condition string, err error)
 
@@ -292,19 +299,8 @@ func (s *Server) routes() http.Handler {
 		Unavailable: func(err error) { s.condition("database", err) }, Limiter: &s.limiter, Rate: s.cfg.APIRate,
 	}))
 	mux.Handle("/", s.web)
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = fmt.Fprintln(w, "ok") // the peer has gone: nobody is left to tell
-	})
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		reasons := s.Conditions()
-		w.Header().Set("Content-Type", "application/json")
-		w.Header().Set("Cache-Control", "no-store")
-		if len(reasons) > 0 {
-			w.WriteHeader(http.StatusServiceUnavailable)
-		}
-		_ = json.NewEncoder(w).Encode(map[string]any{"ready": len(reasons) == 0, "reasons": reasons}) // as above
-	})
-	return mux
+	s.healthRoutes(mux)
+	return incoming.Handler(incoming.Config{Tracer: s.cfg.Tracer, Log: s.cfg.Log}, mux)
 }
 
 // condition records whether something works.
@@ -341,6 +337,8 @@ func (s *Server) Conditions() map[string]string {
 
 // Run serves until ctx ends; then control streams end, requests in flight get a few seconds, and the database is closed.
 func (s *Server) Run(ctx context.Context) error {
+	ctx, drained := s.untilDrained(ctx)
+	defer drained()
 	g, ctx := errgroup.WithContext(ctx)
 	if s.https != nil {
 		g.Go(func() error { return s.serve(ctx, s.https, true) })

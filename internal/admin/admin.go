@@ -130,6 +130,7 @@ func explain(c *Client, doing string, err error) error {
 		if remedy == "" {
 			remedy = remedyFor(c, doing, p)
 		}
+		remedy = withRequest(remedy, p)
 		if p.Status == http.StatusBadRequest || p.Status == http.StatusUnprocessableEntity {
 			return daemon.Usagef("%s: %s%s", doing, why, below(remedy))
 		}
@@ -140,6 +141,14 @@ func explain(c *Client, doing string, err error) error {
 		return err
 	}
 	return daemon.Failf("%s: %w", doing, err)
+}
+
+// withRequest adds the id by which the platform's log and audit know a request that failed, for whoever reads these.
+func withRequest(remedy string, p *link.Problem) string {
+	if p.RequestID == "" {
+		return remedy
+	}
+	return strings.TrimPrefix(remedy+"\nrequest "+p.RequestID, "\n")
 }
 
 func below(remedy string) string {

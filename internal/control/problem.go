@@ -11,6 +11,8 @@ type Problem struct {
 	Remedy string `json:"remedy,omitempty"`
 	// Errors are the parts of the request that were refused.
 	Errors []ProblemPart `json:"errors,omitempty"`
+	// RequestID is the id of the request that failed, by which the platform's log knows it.
+	RequestID string `json:"request_id,omitempty"`
 }
 
 // ProblemPart is one refused part of a request.

@@ -20,6 +20,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/version"
+	"sallyway/platform/incoming"
 	"sallyway/platform/people"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
@@ -92,7 +93,7 @@ func (m *mux) HandleFunc(pattern string, handler func(http.ResponseWriter, *http
 
 // New returns the handler of everything under /api/v1.
 func New(cfg Config) http.Handler {
-	return http.MaxBytesHandler(routes(cfg).mux, maxBody)
+	return http.MaxBytesHandler(incoming.Routed(routes(cfg).mux), maxBody)
 }
 
 // routes makes the handlers of everything under /api/v1, and describes them.
@@ -111,6 +112,7 @@ func routes(cfg Config) *server {
 	c := huma.DefaultConfig("Sallyway platform", version.Get().Version)
 	c.CreateHooks = nil // no $schema members in answers
 	c.DocsPath, c.SchemasPath = "", ""
+	c.Transformers = append(c.Transformers, named)
 	c.OpenAPIPath = "" // see documents
 	c.Info.Description = "Admin API and node endpoints of a Sallyway platform. Errors are problem+json (RFC 9457) with a stable code and a remedy."
 	c.Components.SecuritySchemes = map[string]*huma.SecurityScheme{
@@ -203,7 +205,7 @@ func (s *server) fail(ctx context.Context, err error) *problem {
 	case ctx.Err() != nil:
 		return &problem{control.Problem{Status: http.StatusServiceUnavailable, Title: "interrupted", Detail: "the request was interrupted", Remedy: "try again"}}
 	}
-	s.log.Error("request failed", "error", err)
+	s.log.Error("request failed", "error", err, "request_id", incoming.ID(ctx))
 	return &problem{control.Problem{
 		Status: http.StatusInternalServerError, Title: http.StatusText(http.StatusInternalServerError), Detail: "the platform failed at this request",
 		Remedy: "its log says more: journalctl -u sallyway-platform",

@@ -267,6 +267,7 @@ func write(w http.ResponseWriter, p *control.Problem) {
 	if p.Title == "" {
 		p.Title = http.StatusText(p.Status)
 	}
+	p.RequestID = w.Header().Get(control.RequestIDHeader)
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(p.Status)
@@ -278,6 +279,7 @@ func answer(ctx huma.Context, p *problem) {
 	if p.Title == "" {
 		p.Title = http.StatusText(p.Status)
 	}
+	p.RequestID = ctx.Header(control.RequestIDHeader)
 	ctx.SetHeader("Content-Type", "application/problem+json")
 	ctx.SetHeader("Cache-Control", "no-store")
 	if p.Status == http.StatusTooManyRequests {

@@ -25,7 +25,7 @@ import (
 	"sallyway/platform/store"
 )
 
-// defaultMetrics is where /healthz, /readyz and /metrics are served: for this host only.
+// defaultMetrics is where health and /metrics are served: for this host only.
 const defaultMetrics = "127.0.0.1:9430"
 
 // gcPercent trades a little CPU for a small idle footprint: the platform's load is light.
@@ -96,6 +96,7 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.DurationVar(&c.CredentialLife, "relay-credential-life", 0, "how long nodes' credentials for relays hold while the platform is there, renewed at half of it, such as 2h; during an outage they hold as long as the node's certificate (0: always so long)")
 	f.DurationVar(&c.LeafLife, "leaf-life", control.LeafLife, "how long nodes' certificates hold while the platform is away, renewed at half of it")
 	f.DurationVar(&c.KeyRotation, "turn-key-rotation", 24*time.Hour, "age at which relays get new TURN keys")
+	f.DurationVar(&c.DrainDelay, "drain-delay", 0, "how long to say not ready before the listeners close at a stop, for a balancer that asks (0: 2s with PostgreSQL, else none; below 0: none)")
 	f.DurationVar(&c.TokenLife, "token-life", control.TokenLife, "how long enrolment tokens work")
 	f.StringVar(&c.AWS.Region, "aws-region", awsauth.DefaultRegion, "region to which nodes that enrol by AWS sign")
 	f.StringVar(&c.AWS.Endpoint, "aws-sts-endpoint", "", "URL of the STS that is asked for their identity, the only one (default: the region's public one)")
@@ -169,7 +170,7 @@ func (o *serveOptions) run(ctx context.Context, sp daemon.Spec, logTo io.Writer)
 	defer sh.Close()
 	c := o.platform
 	c.Licence = o.licence.cfg
-	c.Data, c.Log, c.Metrics, c.Health = sh.State.Dir(), sh.Log, sh.Metrics, sh.Health.Set
+	c.Data, c.Log, c.Metrics, c.Health, c.Tracer = sh.State.Dir(), sh.Log, sh.Metrics, sh.Health.Set, sh.Tracer()
 	h := o.home.home
 	c.Database, c.Connections, c.MasterKey, c.MasterKeyCommand = h.Database, h.Connections, h.MasterKey, h.MasterKeyCommand
 	srv, err := platform.Open(ctx, c)

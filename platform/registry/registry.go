@@ -143,7 +143,7 @@ func (r *Registry) update(ctx context.Context, fn func(c *change) error) error {
 
 // audit adds to the organization's chain in the same transaction.
 func (c *change) audit(ctx context.Context, org, action, object, result string, detail map[string]any) error {
-	return audit.Append(ctx, c.Tx, org, c.now, audit.Entry{Actor: actor(ctx), Action: action, Object: object, Result: result, Detail: detail})
+	return audit.Append(ctx, c.Tx, org, c.now, audit.Entry{Actor: actor(ctx), Action: action, Object: object, Result: result, Detail: withRequest(ctx, detail)})
 }
 
 // bump raises the version of what the nodes of org are told. Versions follow the clock in seconds where that is ahead, so that they grow

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"sallyway/internal/control"
+	"sallyway/platform/incoming"
 	"sallyway/platform/people"
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
@@ -208,7 +209,7 @@ func (q *request) fail(err error) {
 	case q.r.Context().Err() != nil:
 		return // the reader has gone
 	default:
-		q.s.log.Error("page failed", "path", q.r.URL.Path, "error", err)
+		q.s.log.Error("page failed", "path", q.r.URL.Path, "error", err, "request_id", incoming.ID(q.ctx))
 	}
 	title := p.Title
 	if p.Status == http.StatusNotFound {

@@ -8,6 +8,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
+	"sallyway/platform/incoming"
 	"sallyway/platform/people"
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
@@ -44,7 +45,7 @@ func (s *Server) routes() http.Handler {
 		q := &request{s: s, w: w, r: r, ctx: r.Context()}
 		q.fail(problem(http.StatusForbidden, "", "open the platform's own page and use the form there", "this form was sent by another site"))
 	}))
-	return secure(http.MaxBytesHandler(cross.Handler(mux), maxBody))
+	return secure(http.MaxBytesHandler(cross.Handler(incoming.Routed(mux)), maxBody))
 }
 
 func (s *Server) networkingRoutes(mux *http.ServeMux) {

@@ -26,7 +26,9 @@ import (
 	"sync"
 	"time"
 
+	"sallyway/internal/control"
 	"sallyway/internal/identity"
+	"sallyway/internal/telemetry"
 )
 
 // Limits on what a platform may answer, and on how long it may take.
@@ -249,6 +251,7 @@ func (l *Link) send(ctx context.Context, r Request) (*http.Response, error) {
 	if r.Bearer != "" {
 		req.Header.Set("Authorization", "Bearer "+r.Bearer)
 	}
+	telemetry.Inject(ctx, req.Header)
 	resp, err := l.client.Do(req)
 	if err != nil {
 		return nil, l.explain(ctx, err)
@@ -286,6 +289,9 @@ func (l *Link) problem(resp *http.Response) error {
 		_ = json.Unmarshal(body, &p.Problem) // the status alone says enough
 	}
 	p.Status = resp.StatusCode
+	if p.RequestID = resp.Header.Get(control.RequestIDHeader); !control.ValidRequestID(p.RequestID) {
+		p.RequestID = ""
+	}
 	if p.Title == "" {
 		p.Title = http.StatusText(resp.StatusCode)
 	}
