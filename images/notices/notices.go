@@ -23,10 +23,6 @@ var patterns = []string{"LICEN[CS]E*", "COPYING*", "NOTICE*", "PATENTS", "LICENS
 // Of returns the licences of the Go distribution and of every module in a program, which the module cache of goCommand has, since the program
 // was built by it. A module without a licence is an error.
 func Of(ctx context.Context, goCommand, program string) ([]byte, error) {
-	info, err := buildinfo.ReadFile(program)
-	if err != nil {
-		return nil, err
-	}
 	out, err := exec.CommandContext(ctx, goCommand, "env", "-json", "GOROOT", "GOMODCACHE").Output()
 	if err != nil {
 		return nil, fmt.Errorf("%s env: %w", goCommand, err)
@@ -35,15 +31,24 @@ func Of(ctx context.Context, goCommand, program string) ([]byte, error) {
 	if err := json.Unmarshal(out, &env); err != nil {
 		return nil, err
 	}
+	return From(program, env.GOROOT, env.GOMODCACHE)
+}
+
+// From is Of with the folders of the Go distribution and of the module cache.
+func From(program, goRoot, modCache string) ([]byte, error) {
+	info, err := buildinfo.ReadFile(program)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", program, err)
+	}
 	var b bytes.Buffer
-	if err := add(&b, "The Go distribution, "+info.GoVersion, env.GOROOT); err != nil {
+	if err := add(&b, "The Go distribution, "+info.GoVersion, goRoot); err != nil {
 		return nil, err
 	}
 	for _, m := range info.Deps {
 		if m.Replace != nil {
 			m = m.Replace
 		}
-		if err := add(&b, m.Path+" "+m.Version, filepath.Join(env.GOMODCACHE, escape(m.Path)+"@"+m.Version)); err != nil {
+		if err := add(&b, m.Path+" "+m.Version, Folder(modCache, m.Path, m.Version)); err != nil {
 			return nil, err
 		}
 	}
@@ -74,6 +79,11 @@ func add(b *bytes.Buffer, name, dir string) error {
 		return fmt.Errorf("no licence of %s in %s", name, dir)
 	}
 	return nil
+}
+
+// Folder is where a module cache has a module.
+func Folder(modCache, path, version string) string {
+	return filepath.Join(modCache, escape(path)+"@"+version)
 }
 
 // escape is how the module cache writes a path: an upper-case letter as ! and its lower case.

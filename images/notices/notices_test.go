@@ -2,7 +2,10 @@ package notices
 
 import (
 	"bytes"
+	"debug/buildinfo"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -51,5 +54,42 @@ func TestAddWantsALicence(t *testing.T) {
 	want := "==== m v1, LICENSE.md\n\nthe licence\n\n==== m v1, NOTICE\n\na notice\n\n==== m v1, MIT.txt\n\nanother\n\n"
 	if b.String() != want {
 		t.Errorf("%q, want %q", b.String(), want)
+	}
+}
+
+// Every module of a program has to have its licence.
+func TestFrom(t *testing.T) {
+	exe := filepath.Join(t.TempDir(), "program")
+	if out, err := exec.Command("go", "build", "-o", exe, "../../cmd/relayd").CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	info, err := buildinfo.ReadFile(exe)
+	if err != nil || len(info.Deps) == 0 {
+		t.Fatalf("%v, %d modules", err, len(info.Deps))
+	}
+	cache, goRoot := t.TempDir(), t.TempDir()
+	licence := func(dir, text string) {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "LICENSE.txt"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	licence(goRoot, "Go's licence")
+	if _, err := From(exe, goRoot, cache); err == nil || !strings.Contains(err.Error(), info.Deps[0].Path) {
+		t.Errorf("without the first module's licence: %v", err)
+	}
+	for i, m := range info.Deps {
+		licence(Folder(cache, m.Path, m.Version), fmt.Sprintf("licence number %d.", i))
+	}
+	text, err := From(exe, goRoot, cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, m := range info.Deps {
+		if !bytes.Contains(text, fmt.Appendf(nil, "==== %s %s, LICENSE.txt\n\nlicence number %d.\n", m.Path, m.Version, i)) {
+			t.Errorf("the licence of %s is missing", m.Path)
+		}
 	}
 }

@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"crypto/sha256"
-	"debug/buildinfo"
 	"fmt"
 	"os"
 	"os/exec"
@@ -290,48 +288,5 @@ func TestCommandsAreThePrograms(t *testing.T) {
 		if len(want) < 5 || !slices.Equal(want, got) {
 			t.Errorf("%s has %q, the package's pages are of %q", p.Program, want, got)
 		}
-	}
-}
-
-// TestNotices shows that every module of a program has its licence in the package, and that one without is an error.
-func TestNotices(t *testing.T) {
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	bi, err := buildinfo.ReadFile(exe)
-	if err != nil || len(bi.Deps) == 0 {
-		t.Skipf("the test's own program says nothing about its modules: %v", err)
-	}
-	cache, goRoot := t.TempDir(), t.TempDir()
-	licence := func(dir, text string) {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, "LICENSE.txt"), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	licence(goRoot, "Go's licence")
-	p := products[0]
-	p.Program = filepath.Base(exe)
-	s := &stager{product: p, builder: &builder{Bin: filepath.Dir(exe), ModCache: cache, GoRoot: goRoot}}
-	if _, err := s.notices(); err == nil || !strings.Contains(err.Error(), bi.Deps[0].Path) {
-		t.Errorf("without the first module's licence: %v", err)
-	}
-	for i, m := range bi.Deps {
-		licence(filepath.Join(cache, escape(m.Path)+"@"+m.Version), fmt.Sprintf("licence number %d.", i))
-	}
-	text, err := s.notices()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i, m := range bi.Deps {
-		if !bytes.Contains(text, fmt.Appendf(nil, "==== %s %s, LICENSE.txt\n\nlicence number %d.\n", m.Path, m.Version, i)) {
-			t.Errorf("the licence of %s is missing", m.Path)
-		}
-	}
-	if !bytes.Contains(text, []byte("Go's licence")) || escape("github.com/BurntSushi/toml") != "github.com/!burnt!sushi/toml" {
-		t.Error("Go's own licence is missing, or a path is written wrongly")
 	}
 }

@@ -3,20 +3,18 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
-	"debug/buildinfo"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
-	"unicode"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/cobra/doc"
 	"github.com/spf13/pflag"
 
+	"sallyway/images/notices"
 	"sallyway/internal/daemon"
 )
 
@@ -189,64 +187,9 @@ func (s *stager) documents() error {
 	if s.builder.ModCache == "" {
 		return nil
 	}
-	notices, err := s.notices()
+	licences, err := notices.From(filepath.Join(s.builder.Bin, s.product.Program), s.builder.GoRoot, s.builder.ModCache)
 	if err != nil {
 		return err
 	}
-	return s.zip(dir+"NOTICES", notices)
-}
-
-// notices returns the licences of the modules in the program, as their licences ask. A module without one is an error.
-func (s *stager) notices() ([]byte, error) {
-	bi, err := buildinfo.ReadFile(filepath.Join(s.builder.Bin, s.product.Program))
-	if err != nil {
-		return nil, err
-	}
-	var b bytes.Buffer
-	add := func(name, dir string) error {
-		var found []string
-		for _, pattern := range []string{"LICEN[CS]E*", "COPYING*", "NOTICE*", "PATENTS", "LICENSES/*"} {
-			more, err := filepath.Glob(filepath.Join(dir, pattern))
-			if err != nil {
-				return err
-			}
-			found = append(found, slices.DeleteFunc(more, func(path string) bool { return filepath.Base(path) == "LICENSES" })...)
-		}
-		if len(found) == 0 {
-			return fmt.Errorf("no licence of %s in %s", name, dir)
-		}
-		for _, path := range found {
-			text, err := os.ReadFile(path)
-			if err != nil {
-				return err
-			}
-			fmt.Fprintf(&b, "==== %s, %s\n\n%s\n", name, filepath.Base(path), bytes.TrimSpace(text))
-		}
-		return nil
-	}
-	if err := add("The Go distribution, "+bi.GoVersion, s.builder.GoRoot); err != nil {
-		return nil, err
-	}
-	for _, m := range bi.Deps {
-		if m.Replace != nil {
-			m = m.Replace
-		}
-		if err := add(m.Path+" "+m.Version, filepath.Join(s.builder.ModCache, escape(m.Path)+"@"+m.Version)); err != nil {
-			return nil, err
-		}
-	}
-	return b.Bytes(), nil
-}
-
-// escape is how the module cache writes a path: an upper-case letter as ! and its lower case.
-func escape(path string) string {
-	var b strings.Builder
-	for _, r := range path {
-		if unicode.IsUpper(r) {
-			b.WriteByte('!')
-			r = unicode.ToLower(r)
-		}
-		b.WriteRune(r)
-	}
-	return b.String()
+	return s.zip(dir+"NOTICES", licences)
 }

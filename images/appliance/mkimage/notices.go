@@ -2,13 +2,13 @@ package main
 
 import (
 	"context"
-	"debug/buildinfo"
 	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
+
+	"sallyway/images/notices"
 )
 
 // source is the notice about the source code of what others have written, as the GPL version 2 section 3 asks for.
@@ -53,8 +53,8 @@ func (b *builder) notices(texts map[string]string, bios bool) error {
 		return fmt.Errorf("%w: run mkimage in the root of the repository", err)
 	}
 	texts["licences/sallyway.txt"] = string(ours)
-	modules, err := b.goLicences()
-	texts["licences/go.txt"] = modules
+	modules, err := notices.Of(context.Background(), "go", b.init)
+	texts["licences/go.txt"] = string(modules)
 	return err
 }
 
@@ -66,72 +66,6 @@ func installed(name string) (version, copyright string, err error) {
 	}
 	text, err := os.ReadFile(filepath.Join("/usr/share/doc", name, "copyright"))
 	return strings.TrimSpace(string(out)), string(text), err
-}
-
-// goLicences returns the licences of Go and of every module in the program.
-func (b *builder) goLicences() (string, error) {
-	info, err := buildinfo.ReadFile(b.init)
-	if err != nil {
-		return "", fmt.Errorf("%s: %w", b.init, err)
-	}
-	var all strings.Builder
-	root, err := run(context.Background(), "", "go", "env", "GOROOT")
-	if err != nil {
-		return "", err
-	}
-	if err := addLicences(&all, "Go "+info.GoVersion, strings.TrimSpace(string(root))); err != nil {
-		return "", err
-	}
-	args := []string{"mod", "download", "-json"}
-	for _, m := range info.Deps {
-		if m.Replace != nil {
-			m = m.Replace
-		}
-		args = append(args, m.Path+"@"+m.Version)
-	}
-	if len(args) == 3 {
-		return all.String(), nil
-	}
-	out, err := run(context.Background(), "", "go", args...)
-	if err != nil {
-		return "", err
-	}
-	for d := json.NewDecoder(strings.NewReader(string(out))); d.More(); {
-		var m struct{ Path, Version, Dir string }
-		if err := d.Decode(&m); err != nil {
-			return "", err
-		}
-		if err := addLicences(&all, m.Path+" "+m.Version, m.Dir); err != nil {
-			return "", err
-		}
-	}
-	return all.String(), nil
-}
-
-// addLicences adds the licence files at the top of a folder.
-func addLicences(to *strings.Builder, what, dir string) error {
-	files, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	found := false
-	for _, f := range files {
-		name := strings.ToUpper(f.Name())
-		if f.IsDir() || !slices.ContainsFunc([]string{"LICENSE", "LICENCE", "COPYING", "NOTICE", "PATENTS"}, func(p string) bool { return strings.HasPrefix(name, p) }) {
-			continue
-		}
-		text, err := os.ReadFile(filepath.Join(dir, f.Name()))
-		if err != nil {
-			return err
-		}
-		fmt.Fprintf(to, "==== %s: %s\n\n%s\n", what, f.Name(), strings.TrimSpace(string(text)))
-		to.WriteString("\n")
-		found = true
-	}
-	if !found {
-		return fmt.Errorf("%s: no licence in %s", what, dir)
-	}
-	return nil
 }
 
 // manifest writes NAME.json.
