@@ -80,11 +80,20 @@ func (h Home) Backup(ctx context.Context, file string) (err error) {
 // Restore puts a backup in the place of the database, which no server may use, and raises all versions past what nodes may have seen. It returns
 // where the old database is kept, "" when there was none. A PostgreSQL must be empty (store.ErrNotEmpty): the old one stays as it is.
 func (h Home) Restore(ctx context.Context, file string) (old string, err error) {
+	return h.RestoreIn(ctx, file, RestoreRegion{})
+}
+
+// RestoreIn is Restore for a deployment of a region: registry.ErrOtherRegion for a backup of another one.
+func (h Home) RestoreIn(ctx context.Context, file string, in RestoreRegion) (old string, err error) {
 	if err := os.MkdirAll(h.Data, 0o700); err != nil {
 		return "", err
 	}
 	if _, err := h.master(ctx, false); err != nil {
 		return "", fmt.Errorf("the master key that the backup's keys are sealed under is needed first: %w", err)
+	}
+	region, err := h.checkRegion(ctx, file, in)
+	if err != nil {
+		return "", err
 	}
 	if c := h.store(); c.Replicated() {
 		err = store.RestorePostgres(ctx, file, store.PostgresConfig{URL: c.URL, Connections: c.Connections})
@@ -99,7 +108,11 @@ func (h Home) Restore(ctx context.Context, file string) (old string, err error) 
 		return old, err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
-	return old, reg.Restored(registry.WithActor(ctx, "platformd admin"), filepath.Base(file))
+	ctx = registry.WithActor(ctx, "platformd admin")
+	if err := reg.BindRegion(ctx, region, in.Other); err != nil {
+		return old, err
+	}
+	return old, reg.Restored(ctx, filepath.Base(file))
 }
 
 // Migrate brings the database up to date and returns its schema's number. Serving does so by itself.

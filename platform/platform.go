@@ -39,6 +39,7 @@ import (
 	"sallyway/platform/dialler"
 	"sallyway/platform/incoming"
 	"sallyway/platform/people"
+	"sallyway/platform/probe"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
 	"sallyway/platform/replica"
@@ -96,6 +97,10 @@ type Config struct {
 	LeafLife time.Duration
 	// TokenLife is how long enrolment tokens work: zero is an hour.
 	TokenLife time.Duration
+	// Region is the name of the deployment's region, which the database keeps: empty is what it keeps, and another one than that is refused.
+	Region string
+	// ProbeRelays says which relays are tried from outside.
+	ProbeRelays probe.Mode
 
 	// APIRate is how many requests a second one caller of the API has: zero is api.DefaultRate, less is no limit.
 	APIRate int
@@ -125,6 +130,7 @@ type Server struct {
 	cfg      Config
 	store    *store.DB
 	reg      *registry.Registry
+	prober   *probe.Prober
 	hub      *push.Hub
 	dialler  *dialler.Dialler
 	limiter  api.Limiter
@@ -181,6 +187,9 @@ func (s *Server) open(ctx context.Context) (err error) {
 		return err
 	}
 	s.reg.TokenLife, s.reg.LeafLife, s.reg.DocumentLife = s.cfg.TokenLife, s.cfg.LeafLife, s.cfg.DocumentLife
+	if err := s.reg.BindRegion(ctx, s.cfg.Region, false); err != nil {
+		return err
+	}
 	s.cfg.AWS.Now = s.cfg.Now
 	if s.reg.AWS, err = awsauth.New(s.cfg.AWS); err != nil {
 		return err
@@ -209,6 +218,11 @@ func (s *Server) open(ctx context.Context) (err error) {
 	}
 	s.hub = push.New(c, s.cfg.Metrics)
 	s.dialler = dialler.New(dialler.Config{View: s.hub.View, Registry: s.reg, Log: s.cfg.Log, Metrics: s.cfg.Metrics, Now: s.cfg.Now})
+	look := probe.Config{Registry: s.reg, Log: s.cfg.Log, Mode: s.cfg.ProbeRelays, Metrics: s.cfg.Metrics}
+	if s.group != nil {
+		look.Leads = s.group.Leads
+	}
+	s.prober = probe.New(look)
 	if s.group != nil {
 		s.group.Join(local{s.hub, &s.limiter, s.cfg.Now})
 	}
@@ -351,6 +365,7 @@ func (s *Server) Run(ctx context.Context) error {
 	if s.group != nil {
 		g.Go(func() error { return s.group.Run(ctx) })
 	}
+	g.Go(func() error { return s.prober.Run(ctx) })
 	g.Go(func() error { return s.people.Run(ctx) })
 	g.Go(func() error { return s.web.Run(ctx) })
 	g.Go(func() error { s.probe(ctx); return nil })

@@ -12,6 +12,7 @@ import (
 type Status struct {
 	URL           string            `json:"url"`
 	Pin           string            `json:"pin,omitempty"`
+	Region        string            `json:"region,omitempty"`
 	Ready         bool              `json:"ready"`
 	Conditions    map[string]string `json:"conditions,omitempty"` // what does not work, and why
 	Organizations []OrgCounts       `json:"organizations"`
@@ -48,7 +49,7 @@ func count(nodes []control.NodeRecord) Count {
 
 // Status gathers what the platform knows of itself.
 func (s *Server) Status(ctx context.Context) (*Status, error) {
-	out := &Status{URL: s.url, Pin: s.pin, Conditions: s.Conditions(), Organizations: []OrgCounts{}}
+	out := &Status{URL: s.url, Pin: s.pin, Region: s.reg.Region, Conditions: s.Conditions(), Organizations: []OrgCounts{}}
 	out.Ready = len(out.Conditions) == 0
 	out.Replicas = s.Replicas()
 	names, err := s.reg.OrgNames(ctx)

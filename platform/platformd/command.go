@@ -97,6 +97,8 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.DurationVar(&c.LeafLife, "leaf-life", control.LeafLife, "how long nodes' certificates hold while the platform is away, renewed at half of it")
 	f.DurationVar(&c.KeyRotation, "turn-key-rotation", 24*time.Hour, "age at which relays get new TURN keys")
 	f.DurationVar(&c.DrainDelay, "drain-delay", 0, "how long to say not ready before the listeners close at a stop, for a balancer that asks (0: 2s with PostgreSQL, else none; below 0: none)")
+	f.StringVar(&c.Region, "region", "", "name of this deployment's region, such as eu-central: kept at the first start, another one is refused later")
+	f.Var((*probeMode)(&c.ProbeRelays), "probe-relays", "relays that are tried from outside: auto (those with a public address), off, private (all)")
 	f.DurationVar(&c.TokenLife, "token-life", control.TokenLife, "how long enrolment tokens work")
 	f.StringVar(&c.AWS.Region, "aws-region", awsauth.DefaultRegion, "region to which nodes that enrol by AWS sign")
 	f.StringVar(&c.AWS.Endpoint, "aws-sts-endpoint", "", "URL of the STS that is asked for their identity, the only one (default: the region's public one)")
@@ -243,6 +245,9 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 		ready = "not ready"
 	}
 	fmt.Fprintf(w, "platform %s: %s\n", s.URL, ready)
+	if s.Region != "" {
+		fmt.Fprintf(w, "region %s\n", s.Region)
+	}
 	for name, why := range s.Conditions {
 		fmt.Fprintf(w, "  %s: %s\n", name, why)
 	}
@@ -346,7 +351,8 @@ func backupCommand() *cobra.Command {
 
 func restoreCommand() *cobra.Command {
 	o := &adminOptions{}
-	return o.command(&cobra.Command{
+	var in platform.RestoreRegion
+	c := o.command(&cobra.Command{
 		Use:   "restore FILE",
 		Short: "Put a backup in the place of the database; the platform must be stopped, a PostgreSQL empty",
 		Args:  cobra.ExactArgs(1),
@@ -356,7 +362,7 @@ func restoreCommand() *cobra.Command {
 				return err
 			}
 			defer state.Close()
-			old, err := o.home().Restore(cmd.Context(), args[0])
+			old, err := o.home().RestoreIn(cmd.Context(), args[0], in)
 			if err != nil {
 				return daemon.Failf("%w", err)
 			}
@@ -367,6 +373,9 @@ func restoreCommand() *cobra.Command {
 			return err
 		},
 	})
+	c.Flags().StringVar(&in.Region, "region", "", "region of this deployment (default: that of the database that is there); a backup of another one is refused")
+	c.Flags().BoolVar(&in.Other, "other-region", false, "take a backup of another region, too: its organizations belong to this one from then on")
+	return c
 }
 
 func migrateCommand() *cobra.Command {
