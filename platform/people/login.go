@@ -49,7 +49,8 @@ func (s *Service) FirstRun(ctx context.Context) (first bool, err error) {
 	return first, err
 }
 
-// SetupCode makes a fresh code for CreateFirst; older ones stop working. It is "" when the first owner exists.
+// SetupCode makes a fresh code for CreateFirst; older ones stop working, but for those of other platforms (Config.Shared). It is "" when the
+// first owner exists.
 func (s *Service) SetupCode(ctx context.Context) (code string, err error) {
 	code = words(16, 4)
 	err = s.reg.Transact(ctx, func(c *registry.Change) error {
@@ -58,8 +59,10 @@ func (s *Service) SetupCode(ctx context.Context) (code string, err error) {
 			code = ""
 			return err
 		}
-		if err := c.DeleteTickets(ctx, ticketSetup, ""); err != nil {
-			return err
+		if !s.shared {
+			if err := c.DeleteTickets(ctx, ticketSetup, ""); err != nil {
+				return err
+			}
 		}
 		return c.InsertTicket(ctx, &store.Ticket{Hash: hashOf(plain(code)), Kind: ticketSetup, Created: c.Now(), Expires: c.Now().Add(SetupLife)})
 	})

@@ -50,15 +50,18 @@ const Platform = identity.SharedOrg
 type Config struct {
 	Registry *registry.Registry
 	Log      *slog.Logger // nil discards
+	// Shared says that other platforms serve the same people: setup codes in their logs stay good when this one starts.
+	Shared bool
 }
 
 // Service serves all people. Its methods may be called concurrently.
 type Service struct {
-	reg   *registry.Registry
-	log   *slog.Logger
-	guard guard
-	hash  hasher
-	sso   providers
+	reg    *registry.Registry
+	log    *slog.Logger
+	shared bool
+	guard  guard
+	hash   hasher
+	sso    providers
 	// httpPublic and httpPrivate make requests to providers; the former dials public addresses only.
 	httpPublic, httpPrivate *http.Client
 }
@@ -68,7 +71,7 @@ func New(cfg Config) *Service {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Service{reg: cfg.Registry, log: cfg.Log, httpPublic: providerClient(false), httpPrivate: providerClient(true), hash: newHasher()}
+	return &Service{reg: cfg.Registry, log: cfg.Log, shared: cfg.Shared, httpPublic: providerClient(false), httpPrivate: providerClient(true), hash: newHasher()}
 }
 
 // Run removes what has expired, until ctx ends.

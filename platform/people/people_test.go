@@ -142,6 +142,22 @@ func succeeded(errs []error) (n int) {
 	return n
 }
 
+// TestSetupCodesOfReplicas has two platforms show a code each: both are good until one was used.
+func TestSetupCodesOfReplicas(t *testing.T) {
+	l := newLab(t)
+	l.svc.shared = true
+	ctx := t.Context()
+	one, err := l.svc.SetupCode(ctx)
+	must(t, err)
+	other, err := l.svc.SetupCode(ctx)
+	must(t, err)
+	_, err = l.svc.CreateFirst(ctx, FirstOwner{Code: one, Login: "ada", Password: password, Source: "192.0.2.7"})
+	must(t, err)
+	if _, err = l.svc.CreateFirst(ctx, FirstOwner{Code: other, Login: "eve", Password: password, Source: "192.0.2.8"}); err == nil {
+		t.Error("a second first owner was made")
+	}
+}
+
 func TestFirstOwner(t *testing.T) {
 	l := newLab(t)
 	ctx := t.Context()
