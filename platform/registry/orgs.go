@@ -69,7 +69,7 @@ func (r *Registry) Bootstrap(ctx context.Context) (first bool, err error) {
 
 // createOrg makes an organization with its PKI. root is one whose key is kept offline; nil: the platform makes it and keeps the key.
 func (c *change) createOrg(ctx context.Context, name string, ranges []netip.Prefix, root *x509.Certificate) error {
-	o := &store.Org{Name: name, Range4: defaultRange, Range6: newULA(), Created: c.now, Version: uint64(c.now.Unix()), NextAddress: firstAddress, Direct: true}
+	o := &store.Org{Name: name, Range4: defaultRange, Range6: newULA(), Created: c.now, Version: uint64(c.now.Unix()), NextAddress: firstAddress, Direct: true, PlatformDial: true}
 	if err := setRanges(o, ranges); err != nil {
 		return err
 	}
