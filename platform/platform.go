@@ -226,7 +226,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if s.group != nil {
 		s.group.Join(local{s.hub, &s.limiter, s.cfg.Now})
 	}
-	s.people = people.New(people.Config{Registry: s.reg, Log: s.cfg.Log})
+	s.people = people.New(people.Config{Registry: s.reg, Log: s.cfg.Log, Shared: s.group != nil})
 	if s.web, err = web.New(web.Config{
 		Registry: s.reg, People: s.people, Log: s.cfg.Log, Source: api.Source, Conditions: s.Conditions,
 		Unavailable: func(err error) { s.condition("database", err) },
