@@ -24,6 +24,7 @@ import (
 	"sallyway/internal/egress"
 	"sallyway/internal/identity"
 	"sallyway/internal/legs"
+	"sallyway/internal/telemetry"
 	"sallyway/internal/version"
 	"sallyway/relay/leg"
 )
@@ -45,6 +46,8 @@ type Config struct {
 	// Egress dials TCP to relays and platform, perhaps through a proxy; nil dials relays itself, and the platform by the proxy that net/http
 	// finds in the environment.
 	Egress *egress.Dialer
+	// Tracer makes a span of every flow's dial; nil is none.
+	Tracer *telemetry.Tracer
 }
 
 // Client is a node that reaches resources. Its methods may be called concurrently.
@@ -98,7 +101,7 @@ func open(ctx context.Context, cfg Config) (*Client, error) {
 	}
 	c.legs = legs.New(lc)
 	c.sessions = NewSessions(SessionsConfig{
-		Certificate: a.Certificate, Legs: c.legs, Eager: true, Logger: cfg.Logger,
+		Certificate: a.Certificate, Legs: c.legs, Eager: true, Logger: cfg.Logger, Tracer: cfg.Tracer,
 		Direct: !cfg.NoDirect && (cfg.Transports == nil || slices.Contains(cfg.Transports, leg.UDP)),
 		Trust:  GatewayTrust(a, cfg.Logger),
 	})

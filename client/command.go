@@ -139,7 +139,7 @@ func (o *options) run(cmd *cobra.Command) error {
 	}
 	c, err := open(cmd.Context(), Config{
 		StateDir: sh.State.Dir(), Token: token, Logger: sh.Log, Standby: standby(o.standby), Transports: transports, NoDirect: !direct,
-		Egress: o.egress.Dialer(),
+		Egress: o.egress.Dialer(), Tracer: sh.Tracer(),
 	})
 	if err != nil {
 		return program.Error(err)

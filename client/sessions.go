@@ -21,6 +21,7 @@ import (
 	"sallyway/internal/identity"
 	"sallyway/internal/legs"
 	"sallyway/internal/policy"
+	"sallyway/internal/telemetry"
 	"sallyway/relay/leg"
 	"sallyway/tunnel"
 )
@@ -53,6 +54,8 @@ type SessionsConfig struct {
 	// Eager opens a session to every gateway at once; else the first flow opens it. Once open it is kept.
 	Eager  bool
 	Logger *slog.Logger
+	// Tracer makes a span of every flow's dial, below which the gateway's is; nil is none.
+	Tracer *telemetry.Tracer
 }
 
 // Sessions reaches resources: it finds the gateway that serves a destination, keeps a session with it over whatever relays work,
@@ -177,9 +180,15 @@ func (s *Sessions) DialTCP(ctx context.Context, host string, port uint16) (*tunn
 	if err != nil {
 		return nil, err
 	}
-	return dialVia(ctx, s, route, func(ctx context.Context, t *tunnel.Session) (*tunnel.Stream, error) {
+	ctx, span := s.trace(ctx, "flow tcp", host, port)
+	defer span.End()
+	f, err := dialVia(ctx, s, route, func(ctx context.Context, t *tunnel.Session) (*tunnel.Stream, error) {
 		return t.DialTCP(ctx, route.Host, port)
 	})
+	if err != nil {
+		span.Fail(err.Error())
+	}
+	return f, err
 }
 
 // DialUDP opens a UDP flow to host, as DialTCP.
@@ -188,9 +197,23 @@ func (s *Sessions) DialUDP(ctx context.Context, host string, port uint16) (*tunn
 	if err != nil {
 		return nil, err
 	}
-	return dialVia(ctx, s, route, func(ctx context.Context, t *tunnel.Session) (*tunnel.UDPConn, error) {
+	ctx, span := s.trace(ctx, "flow udp", host, port)
+	defer span.End()
+	f, err := dialVia(ctx, s, route, func(ctx context.Context, t *tunnel.Session) (*tunnel.UDPConn, error) {
 		return t.DialUDP(ctx, route.Host, port)
 	})
+	if err != nil {
+		span.Fail(err.Error())
+	}
+	return f, err
+}
+
+// trace begins the span of a flow's dial.
+func (s *Sessions) trace(ctx context.Context, name, host string, port uint16) (context.Context, telemetry.Span) {
+	ctx, span := s.cfg.Tracer.Start(ctx, name, telemetry.Client)
+	span.String("server.address", host)
+	span.Int("server.port", int(port))
+	return ctx, span
 }
 
 // Resolve has one of the gateways answer a DNS query in wire format.
@@ -231,8 +254,16 @@ func dialVia[T any](ctx context.Context, s *Sessions, route Route, dial func(con
 		if i < len(gateways)-1 {
 			gctx, cancel = context.WithTimeout(ctx, connectTimeout)
 		}
-		t, err := g.session(gctx)
+		wait, span := telemetry.Child(gctx, "session")
+		t, err := g.session(wait)
 		cancel()
+		if err != nil {
+			span.Fail(err.Error())
+		}
+		if span.Recording() {
+			span.String("sallyway.gateway", g.ref.Load().Name)
+		}
+		span.End()
 		if err != nil {
 			last = fmt.Errorf("gateway %s: %w", g.ref.Load().Name, err)
 			continue

@@ -10,6 +10,7 @@ import (
 
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
+	"sallyway/internal/telemetry"
 	"sallyway/tunnel"
 )
 
@@ -80,7 +81,13 @@ func (e *enforcer) check(ctx context.Context, peer identity.Node, t policy.Targe
 	}
 	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
+	ctx, span := telemetry.Child(ctx, "resolve")
 	found, err := e.resolver.LookupNetIP(ctx, "ip", t.Host)
+	if err != nil {
+		span.Fail(err.Error())
+	}
+	span.Int("sallyway.addresses", len(found))
+	span.End()
 	if err != nil {
 		if !d.Allowed {
 			return nil, tunnel.Denied(d.Rule, d.Reason)

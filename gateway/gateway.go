@@ -134,6 +134,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 	d.sites = client.NewSessions(client.SessionsConfig{
 		Direct:      useDirect,
 		Certificate: d.agent.SiteCertificate, Trust: client.GatewayTrust(d.agent, siteLog), Legs: d.siteLegs, Logger: siteLog,
+		Tracer: sh.Tracer(),
 	})
 	hc.OnNetwork = func() {
 		d.legs.Kick()
@@ -155,7 +156,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 		ranges: func() []netip.Prefix { return *d.ranges.Load() },
 	}
 	d.handler = &handler{
-		log: sh.Log, enforce: enforce, names: &names{enforce: enforce, servers: d.nameServers}, pings: &pinger{},
+		log: sh.Log, tracer: sh.Tracer(), enforce: enforce, names: &names{enforce: enforce, servers: d.nameServers}, pings: &pinger{},
 		virtual: func() []netip.Addr { return *d.virtual.Load() }, metrics: m,
 		bench: bench{off: o.bench == string(client.Off), relayRTT: d.relayRTT},
 	}

@@ -12,6 +12,7 @@ import (
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
 	"sallyway/internal/tally"
+	"sallyway/internal/telemetry"
 	"sallyway/internal/trial"
 	"sallyway/tunnel"
 )
@@ -25,6 +26,7 @@ const keepAlive = 30 * time.Second
 // handler serves peers: it decides with the enforcer and dials with the host's kernel.
 type handler struct {
 	log     *slog.Logger
+	tracer  *telemetry.Tracer // nil makes no spans
 	enforce *enforcer
 	names   *names
 	pings   *pinger
@@ -70,9 +72,14 @@ func (h *handler) DialUDP(ctx context.Context, p tunnel.Peer, t policy.Target) (
 	return h.dial(ctx, p, t, "udp")
 }
 
-// dial tries the destination's addresses in order and returns the first connection, or the last error.
-func (h *handler) dial(ctx context.Context, p tunnel.Peer, t policy.Target, network string) (net.Conn, error) {
-	dest, err := h.enforce.check(ctx, p.Node, t)
+// reach tries the destination's addresses in order and returns the first connection, or the last error.
+func (h *handler) reach(ctx context.Context, p tunnel.Peer, t policy.Target, network string) (net.Conn, error) {
+	deciding, span := telemetry.Child(ctx, "policy")
+	dest, err := h.enforce.check(deciding, p.Node, t)
+	if dest != nil {
+		span.String("sallyway.rule", dest.decision.Rule)
+	}
+	span.End()
 	if err != nil {
 		return nil, h.refuse(p, t, err)
 	}
@@ -86,8 +93,16 @@ func (h *handler) dial(ctx context.Context, p tunnel.Peer, t policy.Target, netw
 			actx, acancel = context.WithTimeout(ctx, connectTimeout/time.Duration(left))
 		}
 		var c net.Conn
+		_, span := telemetry.Child(actx, "dial")
 		c, err = d.DialContext(actx, network, netip.AddrPortFrom(a, t.Port).String())
 		acancel()
+		if span.Recording() {
+			span.String("network.peer.address", a.String())
+			if err != nil {
+				span.Fail(err.Error())
+			}
+		}
+		span.End()
 		if err == nil {
 			h.metrics.flows.WithLabelValues(network, "ok").Inc()
 			h.log.Debug("flow open", "peer", p.Node, "to", t, "rule", dest.decision.Rule)

@@ -9,6 +9,8 @@ import (
 	"strconv"
 
 	"github.com/quic-go/quic-go/http3"
+
+	"sallyway/internal/telemetry"
 )
 
 // plainConnect makes a CONNECT request to authority (RFC 9114 §4.4).
@@ -46,7 +48,7 @@ func (p *peerSession) serveConnect(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer done()
-	conn, err := p.srv.cfg.Handler.DialTCP(r.Context(), p.peer, t)
+	conn, err := p.srv.cfg.Handler.DialTCP(telemetry.Extract(r.Context(), r.Header), p.peer, t)
 	if err != nil {
 		p.fail(w, err)
 		return

@@ -10,6 +10,8 @@ import (
 	"strconv"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"sallyway/internal/telemetry"
 )
 
 // DNS over HTTPS (RFC 8484).
@@ -57,7 +59,7 @@ func (p *peerSession) serveDNS(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, err)
 		return
 	}
-	answer, err := p.srv.cfg.Handler.Resolve(r.Context(), p.peer, query)
+	answer, err := p.srv.cfg.Handler.Resolve(telemetry.Extract(r.Context(), r.Header), p.peer, query)
 	if err != nil {
 		p.fail(w, err)
 		return

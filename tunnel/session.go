@@ -17,6 +17,7 @@ import (
 
 	"sallyway/internal/datagram"
 	"sallyway/internal/identity"
+	"sallyway/internal/telemetry"
 	"sallyway/stun"
 )
 
@@ -344,6 +345,7 @@ func (s *Session) connect(ctx context.Context, proto, target string, header http
 // request opens a request stream, sends req, which has no body, and returns the stream after a 2xx. The client's RoundTrip is not used:
 // it reads the connection's state, which a move changes.
 func (s *Session) request(ctx context.Context, req *http.Request) (*http3.RequestStream, *http.Response, error) {
+	telemetry.Inject(ctx, req.Header)
 	str, err := s.h3.OpenRequestStream(ctx)
 	if err != nil {
 		if ctx.Err() != nil {

@@ -13,6 +13,8 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"github.com/quic-go/quic-go/quicvarint"
+
+	"sallyway/internal/telemetry"
 )
 
 // UDP over a session (RFC 9298): payloads travel as HTTP Datagrams with context ID 0, in QUIC DATAGRAM frames where they fit the path,
@@ -283,7 +285,7 @@ func (p *peerSession) serveUDP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer done()
-	conn, err := p.srv.cfg.Handler.DialUDP(r.Context(), p.peer, t)
+	conn, err := p.srv.cfg.Handler.DialUDP(telemetry.Extract(r.Context(), r.Header), p.peer, t)
 	if err != nil {
 		p.fail(w, err)
 		return
