@@ -15,11 +15,13 @@ import (
 	"sallyway/platform/registry"
 )
 
-// Keys of a context: the caller, where the request comes from, the organization in its path.
+// Keys of a context: the caller, where the request comes from, the organization in its path, the request itself (huma.Context).
 type (
 	callerKey struct{}
 	sourceKey struct{}
 	orgKey    struct{}
+
+	requestKey struct{}
 )
 
 func caller(ctx context.Context) *people.Principal {
@@ -49,12 +51,19 @@ const (
 func (s *server) authorize(ctx huma.Context, next func(huma.Context)) {
 	op := ctx.Operation()
 	r, _ := humago.Unwrap(ctx)
-	c := context.WithValue(ctx.Context(), sourceKey{}, source(r))
+	c := context.WithValue(context.WithValue(ctx.Context(), sourceKey{}, source(r)), requestKey{}, ctx)
 	if op.Metadata[public] != nil {
+		if refusal := s.spend(ctx.SetHeader, "address:"+source(r)); refusal != nil {
+			answer(ctx, refusal)
+			return
+		}
 		next(huma.WithContext(ctx, registry.WithActor(c, source(r))))
 		return
 	}
 	p, refusal := s.authenticate(ctx, r)
+	if refusal == nil {
+		refusal = s.spend(ctx.SetHeader, callerID(p))
+	}
 	if refusal == nil {
 		refusal = s.permit(ctx.Context(), p, ctx.Param("org"), op)
 	}
@@ -87,6 +96,7 @@ func (s *server) authenticate(ctx huma.Context, r *http.Request) (*people.Princi
 		if code := registry.Code(err); code != "" {
 			// A good token always passes: whoever guesses from behind the same address locks nobody out.
 			if !s.limiter.allow(from, s.reg.Now()) {
+				ctx.SetHeader("Retry-After", "60")
 				return nil, tooMany()
 			}
 			s.limiter.failed(from, s.reg.Now())

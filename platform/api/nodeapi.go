@@ -177,6 +177,10 @@ func (s *server) token(w http.ResponseWriter, r *http.Request) {
 func (s *server) node(w http.ResponseWriter, r *http.Request, fn func(who *registry.Session) (any, error)) {
 	who, err := s.who(r)
 	if err == nil {
+		if refusal := s.spend(w.Header().Set, "node:"+who.Node.String()); refusal != nil {
+			write(w, &refusal.Problem)
+			return
+		}
 		var out any
 		if out, err = fn(who); err == nil {
 			writeJSON(w, out)
@@ -282,9 +286,6 @@ func answer(ctx huma.Context, p *problem) {
 	p.RequestID = ctx.Header(control.RequestIDHeader)
 	ctx.SetHeader("Content-Type", "application/problem+json")
 	ctx.SetHeader("Cache-Control", "no-store")
-	if p.Status == http.StatusTooManyRequests {
-		ctx.SetHeader("Retry-After", "60")
-	}
 	ctx.SetStatus(p.Status)
 	_ = json.NewEncoder(ctx.BodyWriter()).Encode(p) // as above
 }

@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"net/http"
 	"strconv"
 
@@ -85,17 +86,25 @@ func marked(name string) option {
 func route[I, O any](s *server, method, path, id, summary string, h func(ctx context.Context, in *I) (*O, error), opts ...option) {
 	op := huma.Operation{
 		OperationID: id, Method: method, Path: "/api/v1" + path, Summary: summary, MaxBodyBytes: maxBody,
-		Security: []map[string][]string{{"token": {}}}, Errors: []int{401, 403, 404, 409, 422, 429, 503},
+		Security: []map[string][]string{{"token": {}}}, DefaultStatus: http.StatusOK,
 	}
 	for _, o := range opts {
 		o(&op)
 	}
+	op.Errors = errorsOf(&op)
+	if op.Method == http.MethodGet && single[O]() && op.Metadata[public] == nil {
+		s.shows[op.Path] = shower(h)
+	}
 	huma.Register(s.api, op, func(ctx context.Context, in *I) (*O, error) {
-		out, err := h(ctx, in)
-		if err != nil {
-			return nil, s.fail(ctx, err)
+		out, err := serve(ctx, s, &op, in, h)
+		var same huma.StatusError
+		switch {
+		case err == nil:
+			return out, nil
+		case errors.As(err, &same) && same.GetStatus() == http.StatusNotModified:
+			return nil, err
 		}
-		return out, nil
+		return nil, s.fail(ctx, err)
 	})
 }
 

@@ -103,7 +103,7 @@ func tokenPrincipal(a *registry.Administrator) *Principal {
 	if org == "" {
 		org = Platform
 	}
-	return &Principal{Kind: KindToken, Name: a.Name, Actor: "token:" + a.Name, Grants: []Grant{{Org: org, Scopes: scopes}}}
+	return &Principal{Kind: KindToken, ID: a.ID, Name: a.Name, Actor: "token:" + a.Name, Grants: []Grant{{Org: org, Scopes: scopes}}}
 }
 
 // newToken makes an access token in a transaction.

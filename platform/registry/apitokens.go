@@ -91,6 +91,7 @@ func (r *Registry) RevokeAPITokens(ctx context.Context, org string) (int, error)
 
 // Administrator is who an API token speaks for.
 type Administrator struct {
+	ID    string
 	Name  string
 	Org   string // empty is every organization
 	Scope store.Scope
@@ -118,5 +119,5 @@ func (r *Registry) Administrator(ctx context.Context, token string) (*Administra
 	case !t.Expires.IsZero() && r.Now().After(t.Expires):
 		return nil, refuse(http.StatusUnauthorized, control.CodeTokenExpired, again, "the API token expired at %s", t.Expires.Format(time.RFC3339))
 	}
-	return &Administrator{Name: t.Name, Org: t.Org, Scope: t.Scope}, nil
+	return &Administrator{ID: t.ID, Name: t.Name, Org: t.Org, Scope: t.Scope}, nil
 }
