@@ -129,6 +129,10 @@ func (p *Prober) try(ctx context.Context, t *registry.RelayTarget, l *look) {
 			number, _, _ := strings.Cut(c.port, "/")
 			port, _ := strconv.ParseUint(number, 10, 16) // made from a uint16
 			at := netip.AddrPortFrom(l.addr, uint16(port))
+			if c.err = p.cfg.gate(at); c.err != nil {
+				c.detail = p.plainly(c.err)
+				return
+			}
 			switch c.name {
 			case "STUN":
 				var rtt time.Duration

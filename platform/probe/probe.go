@@ -10,6 +10,7 @@ package probe
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -50,6 +51,8 @@ type Config struct {
 	Metrics  prometheus.Registerer // nil is none
 
 	interval, spread, refresh, patience, again time.Duration // zero are the constants; for tests
+	// gate sees every address right before something is sent there, and may refuse; nil judges it once more.
+	gate func(netip.AddrPort) error
 }
 
 // Prober looks at relays.
@@ -77,6 +80,15 @@ func New(cfg Config) *Prober {
 	}
 	if cfg.Resolver == nil {
 		cfg.Resolver = net.DefaultResolver
+	}
+	if cfg.gate == nil {
+		mode := cfg.Mode
+		cfg.gate = func(at netip.AddrPort) error {
+			if what := mode.refused(at.Addr()); what != "" {
+				return fmt.Errorf("%v is %s", at, what)
+			}
+			return nil
+		}
 	}
 	p := &Prober{cfg: cfg, warned: make(map[string]bool), looks: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sallyway_platform_relay_probes_total", Help: "Looks at relays from outside, by what was found.",
