@@ -290,6 +290,9 @@ func (a *app) endToken(cmd *cobra.Command) {
 
 func (a *app) organization() *cobra.Command {
 	var ranges []string
+	var offline bool
+	var rootFile string
+	var life time.Duration
 	create := &cobra.Command{
 		Use: "create NAME", Short: "Make an organization with a PKI of its own", Args: one("the organization's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -298,6 +301,12 @@ func (a *app) organization() *cobra.Command {
 				return err
 			}
 			return a.do(cmd, "create organization "+args[0], func(ctx context.Context, c *Client) error {
+				if offline {
+					if rootFile == "" {
+						rootFile = args[0] + "-root.key"
+					}
+					return a.offlineOrganization(ctx, cmd, c, control.CreateOrganization{Name: args[0], Range: prefixes}, rootFile, life)
+				}
 				o, err := post[control.Organization](ctx, c, orgsPath, control.CreateOrganization{Name: args[0], Range: prefixes})
 				if err != nil {
 					return err
@@ -308,6 +317,9 @@ func (a *app) organization() *cobra.Command {
 			})
 		},
 	}
+	create.Flags().BoolVar(&offline, "offline-root", false, "make the root here and keep its key in a file: the platform gets CAs that it signed, and nodes follow no other root")
+	create.Flags().StringVar(&rootFile, "root-key", "", "that file, which must not exist yet (default NAME-root.key)")
+	create.Flags().DurationVar(&life, "life", signedLife, "how long the CAs that an offline root signs are valid")
 	create.Flags().StringSliceVar(&ranges, "range", nil, "range of virtual addresses, IPv4 and IPv6 (default: 100.112.0.0/12 and a ULA)")
 	ls := &cobra.Command{
 		Use: "list", Aliases: []string{"ls"}, Short: "List the organizations", Args: cobra.NoArgs,

@@ -110,6 +110,9 @@ func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				if err := holdToRoot(c, &n); err != nil {
+					return err
+				}
 				if err := disk.write(k, n); err != nil {
 					return err
 				}
@@ -377,6 +380,9 @@ func (a *app) nodeToken(k nodeKind) *cobra.Command {
 			return a.do(cmd, "make a token for "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
 				n, err := post[control.CreatedNode](ctx, c, c.path(k.plural, args[0], "token"), nil)
 				if err != nil {
+					return err
+				}
+				if err := holdToRoot(c, &n); err != nil {
 					return err
 				}
 				if err := disk.write(k, n); err != nil {

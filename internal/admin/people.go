@@ -266,6 +266,9 @@ and it is revoked when your account is disabled.`,
 				if err != nil {
 					return err
 				}
+				if err := holdToRoot(c, &n); err != nil {
+					return err
+				}
 				if bare {
 					_, err := fmt.Fprintln(cmd.OutOrStdout(), n.Token)
 					return err

@@ -47,6 +47,9 @@ type Token struct {
 	Node   identity.Node `json:"n"`
 	Name   string        `json:"m"`
 	Secret []byte        `json:"s"` // 32 random bytes
+	// Root is the key hash of the organization's root, put in by its owner: the node takes no other from the platform. Empty: it takes the
+	// one that the platform names at the enrolment, and keeps to that.
+	Root string `json:"r,omitempty"`
 }
 
 // String is what a user pastes. It is the secret itself: never log it.

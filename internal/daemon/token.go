@@ -28,12 +28,17 @@ const tokenCredential = "token"
 type TokenFlags struct {
 	file  string
 	token Secret
+	root  string
 }
+
+// RootPin is the key hash of the organization's root, named out of band by its owner; "" is none.
+func (t *TokenFlags) RootPin() string { return t.root }
 
 // Register adds the flags.
 func (t *TokenFlags) Register(flags *pflag.FlagSet) {
 	flags.StringVar(&t.file, "token-file", "", "file with the enrolment token, - for standard input")
 	flags.Var((*secretValue)(&t.token), "token", "the enrolment token itself (other users may see it: prefer --token-file)")
+	flags.StringVar(&t.root, "root-pin", "", "key hash of the organization's root, from its owner: at its enrolment this node takes no other from the platform")
 }
 
 // rankFlag is the rank of a value that stood on the command line.

@@ -217,6 +217,9 @@ func (c *change) startRotation(ctx context.Context, o *rotating, req control.Rot
 	}
 	for _, k := range kinds {
 		if a := o.busy(k); a != nil {
+			if req.Plan {
+				return nil // what is under way
+			}
 			return refuse(http.StatusConflict, control.CodeConflict, "wait for its end, see `sallyway --org "+o.org+" ca list`; --finish goes on at once, --abort takes back one that is next",
 				"a rotation of the %s CA of organization %s is under way: generation %d is %s", k, o.org, a.Generation, a.State)
 		}

@@ -56,6 +56,7 @@ type View struct {
 	regions     []string                 // whose shared relays are used; empty is all
 	sharing     *Sharing
 	sshCAs      []string
+	flowLog     bool  // gateways tell of flows
 	bandwidth   int64 // bytes per second that the organization may have through each relay; 0 is the relay's default
 
 	// What every plan needs and nobody changes, made by the first.
@@ -63,6 +64,7 @@ type View struct {
 	inForce  map[string][]policy.Rule   // by resource id
 	allowed  map[string]map[string]bool // nodes by resource id
 	gateways []*store.Node              // active ones, by name
+	digests  digests
 }
 
 // Load reads org in tx.
@@ -96,6 +98,11 @@ func load(ctx context.Context, tx store.Tx, seal *pki.Sealer, org string, now ti
 	if v.PolicyCA, err = policyCA(ctx, tx, org); err != nil {
 		return nil, err
 	}
+	off, err := tx.FlowLogOff(ctx, org)
+	if err != nil {
+		return nil, err
+	}
+	v.flowLog = !off
 	if v.sorted, err = tx.Nodes(ctx, org, "", store.Page{}); err != nil {
 		return nil, err
 	}
@@ -266,7 +273,7 @@ func LoadTrust(ctx context.Context, tx store.Tx, org string, now time.Time) (con
 		switch kind := identity.Kind(a.Kind); {
 		case a.Kind == pki.KindRoot && a.Pinned():
 			roots = append(roots, c)
-		case a.Kind == pki.KindRoot && a.Generation > 1 && !a.Until.IsZero(): // it has been current
+		case a.Kind == pki.KindRoot && !a.Until.IsZero(): // it has been current
 			lineage = append(lineage, c)
 		case kind.Valid() && a.Pinned():
 			t.Pins[kind] = append(t.Pins[kind], identity.CertificateKeyHash(c))
@@ -274,24 +281,8 @@ func LoadTrust(ctx context.Context, tx store.Tx, org string, now time.Time) (con
 	}
 	t.Roots = string(identity.EncodeCertificates(roots...))
 	t.Lineage = string(identity.EncodeCertificates(lineage[:min(len(lineage), maxLineage)]...))
-	nodes, err := tx.Nodes(ctx, org, "", store.Page{})
-	if err != nil {
+	if t.Denied, err = tx.DeniedKeys(ctx, org, now.Add(-DeniedMargin)); err != nil {
 		return t, err
-	}
-	live := make(map[string]*store.Node, len(nodes))
-	for _, n := range nodes {
-		live[n.ID] = n
-	}
-	keys, err := tx.OrgKeys(ctx, org)
-	if err != nil {
-		return t, err
-	}
-	for _, k := range keys {
-		n := live[k.Node]
-		good := n != nil && n.Status == store.Active && !k.Denied
-		if !good && k.NotAfter.Add(DeniedMargin).After(now) {
-			t.Denied = append(t.Denied, k.Hash)
-		}
 	}
 	dialling, err := tx.PlatformKeys(ctx, org)
 	if err != nil {
@@ -481,24 +472,13 @@ func (v *View) prepare() {
 			v.gateways = append(v.gateways, n)
 		}
 	}
+	v.prepareDigests()
 }
 
 // rules are the rules in force, by resource id. They are shared: nobody changes them.
 func (v *View) rules() map[string][]policy.Rule {
 	v.once.Do(v.prepare)
 	return v.inForce
-}
-
-// mayUse says whether a rule in force lets a node use a resource, by their ids.
-func (v *View) mayUse(resource, node string) bool {
-	v.once.Do(v.prepare)
-	return v.allowed[resource][node]
-}
-
-// activeGateways are the gateways that are not disabled, by name. They are shared.
-func (v *View) activeGateways() []*store.Node {
-	v.once.Do(v.prepare)
-	return v.gateways
 }
 
 // Speaks reports whether a key speaks for a live node that has its rights.

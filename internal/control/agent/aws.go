@@ -24,6 +24,7 @@ type AWS struct {
 	Pin      string // key hash of the CA of its certificate; empty: the system's roots vouch for it
 	Org      string
 	Name     string // of the node
+	Root     string // key hash of the organization's root; empty: the platform names it
 }
 
 // AWSFlags are how a start command is told to enrol by AWS.
@@ -63,6 +64,7 @@ func (p Program) Credential(cmd *cobra.Command, o *daemon.Options, f *AWSFlags) 
 		return "", nil, daemon.Usagef("--auth aws needs --platform URL and --name NAME\n%s --auth aws --aws-accounts … prints the whole command", p.Create)
 	}
 	aws := f.aws
+	aws.Root = o.Token.RootPin()
 	return "", &aws, nil
 }
 
@@ -116,7 +118,7 @@ func (a *Agent) useAWS(ctx context.Context, enrolled bool) error {
 
 // as is what of a token the rest of the enrolment needs: it has no secret.
 func (w *AWS) as(n identity.Node) control.Token {
-	return control.Token{URL: w.Platform, Pin: w.Pin, Node: n, Name: w.Name}
+	return control.Token{URL: w.Platform, Pin: w.Pin, Node: n, Name: w.Name, Root: w.Root}
 }
 
 // startCheckTimeout is how long a node that is enrolled waits at its start for a platform that does not answer.

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"crypto"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -294,6 +295,9 @@ func (a *Agent) join(t control.Token, key crypto.Signer, resp *control.EnrolResp
 	if _, err := resp.Trust.For(t.Node.Kind); err != nil {
 		return fmt.Errorf("trust from the platform: %w", err)
 	}
+	if err := checkRootPin(t.Root, resp.Trust); err != nil {
+		return &EnrolmentRefusedError{Reason: err.Error(), Remedy: "do not trust this platform: ask the owner of organization " + t.Node.Org + " which root it has (--root-pin)", Err: err}
+	}
 	old := a.state.OldTokens
 	if a.state.Token != "" {
 		old = append(old, a.state.Token)
@@ -327,6 +331,29 @@ func (a *Agent) join(t control.Token, key crypto.Signer, resp *control.EnrolResp
 		}
 	}
 	a.log.Info("enrolled", "node", t.Node, "name", resp.Name, "platform", t.URL, "key", a.state.Key)
+	return nil
+}
+
+// checkRootPin holds the roots that a platform shows at an enrolment to the one that the organization's owner named; pin is its key hash, ""
+// is none. One that follows it is as good.
+func checkRootPin(pin string, t control.Trust) error {
+	if pin == "" {
+		return nil
+	}
+	all, err := identity.DecodeCertificates([]byte(t.Roots + t.Lineage))
+	if err != nil {
+		return fmt.Errorf("roots of the platform: %w", err)
+	}
+	all = slices.DeleteFunc(all, func(c *x509.Certificate) bool {
+		return !identity.IsRoot(c) || identity.CertificateKeyHash(c).String() != pin
+	})
+	err = errors.New("it is not among them")
+	if len(all) > 0 {
+		err = succeeds(string(identity.EncodeCertificates(all...)), t)
+	}
+	if err != nil {
+		return fmt.Errorf("the platform shows roots that do not follow %.16s, which the organization's owner named: %w", pin, err)
+	}
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"sallyway/internal/control"
 	"sallyway/internal/daemon"
 )
 
@@ -31,7 +32,12 @@ func (p Program) Token(cmd *cobra.Command, o *daemon.Options) (string, error) {
 	if token.Reveal() == "" && !Enrolled(o.State) {
 		return "", p.Error(ErrNotEnrolled)
 	}
-	return token.Reveal(), nil
+	t, err := control.ParseToken(token.Reveal())
+	if pin := o.Token.RootPin(); pin != "" && err == nil {
+		t.Root = pin
+		return t.String(), nil
+	}
+	return token.Reveal(), nil // Open says what is wrong with it
 }
 
 // Error gives an error of Open its exit code, and where no token was given the way to one.
