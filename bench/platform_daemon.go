@@ -43,7 +43,9 @@ func (h *holder) Helper() {}
 func (h *holder) Cleanup(f func()) { h.undo = append(h.undo, f) }
 
 // Error keeps what went wrong.
-func (h *holder) Error(args ...any) { h.failed = errors.Join(h.failed, errors.New(fmt.Sprint(args...))) }
+func (h *holder) Error(args ...any) {
+	h.failed = errors.Join(h.failed, errors.New(fmt.Sprint(args...)))
+}
 
 // Errorf is Error with a format.
 func (h *holder) Errorf(format string, args ...any) {

@@ -38,7 +38,7 @@ type fleet struct {
 
 	up      atomic.Int64 // nodes with a stream that brought a configuration
 	beats   atomic.Int64
-	late    atomic.Int64 // heartbeats that failed
+	late    atomic.Int64  // heartbeats that failed
 	newest  atomic.Uint64 // version of a configuration that some node was told
 	watched atomic.Pointer[lookout]
 

@@ -46,7 +46,7 @@ type PolicyChange struct {
 	Runs    int     `json:"runs"`
 	Nodes   int     `json:"nodes"` // that it concerns
 	API     float64 `json:"api_ms"`
-	Times   Waits  `json:"times"` // of all nodes of all runs
+	Times   Waits   `json:"times"` // of all nodes of all runs
 	Slowest float64 `json:"slowest_run_ms"`
 	Bytes   float64 `json:"bytes_per_node"`
 	CPU     Spent   `json:"cpu_seconds_per_run"`
@@ -56,7 +56,7 @@ type PolicyChange struct {
 type NodesReturn struct {
 	Nodes  int            `json:"nodes"`
 	Down   float64        `json:"down_seconds"` // from SIGTERM until the platform is ready again
-	Times  Waits         `json:"times"`        // of each node from then until its stream brought a configuration
+	Times  Waits          `json:"times"`        // of each node from then until its stream brought a configuration
 	CPU    Spent          `json:"cpu_seconds"`
 	Peak   int64          `json:"rss_peak"`
 	Errors map[string]int `json:"errors,omitempty"` // since SIGTERM, by kind; before the platform is back they are its absence

@@ -37,7 +37,7 @@ type GrantTimes struct {
 	// control stream up to the end of its first configuration.
 	Start Waits `json:"start"`
 	Grant Waits `json:"grant"`
-	CPU   Spent  `json:"cpu_seconds"`
+	CPU   Spent `json:"cpu_seconds"`
 }
 
 // grants measures starts of clients on each database.
@@ -224,7 +224,7 @@ type PageOrganization struct {
 // PageTime is a page's time over a connection that stands: from the request to the last byte, on the same host.
 type PageTime struct {
 	Page  string `json:"page"`
-	Times Waits `json:"times"`
+	Times Waits  `json:"times"`
 	Bytes int    `json:"bytes"`
 }
 

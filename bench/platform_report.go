@@ -96,7 +96,9 @@ func (r *PlatformResult) nodesTable(b *strings.Builder) {
 	if n == nil {
 		return
 	}
-	row := func(what, format string, args ...any) { fmt.Fprintf(b, "| %s | %s |\n", what, fmt.Sprintf(format, args...)) }
+	row := func(what, format string, args ...any) {
+		fmt.Fprintf(b, "| %s | %s |\n", what, fmt.Sprintf(format, args...))
+	}
 	fmt.Fprintf(b, "\n| %d nodes, of them %d gateways and %d relays, on %s | |\n|---|---|\n", n.Nodes, n.Gateways, n.Relays, n.Store)
 	row("created and enrolled by the API", "%.0f s, %.0f a second; CPU %.0f s platform, %.0f load", n.Enrol, float64(n.Nodes)/n.Enrol, n.EnrolCPU.Platform, n.EnrolCPU.Load)
 	row("all connected", "after %.1f s, begun within %.0f s; CPU %.1f s platform, %.1f load", n.Connect, connectWithin.Seconds(), n.ConnectCPU.Platform, n.ConnectCPU.Load)

@@ -2,11 +2,20 @@ package policy
 
 import (
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/big"
+	"sync"
+	"time"
+	"unique"
 
 	"github.com/go-jose/go-jose/v4"
 
@@ -22,37 +31,117 @@ const (
 	typeGrant    = "sallyway-grant+jws"
 )
 
-// Signer signs an organization's documents: a key and its certificate chain, leaf first, of kind policy.
+// Signer signs an organization's documents: a key on P-256 and its certificate chain, leaf first, of kind policy. It may be used concurrently.
 type Signer struct {
 	Key   crypto.Signer
 	Chain []*x509.Certificate
+
+	mu    sync.Mutex
+	heads map[string]string // protected headers by typ, encoded: all documents of a type have the same; guarded by mu
 }
 
 // SignSnapshot returns the signed form of s.
-func (g *Signer) SignSnapshot(s *Snapshot) (string, error) { return g.sign(typeSnapshot, s) }
+func (g *Signer) SignSnapshot(s *Snapshot) (string, error) {
+	jws, _, err := g.sign(typeSnapshot, s)
+	return jws, err
+}
 
 // SignGrant returns the signed form of gr.
-func (g *Signer) SignGrant(gr *Grant) (string, error) { return g.sign(typeGrant, gr) }
+func (g *Signer) SignGrant(gr *Grant) (string, error) {
+	jws, _, err := g.sign(typeGrant, gr)
+	return jws, err
+}
 
-func (g *Signer) sign(typ string, doc any) (string, error) {
-	payload, err := json.Marshal(doc)
+// Kept is what is kept of a signed grant, in few bytes: from it and the grant the signed form is made again without signing. The zero Kept is none.
+type Kept struct {
+	head             unique.Handle[string]
+	payload          [sha256.Size]byte
+	signature        [signatureSize]byte
+	issued, notAfter time.Time
+}
+
+// SignGrantAgain returns the signed form of gr and what to keep of it. Where this signer signed it before, as kept tells, and nothing but its times
+// is another, it is that signed form, with the times that it had.
+func (g *Signer) SignGrantAgain(gr *Grant, kept Kept) (string, Kept, error) {
+	head, err := g.head(typeGrant)
 	if err != nil {
-		return "", fmt.Errorf("encode %s: %w", typ, err)
+		return "", Kept{}, err
+	}
+	if kept.head == unique.Make(head) {
+		old := *gr
+		old.Issued, old.NotAfter = kept.issued, kept.notAfter
+		payload, err := json.Marshal(&old)
+		if err != nil {
+			return "", Kept{}, fmt.Errorf("encode %s: %w", typeGrant, err)
+		}
+		if sha256.Sum256(payload) == kept.payload {
+			return compact(head, payload) + "." + base64.RawURLEncoding.EncodeToString(kept.signature[:]), kept, nil
+		}
+	}
+	jws, k, err := g.sign(typeGrant, gr)
+	k.issued, k.notAfter = gr.Issued, gr.NotAfter
+	return jws, k, err
+}
+
+// signatureSize is that of ES256 (RFC 7518 §3.4): two numbers of 32 bytes.
+const signatureSize = 64
+
+// head is the protected header of documents of a type.
+func (g *Signer) head(typ string) (string, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if h := g.heads[typ]; h != "" {
+		return h, nil
 	}
 	chain := make([]string, len(g.Chain))
 	for i, c := range g.Chain {
 		chain[i] = base64.StdEncoding.EncodeToString(c.Raw)
 	}
-	opts := (&jose.SignerOptions{}).WithType(jose.ContentType(typ)).WithHeader("x5c", chain)
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: g.Key}, opts)
+	b, err := json.Marshal(map[string]any{"alg": jose.ES256, "typ": typ, "x5c": chain})
 	if err != nil {
-		return "", fmt.Errorf("sign %s: %w", typ, err)
+		return "", fmt.Errorf("encode the header of %s: %w", typ, err)
 	}
-	jws, err := signer.Sign(payload)
+	if g.heads == nil {
+		g.heads = make(map[string]string)
+	}
+	g.heads[typ] = base64.RawURLEncoding.EncodeToString(b)
+	return g.heads[typ], nil
+}
+
+// compact is the part of a JWS (RFC 7515 §7.1) that is signed.
+func compact(head string, payload []byte) string {
+	b := make([]byte, 0, len(head)+1+base64.RawURLEncoding.EncodedLen(len(payload))+1+signatureSize*4/3+2)
+	b = append(append(b, head...), '.')
+	return string(base64.RawURLEncoding.AppendEncode(b, payload))
+}
+
+// sign makes a JWS in compact form. Documents are signed by the thousand, and a library's signer encodes the chain for each.
+func (g *Signer) sign(typ string, doc any) (string, Kept, error) {
+	payload, err := json.Marshal(doc)
 	if err != nil {
-		return "", fmt.Errorf("sign %s: %w", typ, err)
+		return "", Kept{}, fmt.Errorf("encode %s: %w", typ, err)
 	}
-	return jws.CompactSerialize()
+	head, err := g.head(typ)
+	if err != nil {
+		return "", Kept{}, err
+	}
+	if key, ok := g.Key.Public().(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
+		return "", Kept{}, fmt.Errorf("sign %s: the key is not on P-256", typ)
+	}
+	input := compact(head, payload)
+	digest := sha256.Sum256([]byte(input))
+	der, err := g.Key.Sign(rand.Reader, digest[:], crypto.SHA256)
+	if err != nil {
+		return "", Kept{}, fmt.Errorf("sign %s: %w", typ, err)
+	}
+	var sig struct{ R, S *big.Int }
+	if rest, err := asn1.Unmarshal(der, &sig); err != nil || len(rest) > 0 {
+		return "", Kept{}, fmt.Errorf("sign %s: the key answers no signature of ECDSA", typ)
+	}
+	kept := Kept{head: unique.Make(head), payload: sha256.Sum256(payload)}
+	sig.R.FillBytes(kept.signature[:signatureSize/2])
+	sig.S.FillBytes(kept.signature[signatureSize/2:])
+	return input + "." + base64.RawURLEncoding.EncodeToString(kept.signature[:]), kept, nil
 }
 
 // OpenSnapshot checks a signed snapshot for the gateway audience against the organization's trust. It does not look at

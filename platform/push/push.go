@@ -5,11 +5,11 @@ package push
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -79,6 +79,7 @@ type Hub struct {
 	started time.Time
 	kick    chan struct{} // capacity 1: something changed that may move relays
 	moves   atomic.Bool   // another platform may have announced a relay's new address
+	making  chan struct{} // holds one for each configuration that is made
 
 	mu      sync.Mutex
 	orgs    map[string]*org    // guarded by mu
@@ -97,7 +98,8 @@ type org struct {
 	version    uint64     // the highest that was heard of
 	view       *view.View // nil when it is out of date
 	signer     *policy.Signer
-	renew      time.Time // when the signer is replaced
+	renew      time.Time        // when the signer is replaced
+	signs      identity.KeyHash // CA of the signer
 }
 
 type stream struct {
@@ -129,7 +131,7 @@ func New(cfg Config, metricsTo prometheus.Registerer) *Hub {
 	}
 	h := &Hub{
 		cfg: cfg, reg: cfg.Registry, started: cfg.Registry.Now(), kick: make(chan struct{}, 1),
-		orgs: make(map[string]*org), streams: make(map[string]*stream),
+		orgs: make(map[string]*org), streams: make(map[string]*stream), making: make(chan struct{}, 2*runtime.GOMAXPROCS(0)),
 		metrics: metrics{
 			pushes:  prometheus.NewCounter(prometheus.CounterOpts{Name: "sallyway_platform_config_pushes_total", Help: "Configurations sent to nodes."}),
 			streams: prometheus.NewGauge(prometheus.GaugeOpts{Name: "sallyway_platform_control_streams", Help: "Nodes with an open control stream."}),
@@ -210,15 +212,19 @@ func (h *Hub) beat(node string, beat presence.Beat) {
 
 // current returns an organization's view and signer, and a channel that closes at its next change.
 func (h *Hub) current(ctx context.Context, name string) (*view.View, *policy.Signer, <-chan struct{}, error) {
+	now := h.reg.Now()
 	h.mu.Lock()
 	o := h.orgLocked(name)
+	if o.view != nil && now.Before(o.renew) && o.signs == o.view.PolicyCA {
+		defer h.mu.Unlock()
+		return o.view, o.signer, o.changed, nil
+	}
 	h.mu.Unlock()
 	o.load.Lock()
 	defer o.load.Unlock()
 	h.mu.Lock()
 	v, signer, renew, changed, generation := o.view, o.signer, o.renew, o.changed, o.generation
 	h.mu.Unlock()
-	now := h.reg.Now()
 	if v == nil {
 		if err := h.reg.Store.View(ctx, func(tx store.Tx) (err error) {
 			v, err = view.Load(ctx, tx, h.reg.Seal, name, now)
@@ -237,7 +243,7 @@ func (h *Hub) current(ctx context.Context, name string) (*view.View, *policy.Sig
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	o.signer, o.renew = signer, renew
+	o.signer, o.renew, o.signs = signer, renew, identity.CertificateKeyHash(signer.Chain[1])
 	o.version = max(o.version, v.Org.Version)
 	if o.generation == generation {
 		o.view = v // else a change came meanwhile; changed is closed, so the caller comes back
@@ -272,7 +278,8 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 	defer ping.Stop()
 	refresh := time.NewTimer(h.refreshIn())
 	defer refresh.Stop()
-	var last [sha256.Size]byte // of what the node has; zero is nothing
+	var last view.Sum // of what the node has; zero is nothing
+	signed := make(view.Signed)
 	expiry := h.credentialExpiry()
 	if err := h.catchUp(ctx, who.Node.Org); err != nil {
 		return err
@@ -282,16 +289,15 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 		if err != nil {
 			return err
 		}
-		plan := v.Plan(who.Node.ID, expiry)
-		if plan == nil || !v.Speaks(who.Node.ID, who.Key) {
+		sum, there, err := v.Digest(who.Node.ID, expiry)
+		if !there || !v.Speaks(who.Node.ID, who.Key) {
 			return ErrDropped
 		}
-		sum, err := plan.Hash()
 		if err != nil {
 			return err
 		}
 		if sum != last {
-			c, err := plan.Sign(signer, h.reg.Now(), h.cfg.DocumentLife)
+			c, err := h.configure(ctx, v, who.Node.ID, expiry, signer, signed)
 			if err != nil {
 				return err
 			}
@@ -311,7 +317,8 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 					return err
 				}
 			case <-refresh.C:
-				last, wait = [sha256.Size]byte{}, false // credentials and documents anew, although nothing changed
+				last, wait = view.Sum{}, false // credentials and documents anew, although nothing changed
+				clear(signed)
 				expiry = h.credentialExpiry()
 				refresh.Reset(h.refreshIn())
 			case <-changed:
@@ -323,6 +330,33 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 			}
 		}
 	}
+}
+
+// configure makes a node's configuration. A change may be for all nodes at once: few are made at a time, each in a goroutine of its own, so that the
+// many that wait stay small.
+func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry time.Time, signer *policy.Signer, signed view.Signed) (*control.Config, error) {
+	select {
+	case h.making <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	var c *control.Config
+	var err error
+	var panicked any // goes on in the goroutine that asked
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() {
+			panicked = recover()
+			<-h.making
+		}()
+		c, err = v.Plan(node, expiry).Sign(signer, h.reg.Now(), h.cfg.DocumentLife, signed)
+	}()
+	<-done
+	if panicked != nil {
+		panic(panicked)
+	}
+	return c, err
 }
 
 // refreshIn is when a stream makes its node's documents anew, spread so that not all do at once.

@@ -319,6 +319,9 @@ type Tx interface {
 	Key(ctx context.Context, h identity.KeyHash) (*Key, error)
 	Keys(ctx context.Context, node string) ([]*Key, error)   // newest first
 	OrgKeys(ctx context.Context, org string) ([]*Key, error) // of deleted nodes, too; newest first
+	// DeniedKeys are the keys of org's nodes that are not good, with a leaf that ends after a time: denied ones, and those of nodes that were deleted
+	// or are not active.
+	DeniedKeys(ctx context.Context, org string, after time.Time) ([]identity.KeyHash, error)
 
 	PutPlatformKey(ctx context.Context, k *PlatformKey) error              // inserts or replaces
 	PlatformKeys(ctx context.Context, org string) ([]*PlatformKey, error) // newest first

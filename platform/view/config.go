@@ -38,8 +38,12 @@ func (p *Plan) Hash() ([sha256.Size]byte, error) {
 	return sha256.Sum256(b), nil
 }
 
-// Sign fills in the signed documents, valid from now for life, and returns the configuration to send.
-func (p *Plan) Sign(signer *policy.Signer, now time.Time, life time.Duration) (*control.Config, error) {
+// Signed are the grants of a node that were signed last, by gateway, in few bytes. The zero value is none.
+type Signed map[identity.Node]policy.Kept
+
+// Sign fills in the signed documents, valid from now for life, and returns the configuration to send. Grants that were signed before and whose content is
+// the same go out again as they are; old are these, and is left holding the new ones. A nil map has all signed.
+func (p *Plan) Sign(signer *policy.Signer, now time.Time, life time.Duration, old Signed) (*control.Config, error) {
 	c := p.Config
 	now = now.UTC().Truncate(time.Second)
 	if p.Snapshot != nil {
@@ -58,11 +62,14 @@ func (p *Plan) Sign(signer *policy.Signer, now time.Time, life time.Duration) (*
 		d.Gateways = slices.Clone(d.Gateways)
 		for i, gr := range p.Grants {
 			gr.Issued, gr.NotAfter = now, now.Add(life)
-			signed, err := signer.SignGrant(&gr)
+			signed, kept, err := signer.SignGrantAgain(&gr, old[gr.Gateway])
 			if err != nil {
 				return nil, err
 			}
 			d.Gateways[i].Grant = signed
+			if old != nil {
+				old[gr.Gateway] = kept
+			}
 		}
 		c.Dialling = &d
 	}
@@ -82,12 +89,17 @@ func (v *View) Plan(id string, expiry time.Time) *Plan {
 		p.Config.Relay = v.relayConfig(n)
 	case identity.Gateway:
 		p.Snapshot = v.Snapshot(n)
-		p.Config.Gateway = &control.Gateway{Relays: v.relayRefs(n, n.ID, n.Identity(), expiry), Probe: v.probes(), EndSessions: v.endSessions()}
+		p.Config.Gateway = v.gatewayConfig(n, expiry)
 		v.dialling(p, n, expiry)
 	case identity.Client:
 		v.dialling(p, n, expiry)
 	}
 	return p
+}
+
+// gatewayConfig is a gateway's share without its snapshot.
+func (v *View) gatewayConfig(n *store.Node, expiry time.Time) *control.Gateway {
+	return &control.Gateway{Relays: v.relayRefs(n, n.ID, n.Identity(), expiry), Probe: v.probes(), EndSessions: v.endSessions(), FlowLog: v.flowLog}
 }
 
 func (v *View) relayConfig(n *store.Node) *control.Relay {
@@ -150,31 +162,25 @@ func (v *View) Snapshot(g *store.Node) *policy.Snapshot {
 	return s
 }
 
-// dialling fills in what n, a client or a gateway, may reach.
-func (v *View) dialling(p *Plan, n *store.Node, expiry time.Time) {
-	d := &control.Dialling{
-		Virtual: Addresses(v.Org, n.Address), Range: append(d4(v.Org), v.Org.Range6),
-		Gateways: []control.GatewayRef{}, Resources: []control.ReachableResource{},
+// emptyDialling is what is the same in what all nodes are told that dial.
+func (v *View) emptyDialling() *control.Dialling {
+	return &control.Dialling{
+		Range: append(d4(v.Org), v.Org.Range6), Gateways: []control.GatewayRef{}, Resources: []control.ReachableResource{},
 		Direct: control.Direct{On: v.Org.Direct, Private: v.Org.DirectPrivate},
 	}
+}
+
+// dialling fills in what n, a client or a gateway, may reach. What is added here belongs into Digest, too.
+func (v *View) dialling(p *Plan, n *store.Node, expiry time.Time) {
+	d := v.emptyDialling()
+	d.Virtual = Addresses(v.Org, n.Address)
 	p.Config.Dialling = d
-	needed := make(map[string]bool)
-	for _, r := range v.resources {
-		if r.Disabled || !v.mayUse(r.ID, n.ID) || r.ServedBy(n.ID) {
-			continue
-		}
-		reach := control.ReachableResource{Resource: v.resource(r), FQDN: FQDN(r.Name, v.Org.Name), Gateways: v.Serving(r, true)}
-		if len(reach.Gateways) == 0 {
-			continue
-		}
-		for _, g := range reach.Gateways {
-			needed[g.Node.ID] = true
-		}
-		d.Resources = append(d.Resources, reach)
+	for _, r := range v.usableBy(n) {
+		d.Resources = append(d.Resources, r.told)
 	}
 	key := v.keys[n.ID]
-	for _, g := range v.activeGateways() {
-		if g.ID == n.ID || (n.Kind != identity.Gateway && !needed[g.ID]) {
+	for _, g := range v.dialledBy(n) {
+		if g.ID == n.ID {
 			continue
 		}
 		ref := control.GatewayRef{
