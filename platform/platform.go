@@ -44,6 +44,7 @@ import (
 	"sallyway/platform/registry"
 	"sallyway/platform/replica"
 	"sallyway/platform/store"
+	"sallyway/platform/syslog"
 	"sallyway/platform/web"
 )
 
@@ -108,6 +109,14 @@ type Config struct {
 	// Licence says whose licences count and where they come from.
 	Licence LicenceConfig
 
+	// AuditSyslog are the syslog receivers that get every audit chain; see syslog.Parse.
+	AuditSyslog []syslog.Target
+	// AuditSign is how often the heads of the audit chains are signed: zero is an hour.
+	AuditSign time.Duration
+	// FlowLog is how long flows are kept, FlowLogRows how many of one organization: zero are the defaults of package flowlog.
+	FlowLog     time.Duration
+	FlowLogRows int
+
 	// AWS says which STS tells the AWS identity of nodes that enrol by it. The zero value is the public one of awsauth.DefaultRegion.
 	AWS awsauth.Config
 
@@ -137,6 +146,7 @@ type Server struct {
 	licences *licences
 	group    *replica.Group // nil on SQLite: nobody shares it
 	people   *people.Service
+	trail    *trail
 	web      *web.Server
 	url      string
 	pin      string
@@ -227,8 +237,11 @@ func (s *Server) open(ctx context.Context) (err error) {
 		s.group.Join(local{s.hub, &s.limiter, s.cfg.Now})
 	}
 	s.people = people.New(people.Config{Registry: s.reg, Log: s.cfg.Log, Shared: s.group != nil})
+	if s.trail, err = newTrail(s); err != nil {
+		return err
+	}
 	if s.web, err = web.New(web.Config{
-		Registry: s.reg, People: s.people, Log: s.cfg.Log, Source: api.Source, Conditions: s.Conditions,
+		Registry: s.reg, People: s.people, Webhooks: s.trail.webhooks, Flows: s.trail.flows, Log: s.cfg.Log, Source: api.Source, Conditions: s.Conditions,
 		Unavailable: func(err error) { s.condition("database", err) },
 	}); err != nil {
 		return err
@@ -309,7 +322,7 @@ func (s *Server) AdminFile() string { return filepath.Join(s.cfg.Data, adminFile
 func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/api/", api.New(api.Config{
-		Registry: s.reg, Hub: s.hub, Dialler: s.dialler, People: s.people, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
+		Registry: s.reg, Hub: s.hub, Dialler: s.dialler, People: s.people, Webhooks: s.trail.webhooks, Flows: s.trail.flows, Log: s.cfg.Log, Metrics: s.cfg.Metrics,
 		Unavailable: func(err error) { s.condition("database", err) }, Limiter: &s.limiter, Rate: s.cfg.APIRate,
 	}))
 	mux.Handle("/", s.web)
@@ -368,6 +381,7 @@ func (s *Server) Run(ctx context.Context) error {
 	g.Go(func() error { return s.prober.Run(ctx) })
 	g.Go(func() error { return s.people.Run(ctx) })
 	g.Go(func() error { return s.web.Run(ctx) })
+	g.Go(func() error { return s.trail.run(ctx) })
 	g.Go(func() error { s.probe(ctx); return nil })
 	g.Go(func() error { s.licences.run(ctx); return nil })
 	if s.cfg.ACME.On() {

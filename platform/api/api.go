@@ -20,11 +20,13 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/version"
+	"sallyway/platform/flowlog"
 	"sallyway/platform/incoming"
 	"sallyway/platform/people"
 	"sallyway/platform/push"
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
+	"sallyway/platform/webhook"
 )
 
 // Limits of requests.
@@ -46,6 +48,8 @@ type Config struct {
 	Hub      *push.Hub
 	People   *people.Service
 	Log      *slog.Logger
+	Webhooks *webhook.Service
+	Flows    *flowlog.Service
 	// Unavailable is told of a database that can not be used. It must not block.
 	Unavailable func(error)
 	Metrics     prometheus.Registerer
@@ -129,6 +133,7 @@ func routes(cfg Config) *server {
 	s.nodeEndpoints()
 	s.peopleRoutes()
 	s.serviceAccountRoutes()
+	s.trailRoutes()
 	s.licenceRoutes()
 	s.authorityRoutes()
 	s.mux.HandleFunc("/api/", func(w http.ResponseWriter, r *http.Request) {

@@ -40,6 +40,7 @@ func (s *server) nodeEndpoints() {
 	s.mux.HandleFunc("GET /api/v1/node/control", s.control)
 	s.mux.HandleFunc("POST /api/v1/node/heartbeat", s.heartbeat)
 	s.mux.HandleFunc("POST /api/v1/node/renew", s.renew)
+	s.mux.HandleFunc("POST /api/v1/node/flows", s.flows)
 	s.mux.HandleFunc("POST /api/v1/node/aws", s.checkAWS)
 
 	s.describe("POST", "/enroll", "enrol", "Spend an enrolment token: certificates for a node's key", false,
@@ -59,6 +60,8 @@ func (s *server) nodeEndpoints() {
 		nil, "application/x-ndjson", reflect.TypeFor[control.Event]())
 	s.describe("POST", "/node/heartbeat", "node-heartbeat", "What a node says of itself", true,
 		content("application/json", reflect.TypeFor[control.Heartbeat]()), "application/json", reflect.TypeFor[struct{}]())
+	s.describe("POST", "/node/flows", "node-flows", "What a gateway tells of connections", true,
+		content("application/json", reflect.TypeFor[control.FlowBatch]()), "application/json", reflect.TypeFor[struct{}]())
 	s.describe("POST", "/node/renew", "node-renew", "Fresh certificates for a node", true,
 		content("application/json", reflect.TypeFor[control.RenewRequest]()), "application/json", reflect.TypeFor[control.RenewResponse]())
 }

@@ -21,8 +21,10 @@ import (
 	"sallyway/platform"
 	"sallyway/platform/audit"
 	"sallyway/platform/awsauth"
+	"sallyway/platform/flowlog"
 	"sallyway/platform/replica"
 	"sallyway/platform/store"
+	"sallyway/platform/syslog"
 )
 
 // defaultMetrics is where health and /metrics are served: for this host only.
@@ -63,6 +65,8 @@ type serveOptions struct {
 	licence  licenceFlags
 	// redisFile is a file with the URL.
 	redisFile string
+	// syslog are the receivers of the audit chains.
+	syslog []string
 	// parameters is the path of settings in a parameter store.
 	parameters string
 	store      ssm.Config
@@ -103,6 +107,9 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.StringVar(&c.AWS.Region, "aws-region", awsauth.DefaultRegion, "region to which nodes that enrol by AWS sign")
 	f.StringVar(&c.AWS.Endpoint, "aws-sts-endpoint", "", "URL of the STS that is asked for their identity, the only one (default: the region's public one)")
 	f.StringVar(&c.AWS.CAFile, "aws-sts-ca", "", "authorities (PEM) of that STS's certificate (default: the system's)")
+	f.StringSliceVar(&o.syslog, "audit-syslog", nil, "syslog receivers of all audit logs: tls://HOST:6514[?ca=FILE], tcp://HOST:601, udp://HOST:514")
+	f.DurationVar(&c.FlowLog, "flow-log-retention", flowlog.DefaultRetention, "how long flows are kept")
+	f.IntVar(&c.FlowLogRows, "flow-log-rows", flowlog.DefaultRows, "how many flows of one organization are kept at most")
 	o.home.register(f)
 	o.licence.register(f)
 	f.StringVar(&c.Redis, "redis", "", "URL of the Redis that platforms on one PostgreSQL talk through: redis://HOST:6379/0")
@@ -129,6 +136,13 @@ func (o *serveOptions) resolve(cmd *cobra.Command) (err error) {
 	if err := o.licence.resolve(cmd); err != nil {
 		return err
 	}
+	for _, to := range o.syslog {
+		t, err := syslog.Parse(to)
+		if err != nil {
+			return daemon.Usagef("--audit-syslog: %w", err)
+		}
+		o.platform.AuditSyslog = append(o.platform.AuditSyslog, t)
+	}
 	if o.platform.Redis, err = secretURL(cmd, "redis", o.platform.Redis, o.redisFile); err != nil || o.platform.Redis == "" {
 		return err
 	}
@@ -153,6 +167,9 @@ func (o *serveOptions) check() error {
 	}
 	if o.platform.TokenLife < time.Second || o.platform.TokenLife > 24*time.Hour {
 		return daemon.Usagef("--token-life %v is not between 1s and 24h", o.platform.TokenLife)
+	}
+	if o.platform.FlowLog < shortest || o.platform.FlowLogRows < 1 {
+		return daemon.Usagef("--flow-log-retention %v is shorter than 1m, or --flow-log-rows %d below 1: an organization that wants none turns it off (sallyway flow log off)", o.platform.FlowLog, o.platform.FlowLogRows)
 	}
 	if o.platform.KeyRotation < shortest {
 		return daemon.Usagef("--turn-key-rotation %v is shorter than 1m", o.platform.KeyRotation)

@@ -16,9 +16,11 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"sallyway/platform/flowlog"
 	"sallyway/platform/people"
 	"sallyway/platform/registry"
 	"sallyway/platform/web/history"
+	"sallyway/platform/webhook"
 )
 
 //go:embed templates static
@@ -38,7 +40,9 @@ type Config struct {
 	// Unavailable is told of a database that can not be used. It must not block.
 	Unavailable func(error)
 	// Source is where a request comes from, for limits and the audit.
-	Source func(*http.Request) string
+	Source   func(*http.Request) string
+	Webhooks *webhook.Service
+	Flows    *flowlog.Service
 	// Conditions are what does not work at the platform itself, with why; nil is nothing.
 	Conditions func() map[string]string
 }
