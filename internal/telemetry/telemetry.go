@@ -199,7 +199,11 @@ func (t *Telemetry) sendSpans(ctx, sending context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
-			for batch := t.spans.take(); len(batch) > 0 && sending.Err() == nil; batch = t.spans.take() {
+			for sending.Err() == nil {
+				batch := t.spans.take()
+				if len(batch) == 0 {
+					break
+				}
 				send(batch)
 			}
 			if left := t.spans.close(); left > 0 {
