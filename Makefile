@@ -23,7 +23,7 @@ find_go    = go=$$(build/find-go.sh)
 AS_CALLER := build/as-caller.sh
 AS_ROOT   := build/as-root.sh
 
-DAEMONS := gatewayd relayd platformd sallyway
+DAEMONS := gatewayd relayd platformd sallyway sallyway-license
 # Commands that are built besides: the lab behind `make demo` and what is below bench/.
 MAINS = $(addprefix ./,$(sort $(dir $(wildcard cmd/*/*.go bench/cmd/*/*.go internal/lab/cmd/*/*.go))))
 

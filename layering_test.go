@@ -113,9 +113,9 @@ var heavy = map[string][]string{
 	"golang.org/x/crypto/argon2":          {"platform/people"},
 	"github.com/miekg/dns":                {"tunnel", "tun", "client", "gateway"},
 	"github.com/coreos/go-systemd":        {"internal/daemon"},
-	"github.com/spf13":                    {"images/appliance", "internal/daemon", "internal/admin", "internal/control/agent", "internal/appliance", "cmd", "gateway", "client", "relay", "platform", "images/packages"},
+	"github.com/spf13":                    {"images/appliance", "internal/daemon", "internal/admin", "internal/control/agent", "internal/appliance", "cmd", "gateway", "client", "relay", "platform", "license", "images/packages"},
 	"go.yaml.in/yaml":                     {"internal/daemon", "gateway", "internal/appliance"},
-	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "tunnel", "internal/control", "internal/telemetry"},
+	"github.com/prometheus/client_golang": {"internal/daemon", "gateway", "client", "relay", "platform", "license", "tunnel", "internal/control", "internal/telemetry"},
 	"go.opentelemetry.io":                 {"internal/telemetry"},
 
 	"github.com/google/go-containerregistry": {"images/oci"},
