@@ -33,10 +33,11 @@ bench)
 		dnsmasq-base                                                       # a DHCP server and router for the appliance
 		gcc libc6-dev                                                      # the race detector
 		chromium                                                           # the web UI's tests
+		prometheus                                                         # promtool, for alert rules
 		mmdebstrap rpm                                                     # Debians to install the packages on
 		"${image[@]}" qemu-system-x86 ovmf                                 # the appliance
 	)
-	tools+=(podman runc dig psql redis-server glewlwyd ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc chromium mmdebstrap rpm "${image_tools[@]}" qemu-system-x86_64)
+	tools+=(podman runc dig psql redis-server glewlwyd ssh sshd turnutils_uclient openssl tinyproxy microsocks dnsmasq gcc chromium promtool mmdebstrap rpm "${image_tools[@]}" qemu-system-x86_64)
 	;;
 *)
 	echo "usage: $0 [demo|image|bench]" >&2
