@@ -58,3 +58,47 @@ func (r *Registry) ExplainRelays(ctx context.Context, org, gateway string) (*con
 	})
 	return out, err
 }
+
+// RelayUser is a gateway that has a relay.
+type RelayUser struct {
+	Gateway string
+	Active  bool
+	Why     string // "" is not known here
+}
+
+// RelayUsers are the gateways of an organization that have a relay, by its id: those for which it is the active one first, by name.
+func (r *Registry) RelayUsers(ctx context.Context, org, relay string) (out []RelayUser, err error) {
+	err = r.Store.View(ctx, func(tx store.Tx) error {
+		out = nil
+		all, err := tx.Assignments(ctx, org)
+		if err != nil {
+			return err
+		}
+		gs, err := tx.Nodes(ctx, org, identity.Gateway, store.Page{})
+		if err != nil {
+			return err
+		}
+		for _, g := range gs {
+			k := slices.Index(all[g.ID], relay)
+			if k < 0 {
+				continue
+			}
+			u := RelayUser{Gateway: g.Name, Active: k == 0}
+			if why := r.places.reasons(org, g.ID, all[g.ID]); k < len(why) {
+				u.Why = why[k]
+			}
+			out = append(out, u)
+		}
+		slices.SortStableFunc(out, func(a, b RelayUser) int {
+			switch {
+			case a.Active == b.Active:
+				return 0
+			case a.Active:
+				return -1
+			}
+			return 1
+		})
+		return nil
+	})
+	return out, err
+}

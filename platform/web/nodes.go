@@ -141,7 +141,7 @@ func (q *request) nodeForm(k kindView, status int, f *form) error {
 }
 
 func (q *request) createNode(k kindView) error {
-	req := control.CreateNode{Name: strings.ToLower(q.value("name"))}
+	req := control.CreateNode{Name: strings.ToLower(q.value("name")), Places: q.newPlaces(k)}
 	if k.Kind == identity.Relay {
 		req.Host = q.value("host")
 		port, err := optionalPort(q, "port")
@@ -193,6 +193,7 @@ type nodePage struct {
 	Entries []control.AuditEntry
 	Chart   *chart
 	RTT     registry.RoundTrip
+	placesOf
 }
 
 func (q *request) showNode(k kindView) error {
@@ -215,6 +216,7 @@ func (q *request) nodeDetail(k kindView, n *control.NodeRecord, status int, f *f
 		now.values.Set("accounts", strings.Join(n.AWS.Accounts, " "))
 		now.values.Set("principals", strings.Join(n.AWS.Principals, "\n"))
 	}
+	shownPlaces(now, n)
 	if f != nil {
 		maps.Copy(now.values, f.values)
 		now.Err = f.Err
@@ -232,6 +234,9 @@ func (q *request) nodeDetail(k kindView, n *control.NodeRecord, status int, f *f
 		return err
 	}
 	d.RTT = trips[n.ID]
+	if err := q.explained(k, n, &d); err != nil {
+		return err
+	}
 	if k.Kind != identity.Client {
 		d.Chart = chartOf(q.s.history.Node(n.ID, history.Hour, q.s.now()), nil, q.s.now())
 	}

@@ -27,6 +27,7 @@ func (s *Server) routes() http.Handler {
 	s.publicRoutes(mux)
 	s.personRoutes(mux)
 	s.networkingRoutes(mux)
+	s.placesRoutes(mux)
 	s.accessRoutes(mux)
 	s.activityRoutes(mux)
 	s.peopleRoutes(mux)
