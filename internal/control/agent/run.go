@@ -318,7 +318,7 @@ func (a *Agent) checkLocked(c *control.Config) error {
 func (a *Agent) checkRootsLocked(t control.Trust) error {
 	err := succeeds(a.state.Trust.Roots, t)
 	if se, ok := errors.AsType[*identity.SuccessionError](err); ok {
-		return fmt.Errorf("the configuration names the root %v, which neither is one that this node knows nor is signed by it: the platform was installed anew, or somebody speaks in its name; enrol anew with a fresh token to accept it", se.Root)
+		return fmt.Errorf("the configuration names the root %v, which is neither one that this node was enrolled with or has followed, nor signed by it: the platform was installed anew, or somebody speaks in its name; enrol anew with a fresh token to accept it", se.Root)
 	}
 	return err
 }
