@@ -241,7 +241,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 		return err
 	}
 	if s.web, err = web.New(web.Config{
-		Registry: s.reg, People: s.people, Webhooks: s.trail.webhooks, Flows: s.trail.flows, Log: s.cfg.Log, Source: api.Source, Conditions: s.Conditions,
+		Registry: s.reg, People: s.people, Webhooks: s.trail.webhooks, Flows: s.trail.flows, Log: s.cfg.Log, Source: api.Source, Conditions: s.Conditions, Dialler: s.dialler,
 		Unavailable: func(err error) { s.condition("database", err) },
 	}); err != nil {
 		return err

@@ -199,7 +199,8 @@ func (q *request) showResource() error {
 		Policies []control.PolicyRecord
 		URL      string
 		Health   string
-	}{rowOf(*r), gws, ps, q.url("resources", url.PathEscape(r.Name)), r.Resource.Health.String()}})
+		Many     bool
+	}{rowOf(*r), gws, ps, q.url("resources", url.PathEscape(r.Name)), r.Resource.Health.String(), manyHosts(r)}})
 }
 
 func (q *request) editResource() error {

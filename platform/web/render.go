@@ -182,6 +182,7 @@ func functions() template.FuncMap {
 		"details":   details,
 		"short":     shortTime,
 		"once":      func(what, value string) *secretOnce { return &secretOnce{What: what, Value: value} },
+		"hop":       hop,
 		"add":       func(a, b int) int { return a + b },
 		"count":     countText,
 	}

@@ -29,6 +29,7 @@ func (s *Server) routes() http.Handler {
 	s.networkingRoutes(mux)
 	s.placesRoutes(mux)
 	s.accessRoutes(mux)
+	s.testRoutes(mux)
 	s.activityRoutes(mux)
 	s.peopleRoutes(mux)
 	s.signOnRoutes(mux)

@@ -43,6 +43,8 @@ type Config struct {
 	Source   func(*http.Request) string
 	Webhooks *webhook.Service
 	Flows    *flowlog.Service
+	// Dialler opens sessions to resources.
+	Dialler Tester
 	// Conditions are what does not work at the platform itself, with why; nil is nothing.
 	Conditions func() map[string]string
 }

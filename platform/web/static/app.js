@@ -47,6 +47,35 @@
 		if (b) b.hidden = true;
 	}
 
+	// Tests show how far they are: the answer is a sequence of the result's HTML, each with a record separator behind it.
+	document.addEventListener("submit", async (ev) => {
+		const f = ev.target, box = f.dataset.stream && document.getElementById(f.dataset.stream);
+		if (!box || !window.TextDecoderStream) return;
+		ev.preventDefault();
+		const b = f.querySelector("button");
+		b.disabled = true;
+		try {
+			const r = await fetch(f.action, { method: "POST", body: new URLSearchParams(new FormData(f)), headers: { "X-Sallyway-Stream": "1" }, redirect: "manual" });
+			if (r.type === "opaqueredirect") { location.reload(); return; }
+			const from = r.body.pipeThrough(new TextDecoderStream()).getReader();
+			for (let text = "";;) {
+				const { value, done } = await from.read();
+				if (done) {
+					if (text) box.textContent = r.ok ? text : "The platform answered " + r.status + ": reload the page and try again.";
+					break;
+				}
+				const frames = (text + value).split("\x1e");
+				text = frames.pop();
+				if (frames.length) box.innerHTML = frames[frames.length - 1];
+			}
+			box.scrollIntoView({ block: "nearest" });
+		} catch {
+			box.textContent = "The connection to the platform was lost: try again.";
+		} finally {
+			b.disabled = false;
+		}
+	});
+
 	// Live pages: the server says that something changed, the page is read again, and the regions that differ are replaced. A region that
 	// somebody works in (focus inside, an open question) is left alone until the next time.
 	const live = document.body.dataset.live;
