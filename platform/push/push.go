@@ -471,6 +471,7 @@ func (h *Hub) rotate(ctx context.Context) {
 	for _, o := range orgs {
 		h.note(ctx, "rotate TURN keys", h.reg.RotateRelayKeys(ctx, o, h.cfg.KeyRotation))
 	}
+	h.note(ctx, "rotate TURN keys of shared relays", h.reg.RotateSharedKeys(ctx))
 }
 
 // Status is the HTTP status that tells why Serve ended before it sent anything.

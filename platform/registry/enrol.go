@@ -193,7 +193,7 @@ func (c *change) enrolled(ctx context.Context, n *store.Node, version string, re
 		}
 	}
 	if revoked {
-		if err := c.rotateRelayKeys(ctx, n.Org, 0); err != nil { // see RevokeNode
+		if err := c.lostKey(ctx, n.Org); err != nil { // see RevokeNode
 			return nil, err
 		}
 	}

@@ -545,7 +545,7 @@ func (r *Registry) RevokeNode(ctx context.Context, org string, kind identity.Kin
 		c.dropped = append(c.dropped, n.ID)
 		// The credentials that the revoked key holds were made under the relays' present keys. Those go in two steps, now and when the node
 		// is enrolled anew, so that they are gone when its name is let in again and nobody else is stranded.
-		return map[string]any{"keys": keys}, c.rotateRelayKeys(ctx, n.Org, 0)
+		return map[string]any{"keys": keys}, c.lostKey(ctx, n.Org)
 	})
 }
 

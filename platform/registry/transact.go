@@ -46,7 +46,7 @@ func (c *Change) Revoke(ctx context.Context, n *store.Node, why string) error {
 		return err
 	}
 	c.dropped = append(c.dropped, n.ID)
-	if err := c.rotateRelayKeys(ctx, n.Org, 0); err != nil { // see RevokeNode
+	if err := c.lostKey(ctx, n.Org); err != nil { // see RevokeNode
 		return err
 	}
 	if err := c.audit(ctx, n.Org, "node.revoke", n.Identity().String(), audit.OK, map[string]any{"name": n.Name, "keys": keys, "reason": why}); err != nil {
