@@ -243,8 +243,24 @@ func testKeys(t *testing.T, s Store) {
 		equal(t, "keys of the organization", all, []*Key{newer, k})
 		_, err3 := tx.Key(ctx, identity.KeyHash{3})
 		is(t, "unknown", err3, ErrNotFound)
-		return errors.Join(err, err2)
+		denied, err4 := tx.DeniedKeys(ctx, "a", at)
+		equal(t, "denied keys", denied, []identity.KeyHash{{1}})
+		ended, err5 := tx.DeniedKeys(ctx, "a", at.Add(time.Hour))
+		equal(t, "denied keys whose leaf lives", ended, []identity.KeyHash{})
+		elsewhere, err6 := tx.DeniedKeys(ctx, "b", at)
+		equal(t, "denied keys of another organization", elsewhere, []identity.KeyHash{})
+		return errors.Join(err, err2, err4, err5, err6)
 	})
+	for what, change := range map[string]func(*Node){"disabled": func(n *Node) { n.Status = Disabled }, "deleted": func(n *Node) { n.Deleted = at }} {
+		update(t, s, func(ctx context.Context, tx Tx) error {
+			n := node("c-1", "a", "alice", identity.Client)
+			change(n)
+			err := tx.UpdateNode(ctx, n)
+			denied, err2 := tx.DeniedKeys(ctx, "a", at)
+			equal(t, "denied keys of a node that is "+what, denied, []identity.KeyHash{{1}, {2}})
+			return errors.Join(err, err2)
+		})
+	}
 }
 
 func testTokens(t *testing.T, s Store) {

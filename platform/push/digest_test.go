@@ -1,0 +1,194 @@
+package push
+
+import (
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyway/internal/control"
+	"sallyway/internal/identity"
+	"sallyway/internal/policy"
+	"sallyway/platform/store"
+	"sallyway/platform/view"
+)
+
+// TestDigest: whatever changes what a node is told changes its digest, and what does not concern a node leaves its digest as it was.
+func TestDigest(t *testing.T) {
+	b := newBench(t, Config{})
+	ctx, org := t.Context(), "default"
+	nodes := map[string]identity.Node{}
+	for kind, names := range map[identity.Kind][]string{identity.Relay: {"r1", "r2"}, identity.Gateway: {"g1", "g2", "g3"}, identity.Client: {"c1", "c2", "c3"}} {
+		for _, name := range names {
+			who, _, _ := b.join(kind, name)
+			nodes[name] = who.Node
+		}
+	}
+	tcp := []policy.PortRange{{First: 80, Last: 80}}
+	resource := func(name string, gateways ...string) {
+		t.Helper()
+		_, err := b.reg.CreateResource(ctx, org, control.CreateResource{Name: name, Address: "10.0.0.1", TCP: tcp, Gateways: gateways})
+		must(t, err)
+	}
+	resource("one", "g1")
+	resource("two", "g1", "g2")
+	resource("three", "g3")
+	_, err := b.reg.PutGroup(ctx, org, "team", &[]string{"client:c1", "client:c2"}, true)
+	must(t, err)
+	for _, p := range []control.CreatePolicy{{Name: "p1", Subject: "group:team", Resource: "one"}, {Name: "p2", Subject: "client:c1", Resource: "two"}, {Name: "p3", Subject: "gateway:g2", Resource: "three"}} {
+		_, err := b.reg.CreatePolicy(ctx, org, p)
+		must(t, err)
+	}
+	must(t, b.reg.Store.Update(ctx, func(tx store.Tx) error {
+		for _, g := range []string{"g1", "g2", "g3"} {
+			if err := tx.PutAssignment(ctx, nodes[g].ID, []string{nodes["r1"].ID, nodes["r2"].ID}); err != nil {
+				return err
+			}
+		}
+		_, err := tx.BumpVersion(ctx, org, 0)
+		return err
+	}))
+	must(t, b.reg.RotateRelayKeys(ctx, org, 0))
+
+	type told struct {
+		hash   [32]byte
+		digest view.Sum
+	}
+	now := func() map[string]told {
+		t.Helper()
+		var v *view.View
+		must(t, b.reg.Store.View(ctx, func(tx store.Tx) (err error) {
+			v, err = view.Load(ctx, tx, b.reg.Seal, org, time.Now())
+			return err
+		}))
+		out := map[string]told{}
+		for name, n := range nodes {
+			p := v.Plan(n.ID, time.Time{})
+			d, there, err := v.Digest(n.ID, time.Time{})
+			must(t, err)
+			if (p == nil) == there {
+				t.Fatalf("%s: a plan or a digest, not both", name)
+			}
+			if p == nil {
+				continue
+			}
+			h, err := p.Hash()
+			must(t, err)
+			out[name] = told{h, d}
+		}
+		return out
+	}
+	direct := func(change func(tx store.Tx) error) func() error {
+		return func() error { return b.reg.Store.Update(ctx, change) }
+	}
+	node := func(name string, change func(n *store.Node)) func() error {
+		return direct(func(tx store.Tx) error {
+			n, err := tx.Node(ctx, nodes[name].ID)
+			if err != nil {
+				return err
+			}
+			change(n)
+			return tx.UpdateNode(ctx, n)
+		})
+	}
+	on, off := true, false
+	keys := []string{"c1", "c2", "c3", "g1", "g2", "g3", "r1", "r2"}
+	before := now()
+	for _, step := range []struct {
+		what  string
+		do    func() error
+		still string // some that it does not concern
+	}{
+		{"nothing but the version", direct(func(tx store.Tx) error { _, err := tx.BumpVersion(ctx, org, 0); return err }), "c1 c2 c3 g1 g2 g3 r1 r2"},
+		{"a node was heard of", node("c1", func(n *store.Node) { n.LastSeen = time.Now() }), "c1 c2 c3 g1 g2 g3 r1 r2"},
+		{"another policy", func() error {
+			_, err := b.reg.CreatePolicy(ctx, org, control.CreatePolicy{Name: "p4", Subject: "client:c2", Resource: "three"})
+			return err
+		}, "c1 c3 g1 g2 r1 r2"},
+		{"a policy is switched off", func() error {
+			_, err := b.reg.UpdatePolicy(ctx, org, "p4", control.UpdatePolicy{Disabled: &on})
+			return err
+		}, "c1 c3 g1 g2"},
+		{"a member leaves", func() error { _, err := b.reg.PutGroup(ctx, org, "team", &[]string{"client:c1"}, false); return err }, "c1 c3 g2 g3"},
+		{"a resource has more ports", func() error {
+			_, err := b.reg.UpdateResource(ctx, org, "two", control.UpdateResource{UDP: &tcp})
+			return err
+		}, "c2 c3 g3"},
+		{"a resource moves to another gateway", func() error {
+			_, err := b.reg.UpdateResource(ctx, org, "two", control.UpdateResource{Gateways: &[]string{"g3"}})
+			return err
+		}, "c2 c3"},
+		{"a client has another name", node("c1", func(n *store.Node) { n.Name = "c1-new" }), "c2 c3 g2"},
+		{"a client has another address", node("c1", func(n *store.Node) { n.Address += 1000 }), "c2 c3 g2"},
+		{"a gateway has another name", node("g2", func(n *store.Node) { n.Name = "g2-new" }), "c2 c3"},
+		{"a gateway is disabled", func() error { _, err := b.reg.DisableNode(ctx, org, identity.Gateway, "g2-new"); return err }, ""},
+		{"a relay is elsewhere", node("r1", func(n *store.Node) { n.Host = "192.0.2.9" }), "c3"},
+		{"a relay drains", node("r1", func(n *store.Node) { n.Draining = true }), "c1 c3 r2"},
+		{"relays have new keys", func() error { return b.reg.RotateRelayKeys(ctx, org, 0) }, "c3"},
+		{"other relays", direct(func(tx store.Tx) error { return tx.PutAssignment(ctx, nodes["g1"].ID, []string{nodes["r2"].ID}) }), "c3 r1 r2"},
+		{"the last rung", direct(func(tx store.Tx) error {
+			return tx.PutRelayRungs(ctx, &store.RelayRungs{Relay: nodes["r2"].ID, SSHPort: 22, TLSPort: 443})
+		}), "c3 r1"},
+		{"a leaf was renewed", direct(func(tx store.Tx) error {
+			all, err := tx.Keys(ctx, nodes["c1"].ID)
+			if err != nil {
+				return err
+			}
+			all[0].NotAfter = all[0].NotAfter.Add(time.Hour)
+			return tx.PutKey(ctx, all[0])
+		}), "c2 c3 g1 g2 g3 r1 r2"},
+		{"sessions end", direct(func(tx store.Tx) error {
+			return tx.PutSessionEnd(ctx, &store.SessionEnd{Org: org, Node: nodes["c1"].ID, Before: time.Now()})
+		}), "c1 c2 c3 r1 r2"},
+		{"direct paths", func() error {
+			_, err := b.reg.UpdateOrg(ctx, org, control.UpdateOrganization{Direct: &off})
+			return err
+		}, "r1 r2"},
+		{"a client is revoked", func() error { _, err := b.reg.RevokeNode(ctx, org, identity.Client, "c2"); return err }, ""},
+		{"a policy is deleted", func() error { return b.reg.DeletePolicy(ctx, org, "p1") }, "c2 c3 g3"},
+	} {
+		must(t, step.do())
+		after := now()
+		var changed []string
+		for _, name := range keys {
+			old, is := before[name], after[name]
+			if old.hash != is.hash {
+				changed = append(changed, name)
+			}
+			if old.hash != is.hash && old.digest == is.digest {
+				t.Errorf("%s: %s is told something else, and its digest is the same", step.what, name)
+			}
+			if slices.Contains(strings.Fields(step.still), name) && old.digest != is.digest {
+				t.Errorf("%s: the digest of %s is another one", step.what, name)
+			}
+		}
+		if len(changed) == 0 && step.what != "nothing but the version" && step.what != "a node was heard of" {
+			t.Errorf("%s: nobody is told anything", step.what)
+		}
+		before = after
+	}
+}
+
+// TestDigestKnowsEverything fails when something new is told to nodes: view.Digest has to hash it, and TestDigest to change it.
+func TestDigestKnowsEverything(t *testing.T) {
+	for _, known := range []struct {
+		v      any
+		fields string
+	}{
+		{control.Config{}, "Version Node Name Trust Relay Gateway Dialling"},
+		{control.Dialling{}, "Virtual Range Gateways Resources Direct"},
+		{control.GatewayRef{}, "Node Name FQDN Virtual Relays Grant"},
+		{policy.Snapshot{}, "Org Audience Version Issued NotAfter Peers Resource Rules Denied"},
+		{policy.Peer{}, "Node Name Virtual"},
+	} {
+		typ := reflect.TypeOf(known.v)
+		var fields []string
+		for i := range typ.NumField() {
+			fields = append(fields, typ.Field(i).Name)
+		}
+		if want := strings.Fields(known.fields); !slices.Equal(fields, want) {
+			t.Errorf("%v has the fields %v, and view.Digest knows %v", typ, fields, want)
+		}
+	}
+}
