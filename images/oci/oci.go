@@ -80,6 +80,12 @@ func Programs() []Program {
 			Ports: []string{"4443/tcp"},
 		},
 		{
+			Name: "sallyway-license", Title: "Sallyway licence service: signs what customers' platforms may have",
+			Command: []string{"serve"}, Health: []string{"healthcheck"},
+			Env:   []string{"SALLYWAY_DATA=" + StateRoot + "/license"},
+			Ports: []string{"4000/tcp"},
+		},
+		{
 			Name: "sallyway", Title: "Sallyway client: reach private resources from this container",
 			Command: []string{"connect"}, Health: []string{"connect", "healthcheck"},
 			Env: []string{"SALLYWAY_STATE=" + StateRoot + "/client"},

@@ -34,6 +34,7 @@ import (
 	"sallyway/gateway"
 	"sallyway/images/oci"
 	"sallyway/internal/lab"
+	"sallyway/license"
 	"sallyway/platform/platformd"
 	"sallyway/relay/relayd"
 )
@@ -333,7 +334,7 @@ func TestPush(t *testing.T) {
 func commands(t *testing.T) map[string]*cobra.Command {
 	t.Helper()
 	found := map[string]*cobra.Command{}
-	for program, root := range map[string]*cobra.Command{"gatewayd": gateway.Command(), "relayd": relayd.Command(), "platformd": platformd.Command(), "sallyway": client.Command()} {
+	for program, root := range map[string]*cobra.Command{"gatewayd": gateway.Command(), "relayd": relayd.Command(), "platformd": platformd.Command(), "sallyway-license": license.Command(), "sallyway": client.Command()} {
 		for _, p := range oci.Programs() {
 			if p.Name != program {
 				continue

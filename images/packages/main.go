@@ -2,8 +2,8 @@
 //
 //	go run ./images/packages --out dist --nfpm bin/nfpm --arch amd64,arm64
 //
-// There are four: sallyway (the command line and the client's unit), sallyway-gateway, sallyway-relay and
-// sallyway-platform. Each has its program, and what is made from the program's own commands: manual pages, completions,
+// There are five: sallyway (the command line and the client's unit), sallyway-gateway, sallyway-relay,
+// sallyway-platform and sallyway-license. Each has its program, and what is made from the program's own commands: manual pages, completions,
 // the unit, an example of the configuration. Two runs of one commit give the same bytes.
 package main
 

@@ -9,6 +9,7 @@ import (
 	"sallyway/client"
 	"sallyway/gateway"
 	"sallyway/internal/admin"
+	"sallyway/license"
 	"sallyway/platform/platformd"
 	"sallyway/relay/relayd"
 )
@@ -66,6 +67,15 @@ It stays stopped until it has a token: relayd install --token-file -`,
 and keeps the audit log. It moves no traffic.
 It stays stopped until it is told to start: platformd install`,
 		Next: []string{"edit /etc/sallyway/platformd.yaml        (advertise-url, at least), then:", "sudo platformd install"},
+	},
+	{
+		Name: "sallyway-license", Program: "sallyway-license", Unit: "sallyway-license", State: "license", Section: 8, Root: license.Command,
+		Summary: "licence service of Sallyway, for who sells it",
+		About: `The licence service signs what customers' platforms may have: gateways,
+relays, clients, until when. Platforms verify that offline; a platform
+without any licence needs none of this, and nothing there is limited.
+It stays stopped until it is told to start: sallyway-license install`,
+		Next: []string{"edit /etc/sallyway/license.yaml          (advertise-url, at least), then:", "sudo sallyway-license install"},
 	},
 }
 
