@@ -23,12 +23,15 @@ import (
 // defaultMetrics is where health and metrics are served: for this host only.
 const defaultMetrics = "127.0.0.1:9440"
 
+// stateName is the folder below /var/lib/sallyway.
+const stateName = "license"
+
 // maxURLFile bounds a file with a URL, in bytes.
 const maxURLFile = 16 << 10
 
 func spec() daemon.Spec {
 	return daemon.Spec{
-		Name: "sallyway-license", Role: "license", Start: []string{"serve"}, StateFlag: "data", NoToken: true,
+		Name: "sallyway-license", StateName: stateName, Role: "license", Start: []string{"serve"}, StateFlag: "data", NoToken: true,
 		StopTimeout: 30 * time.Second, RenderStatus: renderStatus,
 	}
 }
@@ -235,7 +238,7 @@ type adminOptions struct{ where homeFlags }
 
 // command adds the flags to a command, and runs it on the service that is there.
 func (o *adminOptions) command(c *cobra.Command, run func(ctx context.Context, cmd *cobra.Command, s *Service, args []string) error) *cobra.Command {
-	c.Flags().StringVar(&o.where.home.Data, "data", daemon.DefaultStateDir("sallyway-license"), "data folder of the service")
+	c.Flags().StringVar(&o.where.home.Data, "data", daemon.DefaultStateDir(stateName), "data folder of the service")
 	o.where.register(c.Flags())
 	c.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		if err := o.where.resolve(cmd); err != nil {

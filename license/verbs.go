@@ -35,7 +35,7 @@ func verbs() []*cobra.Command {
 // verb makes a command that speaks to the service. It is bound to the environment when it has all its flags.
 func (o *remote) verb(use, short string, args cobra.PositionalArgs, run func(ctx context.Context, cmd *cobra.Command, l *remoteService, args []string) error) *cobra.Command {
 	c := &cobra.Command{Use: use, Short: short, Args: args}
-	c.Flags().StringVar(&o.credential, "credential", filepath.Join(daemon.DefaultStateDir("sallyway-license"), adminFile), "file with the administrator's credential")
+	c.Flags().StringVar(&o.credential, "credential", filepath.Join(daemon.DefaultStateDir(stateName), adminFile), "file with the administrator's credential")
 	c.Flags().BoolVar(&o.json, "json", false, "print JSON")
 	c.RunE = func(cmd *cobra.Command, args []string) error {
 		l, err := o.connect()
