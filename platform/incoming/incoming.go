@@ -59,7 +59,7 @@ func Handler(cfg Config, next http.Handler) http.Handler {
 		}
 		ctx := context.WithValue(r.Context(), aboutKey{}, a)
 		var span telemetry.Span
-		if !endless(r) {
+		if !unspanned(r) {
 			ctx, span = cfg.Tracer.Start(telemetry.Extract(ctx, r.Header), r.Method, telemetry.Server)
 			defer span.End()
 		}
@@ -100,9 +100,13 @@ func (a *about) finish(span telemetry.Span, r *http.Request, status int) {
 	}
 }
 
-// endless tells of requests that are answered for as long as their node or page is there: a span of a day is of no use.
-func endless(r *http.Request) bool {
-	return r.URL.Path == "/api/v1/node/control" || r.Header.Get("Accept") == "text/event-stream"
+// unspanned tells of requests that get no span: those that are answered for as long as their node or page is there, and what balancers ask every second.
+func unspanned(r *http.Request) bool {
+	switch r.URL.Path {
+	case "/api/v1/node/control", "/livez", "/readyz", "/healthz":
+		return true
+	}
+	return r.Header.Get("Accept") == "text/event-stream"
 }
 
 // Routed notes which of a mux's routes a request took, and for which organization.

@@ -2,13 +2,14 @@ package store
 
 import (
 	"context"
-	"errors"
 	"embed"
+	"errors"
 	"fmt"
 	"io/fs"
 	"time"
 
 	"sallyway/internal/database"
+	"sallyway/internal/telemetry"
 )
 
 // migrations are written once, in SQLite's words; see design.md.
@@ -92,7 +93,9 @@ func (s *DB) Update(ctx context.Context, fn func(Tx) error) error {
 	if ctx.Value(joinedKey{}) != nil {
 		return errors.New("a transaction inside of a transaction") // it would wait for itself
 	}
-	return s.DB.Update(ctx, func(tx *database.Tx) error { return fn(&sqlTx{tx}) })
+	ctx, span := telemetry.Child(ctx, "database update")
+	defer span.End()
+	return failed(span, s.DB.Update(ctx, func(tx *database.Tx) error { return fn(&sqlTx{tx}) }))
 }
 
 // View implements Store.
@@ -100,7 +103,17 @@ func (s *DB) View(ctx context.Context, fn func(Tx) error) error {
 	if tx, ok := ctx.Value(joinedKey{}).(Tx); ok {
 		return fn(tx)
 	}
-	return s.DB.View(ctx, func(tx *database.Tx) error { return fn(&sqlTx{tx}) })
+	ctx, span := telemetry.Child(ctx, "database view")
+	defer span.End()
+	return failed(span, s.DB.View(ctx, func(tx *database.Tx) error { return fn(&sqlTx{tx}) }))
+}
+
+// failed says in the span of a transaction that the database could not be used; that something was refused or not found is none of its failures.
+func failed(span telemetry.Span, err error) error {
+	if errors.Is(err, ErrUnavailable) {
+		span.Fail(err.Error())
+	}
+	return err
 }
 
 // Writable implements Store.
