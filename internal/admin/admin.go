@@ -67,7 +67,7 @@ The usual way, where you are administrator:
 		a.resource(), a.policy(), a.group(),
 		a.licence(),
 		a.whoami(), a.user(), a.serviceAccount(), a.token(), a.provider(),
-		a.status(), a.session(), a.audit(), a.ca(), a.stun(), a.firewall(),
+		a.status(), a.session(), a.flow(), a.audit(), a.webhook(), a.ca(), a.stun(), a.firewall(),
 		daemon.VersionCommand(daemon.Spec{Name: "sallyway"}),
 	)
 	return root

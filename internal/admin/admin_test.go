@@ -343,7 +343,7 @@ func TestJSON(t *testing.T) {
 		{"resource show db --json", exchange{"GET", base + "/resources/db", "", 0, resJSON}, resJSON, 0},
 		{"policy explain --client a --resource db --json", exchange{"POST", base + "/policies:explain", `{"subject":"client:a","resource":"db"}`, 0, `{"allowed":false,"rule":"default deny","reason":"r"}`}, `{"allowed":false,"rule":"default deny","reason":"r"}`, 1},
 		{"status --json", exchange{"GET", base + "/status", "", 0, statusJSON}, statusJSON, 0},
-		{"audit verify --json", exchange{"GET", base + "/audit:verify", "", 0, `{"ok":true,"entries":7}`}, `{"ok":true,"entries":7}`, 0},
+		{"audit verify --json", exchange{"GET", base + "/audit:verify", "", 0, `{"ok":true,"entries":7,"signed":5}`}, `{"ok":true,"entries":7,"signed":5}`, 0},
 		{"client delete a --json", exchange{"DELETE", base + "/clients/a", "", 204, ""}, `{}`, 0},
 	}
 	for _, tt := range tests {
@@ -372,24 +372,23 @@ func TestPages(t *testing.T) {
 	}
 }
 
+// TestAuditExport: what the platform sends goes to standard output or to a file as it is, and a file is whole or not there.
 func TestAuditExport(t *testing.T) {
-	entry := func(seq int) string { return fmt.Sprintf(`{"seq":%d,"at":"2026-01-02T03:04:05Z","action":"x"}`, seq) }
-	f := newFakeAPI(t,
-		exchange{"GET", "/api/v1/orgs/acme/audit?limit=200", "", 0, `{"items":[` + entry(2) + `,` + entry(1) + `],"next_cursor":"2"}`},
-		exchange{"GET", "/api/v1/orgs/acme/audit?cursor=2&limit=200", "", 0, `{"items":[` + entry(3) + `]}`},
-	)
+	lines := `{"type":"chain","format":1}` + "\n" + `{"type":"entry","seq":1,"detail":{"n":9007199254740993}}` + "\n"
+	get := exchange{"GET", "/api/v1/orgs/acme/audit:export", "", 0, lines}
+	f := newFakeAPI(t, get, get)
 	loggedIn(t, f.server.URL, "acme")
-	r := sallyway(t, "", "audit", "export")
-	var seqs []int64
-	for line := range strings.Lines(r.out) {
-		var e control.AuditEntry
-		if err := json.Unmarshal([]byte(line), &e); err != nil {
-			t.Fatalf("line %q: %v", line, err)
-		}
-		seqs = append(seqs, e.Seq)
+	if r := sallyway(t, "", "audit", "export"); r.code != 0 || r.out != lines {
+		t.Errorf("exit code %d, %q", r.code, r.out)
 	}
-	if r.code != 0 || fmt.Sprint(seqs) != "[1 2 3]" {
-		t.Errorf("exit code %d, entries %v", r.code, seqs)
+	file := filepath.Join(t.TempDir(), "audit.jsonl")
+	r := sallyway(t, "", "audit", "export", "-o", file)
+	b, err := os.ReadFile(file)
+	if r.code != 0 || r.out != "" || err != nil || string(b) != lines {
+		t.Errorf("exit code %d, %q in the file, %v", r.code, b, err)
+	}
+	if st, err := os.Stat(file); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("others may read the file: %v %v", st, err)
 	}
 }
 

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -61,6 +62,11 @@ const (
 // send makes one request. in and out may be nil.
 func (c *Client) send(ctx context.Context, method, path string, in, out any) error {
 	return c.link.Do(ctx, link.Request{Method: method, Path: path, Bearer: c.token, JSON: in}, out)
+}
+
+// stream reads an answer of many lines; the caller closes it.
+func (c *Client) stream(ctx context.Context, path string) (io.ReadCloser, error) {
+	return c.link.Stream(ctx, link.Request{Method: http.MethodGet, Path: path, Bearer: c.token})
 }
 
 // get reads one document.

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"sallyway/internal/auditfile"
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent"
 	"sallyway/internal/identity"
@@ -154,15 +155,24 @@ func TestRealPlatform(t *testing.T) {
 	export := do(0, "audit export")
 	var last int64
 	for line := range strings.Lines(export) {
-		var e control.AuditEntry
-		if err := json.Unmarshal([]byte(line), &e); err != nil || e.Seq != last+1 || e.Hash == "" {
-			t.Fatalf("exported line %s after %d: %v", line, last, err)
+		var e auditfile.Entry
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			t.Fatalf("exported line %s: %v", line, err)
 		}
-		last = e.Seq
+		if e.Type == auditfile.TypeEntry {
+			if e.Seq != last+1 || e.Hash == "" {
+				t.Fatalf("exported line %s after %d", line, last)
+			}
+			last = e.Seq
+		}
 	}
 	if last < 20 || strings.Contains(export, gw.Token) {
 		t.Errorf("%d entries exported", last)
 	}
+	file := filepath.Join(t.TempDir(), "audit.jsonl")
+	do(0, "audit export -o "+file)
+	do(0, "audit verify "+file, "is whole", "FILE'S OWN WORD")
+	do(1, "audit verify "+file+" --root-pin "+strings.Repeat("0", 64), "NOT GOOD, line 1")
 	do(0, "logout")
 	do(2, "status", "not logged in")
 }
