@@ -57,7 +57,7 @@ type Kept struct {
 	head             unique.Handle[string]
 	payload          [sha256.Size]byte
 	signature        [signatureSize]byte
-	issued, notAfter time.Time
+	issued, notAfter int64 // Unix seconds
 }
 
 // SignGrantAgain returns the signed form of gr and what to keep of it. Where this signer signed it before, as kept tells, and nothing but its times
@@ -69,7 +69,7 @@ func (g *Signer) SignGrantAgain(gr *Grant, kept Kept) (string, Kept, error) {
 	}
 	if kept.head == unique.Make(head) {
 		old := *gr
-		old.Issued, old.NotAfter = kept.issued, kept.notAfter
+		old.Issued, old.NotAfter = time.Unix(kept.issued, 0).UTC(), time.Unix(kept.notAfter, 0).UTC()
 		payload, err := json.Marshal(&old)
 		if err != nil {
 			return "", Kept{}, fmt.Errorf("encode %s: %w", typeGrant, err)
@@ -79,7 +79,7 @@ func (g *Signer) SignGrantAgain(gr *Grant, kept Kept) (string, Kept, error) {
 		}
 	}
 	jws, k, err := g.sign(typeGrant, gr)
-	k.issued, k.notAfter = gr.Issued, gr.NotAfter
+	k.issued, k.notAfter = gr.Issued.Unix(), gr.NotAfter.Unix()
 	return jws, k, err
 }
 

@@ -332,6 +332,14 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 	}
 }
 
+// Speaks reports whether a node has its rights by what is known here and now, without a look at the database. False is also that nothing is known.
+func (h *Hub) Speaks(who *registry.Session) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	o := h.orgs[who.Node.Org]
+	return o != nil && o.view != nil && o.view.Speaks(who.Node.ID, who.Key)
+}
+
 // configure makes a node's configuration. A change may be for all nodes at once: few are made at a time, each in a goroutine of its own, so that the
 // many that wait stay small.
 func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry time.Time, signer *policy.Signer, signed view.Signed) (*control.Config, error) {
