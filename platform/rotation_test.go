@@ -158,7 +158,8 @@ func TestRotation(t *testing.T) {
 			t.Errorf("the gateway refuses the %s leaf: %v", what, err)
 		}
 	}
-	// The documents are signed under the new policy CA, and are read by who knows both.
+	// The next documents are signed under the new policy CA, and are read by who knows both.
+	w.api("POST", "/resources", control.CreateResource{Name: "more", Gateways: []string{"gw"}, Address: "10.9.0.3", ICMP: true}, nil)
 	signed := feeds[w.gateway].wait("a snapshot by the new policy CA", func(cfg *control.Config) bool {
 		pins := []identity.KeyHash{}
 		for _, p := range cfg.Trust.Pins[identity.Policy] {
