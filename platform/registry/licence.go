@@ -181,23 +181,25 @@ func (r *Registry) licenceRecord(ctx context.Context, tx store.Tx, org string, n
 		return out, nil
 	}
 	out.Entitlement, out.Source, out.Installed = l.e, l.Source, &l.Installed
-	switch {
-	case errors.Is(l.why, entitlement.ErrExpired):
-		out.State = control.LicenceExpired
-	case errors.Is(l.why, entitlement.ErrEarly):
-		out.State = control.LicenceEarly
-	case l.why != nil:
-		out.State = control.LicenceUntrusted
-	case daysLeft(l.Expires, now) <= licenceWarnings[0]:
-		out.State = control.LicenceExpiring
-		out.Problem = fmt.Sprintf("the licence ends on %s: after that nothing can be added; what runs goes on", l.Expires.Format(time.DateOnly))
-	default:
-		out.State = control.LicenceValid
-	}
-	if l.why != nil {
-		out.Problem = fmt.Sprintf("nothing can be added: %v; %s", l.why, l.ask(org))
-	}
+	out.State, out.Problem = l.state(org, now)
 	return out, nil
+}
+
+// state is how the licence is, and why nothing can be added, or what will be soon.
+func (l *licence) state(org string, now time.Time) (state, problem string) {
+	switch {
+	case l.why == nil && daysLeft(l.Expires, now) > licenceWarnings[0]:
+		return control.LicenceValid, ""
+	case l.why == nil:
+		return control.LicenceExpiring, fmt.Sprintf("the licence ends on %s: after that nothing can be added; what runs goes on", l.Expires.Format(time.DateOnly))
+	case errors.Is(l.why, entitlement.ErrExpired):
+		state = control.LicenceExpired
+	case errors.Is(l.why, entitlement.ErrEarly):
+		state = control.LicenceEarly
+	default:
+		state = control.LicenceUntrusted
+	}
+	return state, fmt.Sprintf("nothing can be added: %v; %s", l.why, l.ask(org))
 }
 
 // daysLeft counts begun days until a moment.
@@ -404,4 +406,18 @@ func (r *Registry) Licences(ctx context.Context) (map[string]*control.Licence, e
 		return nil
 	})
 	return out, err
+}
+
+// LicenceProblem says why nothing can be added to an organization, or what will be soon; "" when all is well. It counts nothing: every page asks it.
+func (r *Registry) LicenceProblem(ctx context.Context, org string) (why string, err error) {
+	err = r.Store.View(ctx, func(tx store.Tx) error {
+		l, err := r.licensed(ctx, tx, org, r.Now())
+		if err != nil || l == nil {
+			why = ""
+			return err
+		}
+		_, why = l.state(org, r.Now())
+		return nil
+	})
+	return why, err
 }

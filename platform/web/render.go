@@ -73,6 +73,8 @@ type layout struct {
 	May    rights
 	Now    time.Time
 	Broken map[string]string // what does not work at the platform itself
+	// LicenceProblem says why nothing can be added, or will be soon.
+	LicenceProblem string
 }
 
 // URL is the address of something of the organization.
@@ -103,6 +105,7 @@ func (q *request) render(status int, name string, p page) error {
 	l := &layout{page: p, Path: q.r.URL.RequestURI(), Org: q.org, Who: q.who, Theme: q.theme(), Flash: q.takeFlash(), Now: q.s.now()}
 	if q.who != nil {
 		l.Orgs, l.May = q.orgs, q.may
+		l.LicenceProblem = q.licenceNotice()
 		if q.s.cfg.Conditions != nil && q.may.Operator() {
 			l.Broken = q.s.cfg.Conditions()
 		}

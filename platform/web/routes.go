@@ -34,6 +34,7 @@ func (s *Server) routes() http.Handler {
 	s.peopleRoutes(mux)
 	s.signOnRoutes(mux)
 	s.authenticationRoutes(mux)
+	s.licenceRoutes(mux)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		s.serve(w, r, func(q *request) error {
 			if q.r.URL.Path != "/" || q.r.Method != http.MethodGet && q.r.Method != http.MethodHead {
