@@ -196,7 +196,7 @@ var pagesOf = []string{
 	"overview", "sessions", "topology", "history", "resources", "resources/new", "resources/db", "resources/db/edit", "policies", "policies/new", "policies/explain",
 	"groups", "groups/new", "groups/team", "networking/relays", "networking/relays/new", "networking/relays/fra-1", "networking/relays/fra-1/deploy",
 	"networking/gateways", "networking/gateways/new", "networking/gateways/office", "networking/clients", "networking/clients/laptop", "audit", "audit/export",
-	"certificates", "organization", "users", "users/new", "users/ada", "service-accounts", "api-tokens", "sso", "my",
+	"certificates", "organization", "licence", "users", "users/new", "users/ada", "service-accounts", "api-tokens", "sso", "my",
 }
 
 // furnish makes one of everything in an organization.
@@ -248,7 +248,7 @@ func TestNothingCrossesOrganizations(t *testing.T) {
 	forms := []string{
 		"networking/relays/new", "networking/relays/fra-1", "networking/relays/fra-1/token", "networking/relays/fra-1/do/delete", "networking/clients/laptop/do/revoke",
 		"resources/new", "resources/db/edit", "resources/db/do/delete", "policies/new", "policies/group-team-db/do/delete", "groups/new", "groups/team", "groups/team/delete",
-		"sessions/laptop/end", "organization", "users/new", "users/ada", "users/ada/do/delete", "service-accounts", "api-tokens", "sso", "my/clients",
+		"sessions/laptop/end", "organization", "licence", "licence/do/remove", "users/new", "users/ada", "users/ada/do/delete", "service-accounts", "api-tokens", "sso", "my/clients",
 	}
 	for _, p := range forms {
 		if a := owen.post("/orgs/default/"+p, token, "name", "x", "login", "x"); a.status != http.StatusNotFound {
@@ -274,7 +274,7 @@ func TestRoles(t *testing.T) {
 	if page.status != http.StatusOK || strings.Contains(page.body, "Delete") {
 		t.Errorf("an auditor sees a relay with %d, and buttons: %v", page.status, strings.Contains(page.body, "Delete"))
 	}
-	for _, p := range []string{"networking/relays/fra-1/do/delete", "networking/relays/new", "resources/db/do/delete", "policies/new", "sessions/laptop/end", "users/new", "organization"} {
+	for _, p := range []string{"networking/relays/fra-1/do/delete", "networking/relays/new", "resources/db/do/delete", "policies/new", "sessions/laptop/end", "users/new", "organization", "licence", "licence/do/remove"} {
 		if a := audra.post("/orgs/default/"+p, tokenIn(page), "name", "x", "host", "192.0.2.1"); a.status != http.StatusForbidden {
 			t.Errorf("an auditor's POST %s: %d", p, a.status)
 		}
