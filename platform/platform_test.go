@@ -27,6 +27,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
+	"sallyway/platform/probe"
 )
 
 // lab is a platform under test, with an administrator.
@@ -62,7 +63,7 @@ func (b *safeBuffer) String() string {
 func start(t *testing.T, change ...func(*Config)) *lab {
 	t.Helper()
 	l := &lab{t: t, logs: new(safeBuffer)}
-	l.cfg = Config{Data: t.TempDir(), Listen: "127.0.0.1:0", APIRate: -1, Log: slog.New(slog.NewTextHandler(l.logs, &slog.HandlerOptions{Level: slog.LevelDebug}))}
+	l.cfg = Config{Data: t.TempDir(), Listen: "127.0.0.1:0", APIRate: -1, ProbeRelays: probe.Off, Log: slog.New(slog.NewTextHandler(l.logs, &slog.HandlerOptions{Level: slog.LevelDebug}))}
 	for _, c := range change {
 		c(&l.cfg)
 	}

@@ -43,7 +43,7 @@ var never = spans(
 var inside = spans(
 	"127.0.0.0/8", "loopback", "::1/128", "loopback", "10.0.0.0/8", "private", "172.16.0.0/12", "private", "192.168.0.0/16", "private", "fc00::/7", "private",
 	"100.64.0.0/10", "private (carrier)", "198.18.0.0/15", "private (benchmarks)",
-	"192.0.2.0/24", "for documentation", "198.51.100.0/24", "for documentation", "203.0.113.0/24", "for documentation", "2001:db8::/32", "for documentation",
+	"192.0.2.0/24", "documentation", "198.51.100.0/24", "documentation", "203.0.113.0/24", "documentation", "2001:db8::/32", "documentation",
 )
 
 // carrying are IPv6 ranges with an IPv4 address inside of them: another spelling of any of the above.
