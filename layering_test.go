@@ -66,6 +66,8 @@ var layers = []struct {
 	{folder: "internal/appliance/seed", never: []string{""}},
 	// The appliance starts daemons as processes: which they are, its command says.
 	{folder: "internal/appliance", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	// The client of the admin API speaks of what the contracts speak of.
+	{folder: "internal/platformapi", never: append([]string{"stun", "tun", "netstack", "internal/admin"}, roles...)},
 	{folder: "internal/version", never: []string{""}},
 	// Images hold programs that were built: they know them by their command lines.
 	{folder: "images/oci", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},

@@ -202,12 +202,9 @@ func TestAnswersAreSealed(t *testing.T) {
 		t.Errorf("%d %s", r.status, r.body)
 	}
 	// An answer of another place does not open.
-	tamper(t, database, `UPDATE answers SET done = TRUE, id = zeroblob(32)`)
-	if r := send(); r.status != 201 || bytes.Equal(r.body, []byte(made.Token)) {
-		t.Errorf("%d %s", r.status, r.body)
-	}
-	tamper(t, database, `UPDATE answers SET sealed = (SELECT sealed FROM answers WHERE id = zeroblob(32)) WHERE id <> zeroblob(32)`)
-	if r := send(); r.status != 500 || bytes.Contains(r.body, []byte("swt1.")) {
+	l.must(l.admin.Token, "POST", clientsPath, control.CreateNode{Name: "laptop"}, "Idempotency-Key", "k2")
+	tamper(t, database, `UPDATE answers SET done = TRUE, sealed = (SELECT b.sealed FROM answers AS b WHERE b.id <> answers.id)`)
+	if r := send(); r.status != 500 || bytes.Contains(r.body, []byte("swt1.")) || bytes.Contains(r.body, []byte("laptop")) {
 		t.Errorf("%d %s", r.status, r.body)
 	}
 	c.advance(25 * time.Hour)
@@ -286,8 +283,8 @@ func TestEveryChangeTakesPreconditions(t *testing.T) {
 	w.populatePeople()
 	w.api("POST", "/groups", control.CreateGroup{Name: "all"}, nil)
 	must(t, w.srv.Registry().Store.Update(t.Context(), func(tx store.Tx) error { // not by the API, which asks the provider
-		return errors.Join(tx.InsertProvider(t.Context(), &store.Provider{ID: identity.NewID("provider"), Org: "default", Name: "sso", Issuer: "https://issuer.example", Settings: []byte("{}")}),
-			tx.InsertProvider(t.Context(), &store.Provider{ID: identity.NewID("provider"), Org: people.Platform, Name: "sso", Issuer: "https://issuer.example", Settings: []byte("{}")}))
+		return errors.Join(tx.InsertProvider(t.Context(), &store.Provider{ID: identity.NewID("provider"), Org: "default", Name: "sso", Issuer: "https://issuer.example", Created: time.Now(), Settings: []byte("{}")}),
+			tx.InsertProvider(t.Context(), &store.Provider{ID: identity.NewID("provider"), Org: people.Platform, Name: "sso", Issuer: "https://issuer.example", Created: time.Now(), Settings: []byte("{}")}))
 	}))
 	for _, p := range []struct {
 		path string

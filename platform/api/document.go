@@ -143,8 +143,12 @@ func (s *server) describeOne(op *huma.Operation, problemSchema *huma.Schema) {
 		op.Responses["304"] = &huma.Response{Description: "The object is as If-None-Match says"}
 	case guarded(op) && s.shows[op.Path] != nil:
 		header("If-Match", "ETag of what the caller has read: 412 when what is set in the object was changed since")
-	case keyed(op):
+	}
+	if admin && keyed(op) {
 		header(keyHeader, "a fresh random word, such as a UUID: a request that is repeated with it within 24 h is carried out once, and gets the first answer again")
+	}
+	if r := op.Responses["200"]; admin && r != nil && r.Content == nil {
+		r.Content = map[string]*huma.MediaType{"application/x-ndjson": {Schema: &huma.Schema{Type: huma.TypeString, Description: "one JSON document a line"}}}
 	}
 	for status, r := range op.Responses {
 		code, _ := strconv.Atoi(status) // 0 for default

@@ -161,9 +161,9 @@ func (o *once) keep(ctx context.Context, marked bool, a answered) error {
 	})
 }
 
-// keyed says whether an operation takes idempotency keys: those that change something each time they are called.
+// keyed says whether an operation takes idempotency keys: the methods that HTTP itself does not let a client repeat (RFC 9110 §9.2.2).
 func keyed(op *huma.Operation) bool {
-	return op.Method == http.MethodPost && op.Metadata[reads] == nil && op.Metadata[public] == nil
+	return (op.Method == http.MethodPost || op.Method == http.MethodPatch) && op.Metadata[reads] == nil && op.Metadata[public] == nil
 }
 
 // serve runs the handler of an operation with what all have: idempotency keys, entity tags, preconditions.

@@ -188,6 +188,8 @@ type Request struct {
 	Bearer string // secret; empty: none
 	JSON   any    // body as JSON
 	Form   url.Values
+	Header http.Header  // sent with it, too
+	Answer *http.Header // set to the headers of the answer, also of a refusal; nil: nobody asks
 }
 
 // Do sends a request and decodes the answer into out, which may be nil. Its error is a *Problem when the platform answered and
@@ -248,6 +250,9 @@ func (l *Link) send(ctx context.Context, r Request) (*http.Response, error) {
 	if l.cfg.UserAgent != "" {
 		req.Header.Set("User-Agent", l.cfg.UserAgent)
 	}
+	for name, values := range r.Header {
+		req.Header[name] = values
+	}
 	if r.Bearer != "" {
 		req.Header.Set("Authorization", "Bearer "+r.Bearer)
 	}
@@ -257,6 +262,9 @@ func (l *Link) send(ctx context.Context, r Request) (*http.Response, error) {
 		return nil, l.explain(ctx, err)
 	}
 	l.noteClock(resp.Header.Get("Date"))
+	if r.Answer != nil {
+		*r.Answer = resp.Header
+	}
 	if resp.StatusCode/100 == 2 {
 		return resp, nil
 	}
@@ -276,7 +284,7 @@ func (l *Link) noteClock(date string) {
 
 // problem reads an answer that is not 2xx.
 func (l *Link) problem(resp *http.Response) error {
-	if resp.StatusCode/100 == 3 {
+	if resp.StatusCode/100 == 3 && resp.StatusCode != http.StatusNotModified {
 		return &Error{
 			Kind:   NotPlatform,
 			Reason: fmt.Sprintf("%s redirects to %.200q, and redirects are not followed", l.base, resp.Header.Get("Location")),
