@@ -19,7 +19,7 @@ type world struct {
 }
 
 // newWorld has relays in five regions, each a failure domain of two relays; gateways have a region each, 10 ms from its relays and 80 ms and
-// more from the others.
+// more from the others. A tenth of them measures nothing and has its region as a label alone.
 func newWorld(t *testing.T, gateways, relays int) *world {
 	w := &world{t: t, rng: rand.New(rand.NewPCG(6, 7)), in: Input{Now: start}}
 	for i := range relays {
@@ -28,7 +28,11 @@ func newWorld(t *testing.T, gateways, relays int) *world {
 		})
 	}
 	for i := range gateways {
-		w.in.Gateways = append(w.in.Gateways, Gateway{ID: fmt.Sprintf("g%05d", i), RTT: map[string]time.Duration{}})
+		g := Gateway{ID: fmt.Sprintf("g%05d", i), RTT: map[string]time.Duration{}}
+		if i%10 == 2 {
+			g.Region = fmt.Sprint(i % 5)
+		}
+		w.in.Gateways = append(w.in.Gateways, g)
 	}
 	w.noise(1)
 	return w
@@ -37,7 +41,7 @@ func newWorld(t *testing.T, gateways, relays int) *world {
 // noise measures a share of the round trips anew: give or take 3 ms.
 func (w *world) noise(share float64) {
 	for i := range w.in.Gateways {
-		if share < 1 && w.rng.Float64() >= share {
+		if w.in.Gateways[i].Region != "" || share < 1 && w.rng.Float64() >= share {
 			continue
 		}
 		for k, r := range w.in.Relays {
@@ -90,6 +94,15 @@ func (w *world) even(when string) {
 		all[a.Relays[0]]++
 		all[a.Relays[1]]++
 	}
+	for _, g := range w.in.Gateways {
+		have := w.got[g.ID].Relays
+		if len(g.Pin) > 0 && byID[g.Pin[0]].takes() && have[0] != g.Pin[0] {
+			w.t.Errorf("%s: %s has %v, pinned to %s", when, g.ID, have, g.Pin[0])
+		}
+		if len(g.Exclude) > 0 && slices.Contains(have, g.Exclude[0]) {
+			w.t.Errorf("%s: %s has the excluded %s", when, g.ID, g.Exclude[0])
+		}
+	}
 	n := len(w.got)
 	for _, r := range w.in.Relays {
 		if !r.takes() {
@@ -119,12 +132,26 @@ func (w *world) flat() {
 
 func TestSimulation(t *testing.T) {
 	w := newWorld(t, 10_000, 50)
+	// One in fifty has a relay of its region pinned, one in fifty excludes one; none of this is about the relay that is lost below.
+	for i := range w.in.Gateways {
+		relay := fmt.Sprintf("r%02d", i%5+5*(2+i/50%8))
+		switch i % 50 {
+		case 11, 33:
+			w.in.Gateways[i].Pin = []string{relay}
+		case 14:
+			w.in.Gateways[i].Exclude = []string{relay}
+		}
+	}
 	w.step()
 	w.even("at first")
+	regions := make(map[string]string)
+	for _, r := range w.in.Relays {
+		regions[r.ID] = r.Region
+	}
 	for i, g := range w.in.Gateways {
 		a := w.got[g.ID].Relays
-		if !strings.HasPrefix(a[0], "r") || g.RTT[a[0]] > 20*time.Millisecond || g.RTT[a[1]] > 20*time.Millisecond {
-			t.Fatalf("gateway %d has %v and %v although it has ten relays at 10 ms", i, g.RTT[a[0]], g.RTT[a[1]])
+		if region := fmt.Sprint(i % 5); regions[a[0]] != region || regions[a[1]] != region {
+			t.Fatalf("gateway %d has %v although it has ten relays at 10 ms, or of its region %s", i, a, region)
 		}
 	}
 	for range 13 {
@@ -196,6 +223,58 @@ func TestSimulation(t *testing.T) {
 	w.even("after the return")
 	if moved, _ := w.step(); moved != 0 {
 		t.Errorf("%d gateways still move", moved)
+	}
+
+	// A relay that gateways are pinned to drains, and is back: they go and come back at once, and nobody else with them.
+	drained, pinned := &w.in.Relays[11], 0 // r11
+	for _, g := range w.in.Gateways {
+		if slices.Contains(g.Pin, drained.ID) {
+			pinned++
+		}
+	}
+	drained.Draining = true
+	w.step()
+	for _, g := range w.in.Gateways {
+		if a := w.got[g.ID]; slices.Contains(a.Relays, drained.ID) {
+			t.Fatalf("%s still has the drained relay", g.ID)
+		} else if slices.Contains(g.Pin, drained.ID) && !strings.Contains(a.Why[0], "relay-11 is pinned, but draining") {
+			t.Fatalf("%s: %q", g.ID, a.Why)
+		}
+	}
+	drained.Draining = false
+	if moved, _ := w.step(); pinned == 0 || moved != pinned {
+		t.Errorf("%d gateways moved when the pinned relay of %d was back", moved, pinned)
+	}
+}
+
+// TestLoad: what relays carry besides counts as places, and a change of it moves only who has to make room.
+func TestLoad(t *testing.T) {
+	w := newWorld(t, 600, 10)
+	for i := range w.in.Gateways {
+		w.in.Gateways[i].Region = ""
+	}
+	w.noise(1)
+	w.flat()
+	w.in.Relays[0].Load = 30 // heartbeats tell of as much traffic as thirty gateways more
+	w.step()
+	places, active := map[string]int{}, map[string]int{}
+	for _, a := range w.got {
+		active[a.Relays[0]]++
+		places[a.Relays[0]]++
+		places[a.Relays[1]]++
+	}
+	first := w.in.Relays[0].ID
+	if even := (1200+30)/10 - 30; places[first] < even*9/10 || places[first] > even*11/10 {
+		t.Errorf("the loaded relay has %d places, even is %d", places[first], even)
+	}
+	if even := (600+30)/10 - 30; active[first] < even*9/10 || active[first] > even*11/10 {
+		t.Errorf("the loaded relay has %d active gateways, even is %d", active[first], even)
+	}
+	w.in.Relays[0].Load = 31 // a little more moves nobody
+	for range 15 {
+		if moved, _ := w.step(); moved != 0 {
+			t.Fatalf("%d gateways moved for a little load", moved)
+		}
 	}
 }
 
@@ -287,6 +366,16 @@ func TestWishes(t *testing.T) {
 		"a little better, never":          {g: Gateway{RTT: rtts}, relays: healthy("b", "c"), current: []string{"c", "b"}, minutes: 60, want: []string{"c", "b"}, why: "kept"},
 		"not known is no reason":          {g: Gateway{RTT: map[string]time.Duration{"a": time.Second}}, relays: healthy("a", "b"), current: []string{"a", "b"}, minutes: 60, want: []string{"a", "b"}, why: "kept: healthy, 1000 ms"},
 		"degraded, later":                 {relays: []Relay{{ID: "a", Degraded: true}, {ID: "b", Healthy: true}}, current: []string{"a", "b"}, minutes: 12, want: []string{"b", "a"}, why: "healthy, a has been degraded"},
+		"pinned is deleted":               {g: Gateway{Pin: []string{"x"}}, relays: append(healthy("a", "b"), Relay{ID: "x", Name: "fra-1", Out: Deleted}), want: []string{"b", "a"}, why: "fra-1 is pinned, but deleted"},
+		"pinned comes back":               {g: Gateway{Pin: []string{"c"}, RTT: rtts}, relays: healthy("a", "b", "c"), current: []string{"b", "a"}, want: []string{"c", "b"}, why: "pinned"},
+		"pinned drains":                   {g: Gateway{Pin: []string{"a"}, Exclude: []string{"c"}}, relays: append([]Relay{{ID: "a", Draining: true}}, healthy("b", "d")...), current: []string{"a", "b"}, want: []string{"b", "d"}, why: "a is pinned, but draining"},
+		"pinned of another domain first":  {g: Gateway{Pin: []string{"b"}}, relays: labelled, want: []string{"b", "c"}, why: "pinned"},
+		"disabled":                        {relays: append(healthy("b"), Relay{ID: "a", Name: "fra-1", Out: Disabled}), current: []string{"a"}, want: []string{"b"}, why: "moved from fra-1: disabled"},
+		"out, though all there is":        {relays: []Relay{{ID: "a", Out: "in us, and not allowed"}}, current: []string{"a"}, why: "none: no relay is usable, and a is in us, and not allowed"},
+		"a doubt keeps new ones away":     {g: Gateway{RTT: rtts}, relays: []Relay{{ID: "b", Healthy: true, Doubt: "not reached"}, {ID: "a", Healthy: true}}, want: []string{"a", "b"}, why: "50 ms"},
+		"a doubt moves nobody":            {relays: append(healthy("b", "c"), Relay{ID: "a", Healthy: true, Doubt: "not reached"}), current: []string{"a", "b"}, minutes: 60, want: []string{"a", "b"}, why: "kept: healthy"},
+		"a doubt, but nothing else":       {relays: []Relay{{ID: "a", Healthy: true, Doubt: "not reached"}}, want: []string{"a"}, why: "not reached, but no better one is free"},
+		"no move to a doubt":              {g: Gateway{RTT: rtts}, relays: append(healthy("a"), Relay{ID: "b", Healthy: true, Doubt: "not reached"}), current: []string{"a", "b"}, minutes: 30, want: []string{"a", "b"}, why: "kept"},
 		"draining":                        {relays: []Relay{{ID: "f", Name: "fra-1", Draining: true}, {ID: "b", Healthy: true}}, current: []string{"f"}, want: []string{"b"}, why: "moved from fra-1: draining; b: "},
 	} {
 		w := one(t, tc.g, tc.relays, tc.current...)
@@ -343,7 +432,11 @@ func FuzzDecide(f *testing.F) {
 					continue
 				}
 				*r = Relay{ID: r.ID, Load: float64(rng.IntN(3)), Domain: []string{"", "x", "y"}[rng.IntN(3)]}
-				switch rng.IntN(6) {
+				switch rng.IntN(8) {
+				case 3:
+					r.Healthy, r.Out = true, Disabled
+				case 4:
+					r.Healthy, r.Doubt = true, "not reached"
 				case 0:
 					r.Silent = time.Duration(rng.IntN(120)+1) * time.Second
 				case 1:
@@ -355,6 +448,14 @@ func FuzzDecide(f *testing.F) {
 				}
 				for _, g := range in.Gateways {
 					g.RTT[r.ID] = time.Duration(rng.IntN(200)) * time.Millisecond
+				}
+			}
+			for i := range in.Gateways {
+				g := &in.Gateways[i]
+				for _, c := range Explain(in, g, nil) {
+					if c.Why == "" {
+						t.Fatalf("%s: no reason about %s", g.ID, c.ID)
+					}
 				}
 			}
 			got, next := Decide(in, memory)
@@ -395,6 +496,9 @@ func check(t *testing.T, in Input, g Gateway, a Assignment) {
 	for _, id := range a.Relays {
 		if slices.Contains(g.Exclude, id) {
 			t.Fatalf("%s has the excluded %s", g.ID, id)
+		}
+		if byID[id].Out != "" {
+			t.Fatalf("%s has %s, which is out: %v", g.ID, id, a)
 		}
 		if r := byID[id]; !r.keeps() && (free > 0 || len(a.Relays) > 1) {
 			t.Fatalf("%s has %s, %s, while another is usable: %v", g.ID, id, r.state(), a)
