@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
@@ -100,6 +101,31 @@ func (c *certificates) config() *tls.Config {
 	return cfg
 }
 
+// ends is when the certificate that is served ends, for warnings.
+func (c *certificates) ends() registry.ServerCertificate {
+	out := registry.ServerCertificate{Renews: c.obtainer != nil || c.ca != nil}
+	var der []byte
+	if c.obtainer != nil {
+		// What it keeps, not what it would get: nobody asks for a certificate by looking.
+		kept, err := c.obtainer.Cache.Get(context.Background(), c.domains[0])
+		for err == nil && der == nil {
+			var block *pem.Block
+			if block, kept = pem.Decode(kept); block == nil {
+				break
+			}
+			if block.Type == "CERTIFICATE" {
+				der = block.Bytes
+			}
+		}
+	} else if leaf, err := c.get(); err == nil { // else it is told elsewhere
+		der = leaf.Certificate[0]
+	}
+	if p, err := x509.ParseCertificate(der); err == nil {
+		out.NotAfter = p.NotAfter
+	}
+	return out
+}
+
 // pin is the key hash that enrolment tokens carry: of the CA at the end of the chain, or "" when nodes can do without.
 func (c *certificates) pin(host string) (string, error) {
 	if c.obtainer != nil {
@@ -182,6 +208,7 @@ func (s *Server) address(ctx context.Context) error {
 			}
 			s.certs.hosts = hosts(u.Hostname(), listen)
 		}
+		s.reg.Server = s.certs.ends
 		if s.pin, err = s.certs.pin(u.Hostname()); err != nil {
 			return err
 		}

@@ -15,6 +15,7 @@ const censusTimeout = 5 * time.Second
 var (
 	nodesDesc    = prometheus.NewDesc("sallyway_platform_nodes", "Nodes by organization, kind and state.", []string{"org", "kind", "state"}, nil)
 	sessionsDesc = prometheus.NewDesc("sallyway_platform_sessions", "Live sessions as gateways report them.", []string{"org"}, nil)
+	expiryDesc   = prometheus.NewDesc("sallyway_platform_certificate_expiry_seconds", "Seconds until the soonest end of a certificate: of a CA that issues or will, of a node that is there and renews, of the platform's own server. Below 0 it has ended.", []string{"org", "what", "kind"}, nil)
 	readyDesc    = prometheus.NewDesc("sallyway_platform_ready", "1 when everything works.", nil, nil)
 )
 
@@ -28,6 +29,7 @@ func (*census) Describe(ch chan<- *prometheus.Desc) {
 	ch <- nodesDesc
 	ch <- sessionsDesc
 	ch <- readyDesc
+	ch <- expiryDesc
 }
 
 // Collect implements prometheus.Collector.
@@ -44,7 +46,16 @@ func (c *census) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.NewInvalidMetric(nodesDesc, err)
 		return
 	}
+	now := c.s.reg.Now()
 	for _, org := range names {
+		ends, err := c.s.reg.Ends(ctx, org)
+		if err != nil {
+			ch <- prometheus.NewInvalidMetric(expiryDesc, err)
+			return
+		}
+		for what, end := range ends {
+			ch <- prometheus.MustNewConstMetric(expiryDesc, prometheus.GaugeValue, end.Sub(now).Seconds(), org, what[0], what[1])
+		}
 		st, err := c.s.reg.Status(ctx, org)
 		if err != nil {
 			ch <- prometheus.NewInvalidMetric(nodesDesc, err)

@@ -93,7 +93,9 @@ func TestRotation(t *testing.T) {
 		t.Fatalf("a plan: %+v, next %v", plan, w.authorities(control.AuthorityNext))
 	}
 	w.api("POST", "/authorities:rotate", control.RotateAuthority{Kind: "root"}, &plan)
-	both := func(cfg *control.Config) bool { return roots(t, cfg) == 2 && len(cfg.Trust.Pins[identity.Gateway]) == 2 }
+	both := func(cfg *control.Config) bool {
+		return roots(t, cfg) == 2 && len(cfg.Trust.Pins[identity.Gateway]) == 2
+	}
 	for _, n := range nodes {
 		cfg := feeds[n].wait("two roots, and two pins of each kind", both)
 		for _, k := range identity.Kinds {
@@ -192,7 +194,9 @@ func TestRotation(t *testing.T) {
 	if left := w.authorities(control.AuthorityRetiring); len(left) != 0 {
 		t.Fatalf("still there: %v", left)
 	}
-	cfg := feeds[w.client].wait("one root", func(cfg *control.Config) bool { return roots(t, cfg) == 1 && len(cfg.Trust.Pins[identity.Gateway]) == 1 })
+	cfg := feeds[w.client].wait("one root", func(cfg *control.Config) bool {
+		return roots(t, cfg) == 1 && len(cfg.Trust.Pins[identity.Gateway]) == 1
+	})
 	if tr := trust(w.client, identity.Gateway); true {
 		tr.Now = time.Now // the old leaf is valid by its own times
 		if _, err := tr.Verify(oldGateway, x509.ExtKeyUsageServerAuth); err == nil {

@@ -443,6 +443,7 @@ func (h *Hub) Run(ctx context.Context) error {
 				continue
 			}
 			h.note(ctx, "housekeeping", h.reg.Housekeeping(ctx))
+			h.warnExpiring(ctx)
 			h.rotate(ctx)
 			h.moveRelays(ctx)
 			h.allocate(ctx)
@@ -470,6 +471,18 @@ func (h *Hub) moveRelays(ctx context.Context) {
 	h.note(ctx, "list organizations", err)
 	for _, o := range orgs {
 		h.note(ctx, "move relays to announced addresses", h.reg.MoveRelays(ctx, o))
+	}
+}
+
+// warnExpiring tells of certificates that end soon.
+func (h *Hub) warnExpiring(ctx context.Context) {
+	if !h.reg.ExpiryDue() {
+		return
+	}
+	orgs, err := h.reg.OrgNames(ctx)
+	h.note(ctx, "list organizations", err)
+	for _, o := range orgs {
+		h.note(ctx, "look for certificates that end soon", h.reg.WarnExpiring(ctx, o))
 	}
 }
 

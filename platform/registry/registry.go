@@ -38,6 +38,8 @@ type Registry struct {
 	Region string
 	// LeafLife is how long certificates of nodes are valid, DocumentLife how long snapshots and grants: zero is 24 h.
 	LeafLife, DocumentLife time.Duration
+	// Server tells of the platform's own HTTPS certificate; nil: it has none. The zero time is not known.
+	Server func() ServerCertificate
 	// Audiences are the URLs under which the platform may be addressed by assertions, canonical (see CanonicalURL).
 	Audiences []string
 	// Changed is called after a commit that changed what nodes of org are told, with the version that it has since. It must not block.
@@ -52,8 +54,10 @@ type Registry struct {
 	LicenceTrust entitlement.Trust
 
 	access accessKey
-	failed aggregate
-	places places
+	// expiryLooked is when certificates were last looked at for their end, in Unix nanoseconds.
+	expiryLooked atomic.Int64
+	failed       aggregate
+	places       places
 	// nextMove is when the next announced address of a relay comes into force, in Unix microseconds; 0 is not known or never.
 	nextMove atomic.Int64
 }
