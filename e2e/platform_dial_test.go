@@ -31,7 +31,7 @@ func resourceTest(t *testing.T, l *lab.Lab, name string, args ...string) (contro
 // organization wants it; what does not work is told apart.
 func TestPlatformReachesAResource(t *testing.T) {
 	l := newLab(t, lab.Config{})
-	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true, NoClient: true}, nil)
+	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true, NoClient: true, PlatformArgs: []string{"--probe-relays", "private"}}, nil)
 	check(t, err)
 	servePrivate(t, s, "platform")
 	admin := func(args ...string) { t.Helper(); must(l.Sallyway(within(t, 20*time.Second), args...))(t) }

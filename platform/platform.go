@@ -227,7 +227,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 		c.Peers, s.limiter.Tell = s.group, s.group.Refused
 	}
 	s.hub = push.New(c, s.cfg.Metrics)
-	s.dialler = dialler.New(dialler.Config{View: s.hub.View, Registry: s.reg, Log: s.cfg.Log, Metrics: s.cfg.Metrics, Now: s.cfg.Now})
+	s.dialler = dialler.New(dialler.Config{View: s.hub.View, Registry: s.reg, Log: s.cfg.Log, Metrics: s.cfg.Metrics, Now: s.cfg.Now, Relay: s.cfg.ProbeRelays.Permit})
 	look := probe.Config{Registry: s.reg, Log: s.cfg.Log, Mode: s.cfg.ProbeRelays, Metrics: s.cfg.Metrics}
 	if s.group != nil {
 		look.Leads = s.group.Leads

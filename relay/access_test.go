@@ -30,8 +30,8 @@ func sendTo(t testing.TB, peer netip.AddrPort, payload string) []byte {
 func TestBindingRule(t *testing.T) {
 	l := start(t, func(c *Config) { c.Limits.NodeAllocations = 100 })
 	site, platform := node("acme", identity.Site, "s1"), node("acme", identity.Platform, "p1")
-	gateway2, foreignClient := node("acme", identity.Gateway, "g2"), node("other", identity.Client, "c1")
-	all := []identity.Node{client1, client2, gateway1, gateway2, site, platform, foreign, foreignClient}
+	gateway2, foreignClient, foreignPlatform := node("acme", identity.Gateway, "g2"), node("other", identity.Client, "c1"), node("other", identity.Platform, "p1")
+	all := []identity.Node{client1, client2, gateway1, gateway2, site, platform, foreign, foreignClient, foreignPlatform}
 	peers := map[identity.Node]*tester{}
 	for _, n := range all {
 		peers[n] = allocated(t, l, n)

@@ -56,6 +56,21 @@ func TestIdentityFailsClosed(t *testing.T) {
 		{"client is of kind relay", nil, func(w *world, c *DialConfig) {
 			c.Certificate = always(w.ca.leaf(identity.Node{Org: "acme", Kind: identity.Relay, ID: "r-one"}, client))
 		}, "only clients and sites"},
+		{"the platform of another organization", nil, func(w *world, c *DialConfig) {
+			c.Certificate = always(foreign.leaf(identity.Node{Org: "evil", Kind: identity.Platform, ID: "p-one"}, client))
+		}, "unknown authority"},
+		{"the platform in the name of another organization", nil, func(w *world, c *DialConfig) {
+			c.Certificate = always(w.ca.leaf(identity.Node{Org: "evil", Kind: identity.Platform, ID: "p-one"}, client))
+		}, "is of another organization"},
+		{"the platform shows a server's certificate", nil, func(w *world, c *DialConfig) {
+			c.Certificate = always(w.ca.leaf(identity.Node{Org: "acme", Kind: identity.Platform, ID: "p-one"}, server))
+		}, "incompatible key usage"},
+		{"client is of kind policy", nil, func(w *world, c *DialConfig) {
+			c.Certificate = always(w.ca.leaf(identity.Node{Org: "acme", Kind: identity.Policy, ID: "p-one"}, client))
+		}, "only clients and sites"},
+		{"gateway is of kind platform", func(w *world, c *ServeConfig) {
+			c.Certificate = always(w.ca.leaf(identity.Node{Org: "acme", Kind: identity.Platform, ID: "g-one"}, server))
+		}, nil, "answered, want"},
 		{"client's key is revoked", nil, func(w *world, c *DialConfig) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
@@ -107,12 +122,13 @@ func TestIdentityFailsClosed(t *testing.T) {
 }
 
 func TestSiteMayDial(t *testing.T) {
-	w := newWorld(t, nil)
-	site := identity.Node{Org: "acme", Kind: identity.Site, ID: "g-two"}
-	s := w.dial(w.link("a"), func(c *DialConfig) { c.Certificate = always(w.ca.leaf(site, x509.ExtKeyUsageClientAuth)) })
-	defer s.Close("")
-	if got := w.server.Sessions()[0].Peer.Node; got != site {
-		t.Fatalf("peer %v", got)
+	for _, n := range []identity.Node{{Org: "acme", Kind: identity.Site, ID: "g-two"}, {Org: "acme", Kind: identity.Platform, ID: "p-one"}} {
+		w := newWorld(t, nil)
+		s := w.dial(w.link("a"), func(c *DialConfig) { c.Certificate = always(w.ca.leaf(n, x509.ExtKeyUsageClientAuth)) })
+		if got := w.server.Sessions()[0].Peer.Node; got != n {
+			t.Errorf("peer %v, want %v", got, n)
+		}
+		s.Close("")
 	}
 }
 

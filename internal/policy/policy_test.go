@@ -18,7 +18,7 @@ func snapshot() *Snapshot {
 	gw := identity.Node{Org: "acme", Kind: identity.Gateway, ID: "g-two"}
 	return &Snapshot{
 		Org:   "acme",
-		Peers: []Peer{{Node: alice}, {Node: bob}, {Node: gw}},
+		Peers: []Peer{{Node: alice}, {Node: bob}, {Node: gw}, {Node: Platform("acme")}},
 		Resource: []Resource{
 			{ID: "r1", Name: "db", Address: "db.internal", TCP: []PortRange{{5432, 5432}}, Domains: []string{"internal"}},
 			{ID: "r2", Name: "lan", Address: "10.0.3.0/24", TCP: []PortRange{AllPorts}, UDP: []PortRange{{53, 53}}, ICMP: true},
@@ -28,6 +28,7 @@ func snapshot() *Snapshot {
 			{ID: "p1", Name: "dba", Resource: "r1", Subjects: []identity.Node{alice}},
 			{ID: "p2", Name: "ops", Resource: "r2", Subjects: []identity.Node{alice, gw}},
 			{ID: "p3", Resource: "r3", Subjects: []identity.Node{alice}},
+			{ID: "p4", Name: "hooks", Resource: "r3", Subjects: []identity.Node{Platform("acme")}},
 		},
 	}
 }
@@ -45,6 +46,10 @@ func TestEvaluate(t *testing.T) {
 		{alice, Target{TCP, "db.internal", netip.Addr{}, 5433}, "", "does not include tcp port 5433"},
 		{alice, Target{UDP, "db.internal", netip.Addr{}, 5432}, "", "does not include udp port"},
 		{bob, Target{TCP, "db.internal", netip.Addr{}, 5432}, "", `resource "db"`},
+		{identity.Node{Org: "acme", Kind: identity.Platform, ID: "p-7"}, Target{TCP, "a.corp.example", netip.Addr{}, 80}, "hooks", ""},
+		{identity.Node{Org: "acme", Kind: identity.Platform, ID: "p-8"}, Target{TCP, "db.internal", netip.Addr{}, 5432}, "", `resource "db"`},
+		{identity.Node{Org: "evil", Kind: identity.Platform, ID: "p-7"}, Target{TCP, "a.corp.example", netip.Addr{}, 80}, "", "not among the nodes"},
+		{identity.Node{Org: "acme", Kind: identity.Client, ID: "platform"}, Target{TCP, "a.corp.example", netip.Addr{}, 80}, "", "not among the nodes"},
 		{alice, Target{TCP, "10.0.3.7", in, 22}, "ops", ""},
 		{alice, Target{TCP, "::ffff:10.0.3.7", netip.MustParseAddr("::ffff:10.0.3.7"), 22}, "ops", ""},
 		{site, Target{ICMP, "10.0.3.7", in, 0}, "ops", ""},

@@ -66,8 +66,8 @@ type Config struct {
 	// View returns an organization as it is now; store.ErrNotFound where there is none.
 	View     func(ctx context.Context, org string) (*view.View, error)
 	Registry Registry
-	// Relay says whether an address of a relay may be dialled, and why not; nil allows all.
-	Relay   func(addr netip.Addr) error
+	// Relay says whether an address of a relay may be dialled, and why not: an organization's administrator typed it. Nil allows all.
+	Relay   func(relay identity.Node, addr netip.Addr) error
 	Log     *slog.Logger          // nil discards
 	Metrics prometheus.Registerer // nil is none
 	Now     func() time.Time      // nil is time.Now

@@ -303,14 +303,20 @@ func (a *attempt) open(ctx context.Context) (*session, error) {
 // sessionIdle is how long a session outlives the loss of its path: it is not moved to another, so there is little to wait for.
 const sessionIdle = 15 * time.Second
 
-// allowed leaves of addresses those that may be dialled.
+// addressError is that a relay's address may not be dialled.
+type addressError struct{ error }
+
+// Unwrap returns the cause.
+func (e *addressError) Unwrap() error { return e.error }
+
+// allowed holds a relay's addresses against what may be dialled: one that may not spoils all.
 func (a *attempt) allowed(addrs []netip.AddrPort) (string, error) {
 	if a.d.cfg.Relay == nil {
 		return fmt.Sprint(addrs[0].Addr()), nil
 	}
 	for _, ap := range addrs {
-		if err := a.d.cfg.Relay(ap.Addr()); err != nil {
-			return "", err
+		if err := a.d.cfg.Relay(a.way.ref.Node, ap.Addr()); err != nil {
+			return "", &addressError{err}
 		}
 	}
 	return fmt.Sprint(addrs[0].Addr()), nil

@@ -302,6 +302,12 @@ func (t *run) unreached(g view.RouteGateway, err error) (verdict, remedy string)
 		}
 		return err.Error(), "try again; the log of platformd says more"
 	}
+	for _, s := range steps {
+		if e, ok := errors.AsType[*addressError](s.err); ok {
+			return fmt.Sprintf("the platform does not dial relay %s (%s): %v", s.way.ref.Name, s.way.ref.Host, e),
+				"use a relay with a public address; the platform's operator may allow private ones: platformd serve --probe-relays private"
+		}
+	}
 	reached := map[string]bool{} // relays of which some rung works
 	for _, s := range steps {
 		if se, ok := errors.AsType[*tunnel.SessionError](s.err); ok && se.Code != 0 {
