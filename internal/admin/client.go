@@ -54,6 +54,15 @@ func (c *Client) path(segments ...string) string {
 	return p
 }
 
+// chain is path for what the platform itself has, too, under the name of an organization: its audit log, and webhooks on that.
+func (c *Client) chain(segments ...string) string {
+	p := orgsPath + "/" + url.PathEscape(c.org)
+	for _, s := range segments {
+		p += "/" + url.PathEscape(s)
+	}
+	return p
+}
+
 const (
 	orgsPath   = "/api/v1/orgs"
 	sharedPath = "/api/v1/shared"

@@ -96,6 +96,7 @@ func (s *server) authenticate(ctx huma.Context, r *http.Request) (*people.Princi
 		if code := registry.Code(err); code != "" {
 			// A good token always passes: whoever guesses from behind the same address locks nobody out.
 			if !s.limiter.allow(from, s.reg.Now()) {
+				s.guessing(ctx.Context(), "API token", from)
 				ctx.SetHeader("Retry-After", "60")
 				return nil, tooMany()
 			}

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"sallyway/internal/identity"
 )
 
 // Limits of refused requests from one source: an address, or a /64 of IPv6.
@@ -82,6 +84,13 @@ func (l *Limiter) Failed(source string, now time.Time) {
 	}
 	b.fill(now)
 	b.tokens--
+}
+
+// guessing has the audit tell of a source that has to wait because it was refused too often.
+func (s *server) guessing(ctx context.Context, what, from string) {
+	if err := s.reg.Guessing(ctx, identity.SharedOrg, what, "", from); err != nil {
+		s.log.Warn("a source that guesses is not in the audit log", "source", from, "error", err)
+	}
 }
 
 // forwardedKey is the key of a mark in a context: the listener stands behind a load balancer.

@@ -112,6 +112,7 @@ func decode(r *http.Request, v any) error {
 func (s *server) refusal(w http.ResponseWriter, r *http.Request, from string, err error) {
 	if registry.Code(err) != "" {
 		if !s.limiter.allow(from, s.reg.Now()) {
+			s.guessing(r.Context(), "node", from)
 			s.wait(w)
 			return
 		}
@@ -146,6 +147,7 @@ func (s *server) enrollAWS(w http.ResponseWriter, r *http.Request) {
 func limited[In, Out any](s *server, w http.ResponseWriter, r *http.Request, fn func(ctx context.Context, from string, req In) (*Out, error)) {
 	from := source(r)
 	if !s.limiter.allow(from, s.reg.Now()) {
+		s.guessing(r.Context(), "enrolment", from)
 		s.wait(w)
 		return
 	}

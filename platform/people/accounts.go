@@ -630,7 +630,7 @@ func (s *Service) manage(ctx context.Context, by *Principal, org, name string, f
 // that the account has stays, and is asked for: then the result has a ticket for SecondFactor.
 func (s *Service) AcceptInvite(ctx context.Context, code, password, source, agent string) (*LogInResult, error) {
 	gone := registry.Refuse(http.StatusForbidden, CodeTicketGone, "have a new link made: sallyway user invite LOGIN", "the link is used, replaced or too old")
-	if err := s.guard.try(s.reg.Now(), ofSource("invite "+source)); err != nil {
+	if err := s.guess(ctx, "invitation", nil, source, ofSource("invite "+source)); err != nil {
 		return nil, err
 	}
 	p, err := s.ofTicket(ctx, code, ticketInvite, gone)

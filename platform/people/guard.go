@@ -1,6 +1,8 @@
 package people
 
 import (
+	"context"
+	"errors"
 	"net/http"
 	"strconv"
 	"sync"
@@ -8,6 +10,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/platform/registry"
+	"sallyway/platform/store"
 )
 
 // Limits of guessing. A key is an account and where the guess comes from, so that whoever guesses from elsewhere keeps nobody out.
@@ -114,6 +117,20 @@ func (g *guard) succeeded(account guess, source guess) {
 	if f := g.keys[source.key]; f != nil {
 		f.count--
 	}
+}
+
+// guess is guard.try, and has the audit tell of a source that has to wait. p is whose account it is about; nil is nobody's: what was typed then is told
+// to nobody, for people type passwords where names belong.
+func (s *Service) guess(ctx context.Context, what string, p *store.Person, source string, guesses ...guess) error {
+	err := s.guard.try(s.reg.Now(), guesses...)
+	if err == nil {
+		return nil
+	}
+	org, object := Platform, "unknown"
+	if p != nil {
+		org, object = p.Org, "person/"+p.ID
+	}
+	return errors.Join(err, s.reg.Guessing(ctx, org, what, object, source))
 }
 
 // RetryAfter is how many seconds a refusal asks to wait, "" when it asks for nothing: for the header of that name.

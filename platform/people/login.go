@@ -77,7 +77,7 @@ type FirstOwner struct {
 
 // CreateFirst makes the platform's first person, its owner, and logs in. Of several at once one succeeds.
 func (s *Service) CreateFirst(ctx context.Context, req FirstOwner) (*Session, error) {
-	if err := s.guard.try(s.reg.Now(), ofSource("setup "+req.Source)); err != nil {
+	if err := s.guess(ctx, "setup code", nil, req.Source, ofSource("setup "+req.Source)); err != nil {
 		return nil, err
 	}
 	if first, err := s.FirstRun(ctx); err != nil || !first {
@@ -209,7 +209,7 @@ func (s *Service) LogIn(ctx context.Context, req Login) (*LogInResult, error) {
 		from = d
 	}
 	account, source := ofAccount("password", login, from), ofSource(from)
-	if err := s.guard.try(s.reg.Now(), account, source); err != nil {
+	if err := s.guess(ctx, "password", p, req.Source, account, source); err != nil {
 		return nil, errors.Join(err, s.refuseLogin(ctx, p, control.CodeRateLimited, req.Source))
 	}
 	ok, renew, err := s.hash.check(ctx, hash, req.Password)
@@ -286,7 +286,7 @@ func (s *Service) SecondFactor(ctx context.Context, ticket, code, source, agent 
 	}
 	// Whoever comes here has the password: guesses are counted for the account, wherever they come from.
 	account, from := ofAccount("code", p.ID, ""), ofSource(source)
-	if err := s.guard.try(s.reg.Now(), account, from); err != nil {
+	if err := s.guess(ctx, "second factor", p, source, account, from); err != nil {
 		return nil, errors.Join(err, s.refuseLogin(ctx, p, control.CodeRateLimited, source))
 	}
 	var out *Session

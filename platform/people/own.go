@@ -105,7 +105,7 @@ func (s *Service) confirm(ctx context.Context, by *Principal, password, source s
 		return p, nil
 	}
 	account, from := ofAccount("password", p.Login, "session "+by.Session.ID), ofSource(source)
-	if err := s.guard.try(s.reg.Now(), account, from); err != nil {
+	if err := s.guess(ctx, "password", p, source, account, from); err != nil {
 		return nil, err
 	}
 	ok, _, err := s.hash.check(ctx, p.Password, password)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -514,4 +515,48 @@ func (l *lab) row(id string) (n *store.Node) {
 		return err
 	}))
 	return n
+}
+
+// TestGuessingIsTold: a source that guesses stands in the audit of the person's home, once, and not with what it typed.
+func TestGuessingIsTold(t *testing.T) {
+	l := newLab(t)
+	l.person("acme", "ada", Admin)
+	count := func(org string) (n int) {
+		t.Helper()
+		es, err := l.reg.Audit(t.Context(), org, 0, 1000)
+		must(t, err)
+		for _, e := range es {
+			if strings.Contains(fmt.Sprint(e), "hunter2") {
+				t.Errorf("what was typed is in the audit: %+v", e)
+			}
+			if e.Action == "guessing.slow-down" {
+				n++
+				if e.Actor != "198.51.100.7" || e.Result != "refused" {
+					t.Errorf("%+v", e)
+				}
+			}
+		}
+		return n
+	}
+	guess := func(name string, times int) {
+		for range times {
+			_, err := l.svc.LogIn(t.Context(), Login{Name: name, Password: "wrong hunter2", Source: "198.51.100.7", Agent: "test"})
+			if err == nil {
+				t.Fatal("logged in")
+			}
+		}
+	}
+	guess("ada", freeFailures)
+	if n := count("acme"); n != 0 {
+		t.Errorf("%d alerts before it has to wait", n)
+	}
+	guess("ada", 10)
+	if n := count("acme"); n != 1 {
+		t.Errorf("%d alerts, want 1", n)
+	}
+	l.advance(2 * time.Hour)
+	guess("hunter2", 20)
+	if n := count(Platform); n != 1 {
+		t.Errorf("%d alerts of an account that nobody has, want 1 in the platform's own log", n)
+	}
 }

@@ -57,6 +57,7 @@ type Registry struct {
 	// expiryLooked is when certificates were last looked at for their end, in Unix nanoseconds.
 	expiryLooked atomic.Int64
 	failed       aggregate
+	guessers     guessers
 	places       places
 	// nextMove is when the next announced address of a relay comes into force, in Unix microseconds; 0 is not known or never.
 	nextMove atomic.Int64
