@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"sallyway/internal/control"
+	"sallyway/internal/entitlement"
 	"sallyway/internal/identity"
 	"sallyway/internal/lab"
 	"sallyway/internal/policy"
@@ -31,12 +32,13 @@ func (l logBook) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// inProcess runs a platform of this process on a host of the lab.
-func inProcess(t *testing.T, l *lab.Lab) *platform.Server {
+// inProcess runs a platform of this process on a host of the lab. It trusts the issuer of licences.
+func inProcess(t *testing.T, l *lab.Lab, issuer *entitlement.Key) *platform.Server {
 	t.Helper()
 	var srv *platform.Server
 	cfg := platform.Config{
-		Data: l.PlatformData(), Listen: ":443", AdvertiseURL: l.PlatformURL(),
+		Licence: platform.LicenceConfig{Trust: []string{issuer.Public().String()}},
+		Data:    l.PlatformData(), Listen: ":443", AdvertiseURL: l.PlatformURL(),
 		Log: slog.New(slog.NewTextHandler(logBook{t}, &slog.HandlerOptions{Level: slog.LevelError})),
 	}
 	check(t, l.Platform.Do(func() (err error) {
@@ -53,6 +55,21 @@ func inProcess(t *testing.T, l *lab.Lab) *platform.Server {
 		}
 	})
 	return srv
+}
+
+// licensed gives the organization a licence of which one kind of node is used up and another nearly.
+func licensed(t *testing.T, reg *registry.Registry, issuer *entitlement.Key) {
+	t.Helper()
+	relays, gateways, clients := int64(6), int64(50), int64(8)
+	bandwidth, now := int64(125e6), time.Now()
+	jws, err := issuer.Sign(&entitlement.Entitlement{
+		ID: "e-7qk2mzr4wbxa", Serial: 12, Issuer: "licences.example.com", Customer: "Acme Analytics", Organization: registry.DefaultOrg, Contact: "sales@example.com",
+		Limits: entitlement.Limits{Relays: &relays, Gateways: &gateways, Clients: &clients, Bandwidth: &bandwidth}, Features: []string{"sso", "audit-export"},
+		Issued: now, NotBefore: now.AddDate(0, 0, -65), Expires: now.AddDate(0, 0, 300),
+	})
+	check(t, err)
+	_, err = reg.InstallLicence(t.Context(), registry.DefaultOrg, control.InstallLicence{Licence: jws, Source: "service https://licences.example.com"})
+	check(t, err)
 }
 
 // estate is an organization in which something of everything is going on.
@@ -208,7 +225,9 @@ func estate(t *testing.T, reg *registry.Registry) {
 func TestGallery(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	srv := inProcess(t, l)
+	issuer, err := entitlement.NewKey()
+	check(t, err)
+	srv := inProcess(t, l, issuer)
 	b := start(t, l.Platform, srv.URL())
 
 	code, err := srv.People().SetupCode(t.Context())
@@ -235,6 +254,7 @@ func TestGallery(t *testing.T) {
 	}
 
 	estate(t, srv.Registry())
+	licensed(t, srv.Registry(), issuer)
 	for _, g := range []struct{ name, path string }{
 		{"overview", "/orgs/default/overview"},
 		{"relays", "/orgs/default/networking/relays"},
@@ -266,6 +286,7 @@ func TestGallery(t *testing.T) {
 		{"user-new", "/orgs/default/users/new"},
 		{"service-accounts", "/orgs/default/service-accounts"},
 		{"organization", "/orgs/default/organization"},
+		{"licence", "/orgs/default/licence"},
 		{"my-devices", "/orgs/default/my"},
 		{"account", "/account"},
 		{"device", "/device"},
