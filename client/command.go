@@ -147,6 +147,7 @@ func (o *options) run(cmd *cobra.Command) error {
 	sh.Metrics.MustRegister(DirectMetrics(c.sessions.DirectStats)...)
 	sh.Metrics.MustRegister(LegMetrics(map[string]*legs.Keeper{"dialling": c.legs}))
 	sh.Metrics.MustRegister(c.sessions.Metrics()...)
+	sh.Metrics.MustRegister(c.agent.Metrics())
 	hc.OnNetwork = func() {
 		c.legs.Kick()
 		c.sessions.NetworkChanged()

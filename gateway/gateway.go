@@ -150,6 +150,7 @@ func newGateway(ctx context.Context, o *options, sh *daemon.Shell, token string)
 	sh.Metrics.MustRegister(client.DirectMetrics(d.direct.stats)...)
 	sh.Metrics.MustRegister(client.LegMetrics(map[string]*legs.Keeper{"serving": d.legs, "dialling": d.siteLegs}), &ways{d})
 	sh.Metrics.MustRegister(d.sites.Metrics()...)
+	sh.Metrics.MustRegister(d.agent.Metrics())
 	sh.Metrics.MustRegister(m.flows, m.packetsDropped, m.benchRuns, m.benchBytes)
 	enforce := &enforcer{
 		snapshot: d.agent.Snapshot, stale: d.agent.SnapshotProblem, allow: allow, resolver: net.DefaultResolver, keepGoing: o.servePastExpiry,

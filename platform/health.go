@@ -8,8 +8,11 @@ import (
 	"time"
 )
 
-// conditionStop is the condition of a platform that is about to close its listeners.
-const conditionStop = "stop"
+// Conditions by name: the database can not be written; the listeners are about to be closed.
+const (
+	conditionDatabase = "database"
+	conditionStop     = "stop"
+)
 
 var errStopping = errors.New("the platform stops")
 

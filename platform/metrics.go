@@ -17,6 +17,7 @@ var (
 	sessionsDesc = prometheus.NewDesc("sallyway_platform_sessions", "Live sessions as gateways report them.", []string{"org"}, nil)
 	expiryDesc   = prometheus.NewDesc("sallyway_platform_certificate_expiry_seconds", "Seconds until the soonest end of a certificate: of a CA that issues or will, of a node that is there and renews, of the platform's own server. Below 0 it has ended.", []string{"org", "what", "kind"}, nil)
 	readyDesc    = prometheus.NewDesc("sallyway_platform_ready", "1 when everything works.", nil, nil)
+	conditionDesc = prometheus.NewDesc("sallyway_platform_condition", "1 for what keeps the platform from being ready now. That the database can not be written is always there, as 0 or 1.", []string{"condition"}, nil)
 )
 
 // census counts what there is at every scrape, so that a number is never older than it looks.
@@ -29,6 +30,7 @@ func (*census) Describe(ch chan<- *prometheus.Desc) {
 	ch <- nodesDesc
 	ch <- sessionsDesc
 	ch <- readyDesc
+	ch <- conditionDesc
 	ch <- expiryDesc
 }
 
@@ -37,8 +39,15 @@ func (c *census) Collect(ch chan<- prometheus.Metric) {
 	ctx, cancel := context.WithTimeout(context.Background(), censusTimeout)
 	defer cancel()
 	ready := 1.0
-	if len(c.s.Conditions()) > 0 {
+	conditions := c.s.Conditions()
+	if len(conditions) > 0 {
 		ready = 0
+	}
+	if _, bad := conditions[conditionDatabase]; !bad {
+		ch <- prometheus.MustNewConstMetric(conditionDesc, prometheus.GaugeValue, 0, conditionDatabase)
+	}
+	for name := range conditions {
+		ch <- prometheus.MustNewConstMetric(conditionDesc, prometheus.GaugeValue, 1, name)
 	}
 	ch <- prometheus.MustNewConstMetric(readyDesc, prometheus.GaugeValue, ready)
 	names, err := c.s.reg.OrgNames(ctx)

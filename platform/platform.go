@@ -327,7 +327,7 @@ func (s *Server) routes() http.Handler {
 	}))
 	mux.Handle("/", s.web)
 	s.healthRoutes(mux)
-	return incoming.Handler(incoming.Config{Tracer: s.cfg.Tracer, Log: s.cfg.Log}, mux)
+	return incoming.Handler(incoming.Config{Tracer: s.cfg.Tracer, Log: s.cfg.Log, Metrics: s.cfg.Metrics}, mux)
 }
 
 // condition records whether something works.

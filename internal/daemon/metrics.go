@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -28,7 +29,7 @@ const (
 )
 
 // newRegistry returns a daemon's own registry with the Go runtime, the process and the build in it.
-func newRegistry(spec Spec) *prometheus.Registry {
+func newRegistry(spec Spec) *Registry {
 	v := version.Get()
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name:        "sallyway_build_info",
@@ -36,16 +37,20 @@ func newRegistry(spec Spec) *prometheus.Registry {
 		ConstLabels: prometheus.Labels{"daemon": spec.Name, "version": v.Version, "commit": v.Commit},
 	})
 	build.Set(1)
-	r := prometheus.NewRegistry()
+	r := &Registry{Registry: prometheus.NewRegistry(), known: make(map[string]MetricName)}
 	r.MustRegister(build, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return r
 }
 
 // metricsHandler serves the daemon's health and /metrics.
-func metricsHandler(h *Health, alive func() error, r *prometheus.Registry) http.Handler {
+func metricsHandler(h *Health, alive func() error, r prometheus.Gatherer, log *slog.Logger) http.Handler {
 	mux := http.NewServeMux()
 	healthRoutes(mux, h, alive)
-	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: readTimeout}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{
+		MaxRequestsInFlight: 4, Timeout: readTimeout,
+		// What can be told is told: that the database is away is when it matters.
+		ErrorHandling: promhttp.ContinueOnError, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}))
 	return mux
 }
 

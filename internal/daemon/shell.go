@@ -13,7 +13,6 @@ import (
 	"time"
 
 	sd "github.com/coreos/go-systemd/v22/daemon"
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
@@ -66,7 +65,7 @@ func (o *Options) Register(cmd *cobra.Command, spec Spec) {
 type Shell struct {
 	Log     *slog.Logger
 	State   *State
-	Metrics *prometheus.Registry
+	Metrics *Registry
 	Health  Health
 
 	// OnStatus returns the status document, encoded as JSON. Nil answers the readiness alone.
@@ -162,6 +161,7 @@ func (s *Shell) routes() {
 		writeJSON(w, http.StatusOK, checks)
 	})
 	healthRoutes(s.mux, &s.Health, s.alive)
+	s.mux.HandleFunc("GET /metrics/names", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, http.StatusOK, s.Metrics.Names()) })
 	s.mux.HandleFunc("POST /down", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, http.StatusAccepted, struct {
 			PID int `json:"pid"`
@@ -233,7 +233,7 @@ func (s *Shell) Run(ctx context.Context, body func(ctx context.Context) error) e
 	if s.metrics != nil {
 		s.Log.Info("metrics", "listen", s.metrics.Addr().String())
 		names := s.opts.MetricsHosts
-		server("metrics", CheckHost(metricsHandler(&s.Health, s.alive, s.Metrics), names...), s.metrics)
+		server("metrics", CheckHost(metricsHandler(&s.Health, s.alive, s.Metrics, s.Log), names...), s.metrics)
 	}
 	g.Go(func() error { return s.telemetry.Run(servers) })
 	g.Go(func() error { s.watchdog(servers); return nil })

@@ -13,12 +13,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 )
 
@@ -459,4 +461,52 @@ func TestVersionCommand(t *testing.T) {
 	if code, out, _ := command(t, "", "version", "--json"); code != ExitOK || json.Unmarshal([]byte(out), &v) != nil || v["version"] == "" {
 		t.Fatalf("%d %q", code, out)
 	}
+}
+
+// TestMetricsThatFail serves what can be gathered: a database that is away must not take the alarm of that with it.
+func TestMetricsThatFail(t *testing.T) {
+	broken := prometheus.NewDesc("testd_broken", "Is not to be had.", []string{"org"}, nil)
+	sh, _ := start(t, t.TempDir(), func(sh *Shell) {
+		counter := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "testd_things_total", Help: `Says "things", and \.`, ConstLabels: prometheus.Labels{"b": "x"}}, []string{"a"})
+		sh.Metrics.MustRegister(failing{broken}, counter, prometheus.NewCounterFunc(
+			prometheus.CounterOpts{Name: "testd_more_total", Help: "More.", ConstLabels: prometheus.Labels{"reason": "a"}}, func() float64 { return 1 }), prometheus.NewCounterFunc(
+			prometheus.CounterOpts{Name: "testd_more_total", Help: "More.", ConstLabels: prometheus.Labels{"reason": "b"}}, func() float64 { return 1 }))
+	})
+	res, err := http.Get("http://" + sh.MetricsAddr().String() + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != 200 || !strings.Contains(string(b), "testd_more_total") || strings.Contains(string(b), "testd_broken") {
+		t.Errorf("%d %v\n%s", res.StatusCode, err, b)
+	}
+	var names []MetricName
+	if err := Dial(sh.State.Dir()).Get(t.Context(), "/metrics/names", &names); err != nil {
+		t.Fatal(err)
+	}
+	by := make(map[string]MetricName)
+	for _, n := range names {
+		by[n.Name] = n
+	}
+	for _, want := range []MetricName{
+		{"testd_things_total", `Says "things", and \.`, []string{"a", "b"}},
+		{"testd_more_total", "More.", []string{"reason"}},
+		{"testd_broken", "Is not to be had.", []string{"org"}},
+		{"go_goroutines", by["go_goroutines"].Help, nil},
+		{"sallyway_build_info", by["sallyway_build_info"].Help, []string{"commit", "daemon", "version"}},
+	} {
+		if !reflect.DeepEqual(by[want.Name], want) {
+			t.Errorf("%+v, want %+v", by[want.Name], want)
+		}
+	}
+}
+
+// failing is a collector that cannot collect.
+type failing struct{ d *prometheus.Desc }
+
+func (f failing) Describe(ch chan<- *prometheus.Desc) { ch <- f.d }
+
+func (f failing) Collect(ch chan<- prometheus.Metric) {
+	ch <- prometheus.NewInvalidMetric(f.d, errors.New("the database is away"))
 }

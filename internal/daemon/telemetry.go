@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"os"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
@@ -24,7 +23,7 @@ func TelemetryFlags(f *pflag.FlagSet, endpoint *string, ratio *float64) {
 }
 
 // openTelemetry prepares what sends, nil when it is off. What flags say wins over the standard variables.
-func openTelemetry(service, endpoint string, ratio float64, r *prometheus.Registry, log *slog.Logger) (*telemetry.Telemetry, error) {
+func openTelemetry(service, endpoint string, ratio float64, r *Registry, log *slog.Logger) (*telemetry.Telemetry, error) {
 	set, err := telemetry.Environment(os.LookupEnv)
 	if err != nil {
 		return nil, Usagef("%w", err)

@@ -14,6 +14,8 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"sallyway/internal/control"
 	"sallyway/internal/telemetry"
 )
@@ -22,6 +24,8 @@ import (
 type Config struct {
 	Tracer *telemetry.Tracer // nil: no spans
 	Log    *slog.Logger      // nil discards
+	// Metrics is where the counters of requests are registered; nil is nowhere.
+	Metrics prometheus.Registerer
 }
 
 // about is what is known of a request; it lives in its context.
@@ -51,7 +55,7 @@ func ID(ctx context.Context) string {
 //
 // What fails here (5xx) is a line of the log, everything else one at debug. Neither holds a query string, a header or a body, and no span does.
 func Handler(cfg Config, next http.Handler) http.Handler {
-	log := cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
+	log, counts := cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)), newMetrics(cfg.Metrics)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		a := &about{id: r.Header.Get(control.RequestIDHeader)}
 		if !control.ValidRequestID(a.id) {
@@ -70,6 +74,7 @@ func Handler(cfg Config, next http.Handler) http.Handler {
 		began := time.Now()
 		next.ServeHTTP(rec, r)
 		a.finish(span, r, rec.code())
+		counts.count(r, rec.code(), time.Since(began))
 		level := slog.LevelDebug
 		if rec.code() >= 500 {
 			level = slog.LevelWarn

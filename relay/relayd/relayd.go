@@ -144,6 +144,7 @@ func (o *options) run(cmd *cobra.Command) error {
 	defer stop()
 	d.stop = stop
 	d.agent.OnConfig(func(*control.Config) { d.follow() })
+	sh.Metrics.MustRegister(d.agent.Metrics())
 	sh.OnStatus = func(context.Context) (any, error) { return d.status(), nil }
 	sh.OnDoctor = func(context.Context) []daemon.Check { return d.checks() }
 	sh.OnDrain = func(context.Context) error { d.stop(); return nil }
