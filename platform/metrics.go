@@ -14,6 +14,7 @@ const censusTimeout = 5 * time.Second
 
 var (
 	nodesDesc    = prometheus.NewDesc("sallyway_platform_nodes", "Nodes by organization, kind and state.", []string{"org", "kind", "state"}, nil)
+	outdatedDesc = prometheus.NewDesc("sallyway_platform_nodes_outdated", "Nodes whose software is of an older release than the platform's, or of one that is not known, by organization and kind.", []string{"org", "kind"}, nil)
 	sessionsDesc = prometheus.NewDesc("sallyway_platform_sessions", "Live sessions as gateways report them.", []string{"org"}, nil)
 	expiryDesc   = prometheus.NewDesc("sallyway_platform_certificate_expiry_seconds", "Seconds until the soonest end of a certificate: of a CA that issues or will, of a node that is there and renews, of the platform's own server. Below 0 it has ended.", []string{"org", "what", "kind"}, nil)
 	readyDesc    = prometheus.NewDesc("sallyway_platform_ready", "1 when everything works.", nil, nil)
@@ -28,6 +29,7 @@ var _ prometheus.Collector = (*census)(nil)
 // Describe implements prometheus.Collector.
 func (*census) Describe(ch chan<- *prometheus.Desc) {
 	ch <- nodesDesc
+	ch <- outdatedDesc
 	ch <- sessionsDesc
 	ch <- readyDesc
 	ch <- conditionDesc
@@ -70,11 +72,15 @@ func (c *census) Collect(ch chan<- prometheus.Metric) {
 			ch <- prometheus.NewInvalidMetric(nodesDesc, err)
 			return
 		}
-		counts := make(map[[2]string]float64)
+		counts, old := make(map[[2]string]float64), make(map[string]float64)
 		for _, nodes := range [][]control.NodeRecord{st.Relays, st.Gateways, st.Clients} {
 			for _, n := range nodes {
 				counts[[2]string{string(n.Kind), string(n.State)}]++
+				old[string(n.Kind)] += map[bool]float64{true: 1}[n.Outdated]
 			}
+		}
+		for kind, v := range old {
+			ch <- prometheus.MustNewConstMetric(outdatedDesc, prometheus.GaugeValue, v, org, kind)
 		}
 		for k, v := range counts {
 			ch <- prometheus.MustNewConstMetric(nodesDesc, prometheus.GaugeValue, v, org, k[0], k[1])

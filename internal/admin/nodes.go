@@ -199,7 +199,7 @@ func nodeRow(k nodeKind) func(control.NodeRecord) []any {
 		default:
 			row = append(row, join(n.Virtual))
 		}
-		return append(row, n.Version, ago(n.LastSeen), strings.Join(n.Problems, "; "))
+		return append(row, shownVersion(n), ago(n.LastSeen), strings.Join(n.Problems, "; "))
 	}
 }
 
@@ -251,7 +251,7 @@ func showNode(w io.Writer, n control.NodeRecord) {
 	}
 	fields(w, "name", n.Name, "id", n.ID, "kind", n.Kind, "person", n.Person, "state", n.State, "authentication", n.Authentication, "aws accounts", accounts, "aws principals", principals, "host", hostPort(n.Host, n.Port)+announced(n), "last rung", lastRung(n), "peers", join(n.Peers),
 		"region", n.Region, "failure domain", n.FailureDomain, "rtt", roundTrip(n.RTT), "from outside", outside(n.Outside),
-		"relays", join(n.Relays), "why", strings.Join(n.RelayReasons, "\n"), "pinned relays", join(n.PinRelays), "excluded relays", join(n.ExcludeRelays), "preferred relays", join(n.PreferRelays), "virtual", join(n.Virtual), "version", n.Version, "load", strings.Join(load, ", "),
+		"relays", join(n.Relays), "why", strings.Join(n.RelayReasons, "\n"), "pinned relays", join(n.PinRelays), "excluded relays", join(n.ExcludeRelays), "preferred relays", join(n.PreferRelays), "virtual", join(n.Virtual), "version", shownVersion(n), "load", strings.Join(load, ", "),
 		"problems", strings.Join(n.Problems, "; "), "key", key, "certificate until", moment(n.NotAfter),
 		"created", moment(&n.Created), "enrolled", moment(n.Enrolled), "last seen", moment(n.LastSeen))
 }
@@ -441,4 +441,15 @@ func (a *app) relayCredential() *cobra.Command {
 	cmd.Flags().StringVar(&client, "client", "", "the client for which it acts")
 	cmd.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long it works, at most 24h")
 	return a.completing(relays.plural, cmd)
+}
+
+// shownVersion is a node's version, marked when it is older than the platform's.
+func shownVersion(n control.NodeRecord) string {
+	switch {
+	case !n.Outdated:
+		return n.Version
+	case n.Version == "":
+		return "(outdated)"
+	}
+	return n.Version + " (outdated)"
 }

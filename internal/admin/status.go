@@ -34,10 +34,25 @@ func (a *app) status() *cobra.Command {
 						fmt.Fprintf(w, "\n%s\n", part.kind.plural)
 						table(w, nodeHead(part.kind), part.nodes, nodeRow(part.kind))
 					}
+					if n := outdated(&st); n > 0 {
+						fmt.Fprintf(w, "\n%s of an older release than the platform: upgrade relays, then gateways, then clients, one after the other\n", count(n, "node"))
+					}
 				})
 			})
 		},
 	}
+}
+
+// outdated is how many nodes are of an older release than the platform.
+func outdated(st *control.OrgStatus) (n int) {
+	for _, nodes := range [][]control.NodeRecord{st.Relays, st.Gateways, st.Clients} {
+		for _, r := range nodes {
+			if r.Outdated {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 func policyCount(n int) string {

@@ -90,6 +90,8 @@ type NodeRecord struct {
 	Enrolled *time.Time        `json:"enrolled,omitempty"`
 	LastSeen *time.Time        `json:"last_seen,omitempty"`
 	Version  string            `json:"version,omitempty"`
+	// Outdated says that the node's software is of an older release than the platform's, or of one that is not known.
+	Outdated bool `json:"outdated,omitempty"`
 	Key      *identity.KeyHash `json:"key,omitempty"`
 	NotAfter *time.Time        `json:"not_after,omitempty"` // of its newest leaf
 	Virtual  []netip.Addr      `json:"virtual,omitempty"`

@@ -30,3 +30,28 @@ func TestFrom(t *testing.T) {
 		})
 	}
 }
+
+func TestOutdated(t *testing.T) {
+	for _, tc := range []struct {
+		v, own string
+		want   bool
+	}{
+		{"v1.2.3", "v1.2.3", false},
+		{"v1.2.0", "v1.2.9", false}, // patches go together
+		{"v1.2.3-4-g0123abcd", "v1.2.9", false},
+		{"v1.1.9", "v1.2.0", true},
+		{"v1.10.0", "v1.9.0", false},
+		{"v0.9.0", "v1.0.0", true},
+		{"v2.0.0", "v1.9.0", false},
+		{"", "v1.2.3", true},
+		{"devel", "v1.2.3", true},
+		{"v1", "v1.2.3", true},
+		{"vx.y.z", "v1.2.3", true},
+		{"v1.1.0", "devel", false},
+		{"", "devel", false},
+	} {
+		if got := outdated(tc.v, tc.own); got != tc.want {
+			t.Errorf("%q at %q: outdated %v", tc.v, tc.own, got)
+		}
+	}
+}

@@ -15,6 +15,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
+	"sallyway/internal/version"
 	"sallyway/platform/audit"
 	"sallyway/platform/presence"
 	"sallyway/platform/store"
@@ -103,6 +104,7 @@ func (r *Registry) recordBy(ctx context.Context, tx store.Tx, o *store.Org, n *s
 	if beat, ok := r.Board.Get(n.ID); ok {
 		rec.Version, rec.Problems, rec.Load = clip(beat.Version, 64), beat.Problems, beat.Load
 	}
+	rec.Outdated = rec.Enrolled != nil && version.Outdated(rec.Version)
 	keys, err := tx.Keys(ctx, n.ID)
 	if err != nil {
 		return nil, err
