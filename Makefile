@@ -27,8 +27,8 @@ DAEMONS := gatewayd relayd platformd sallyway sallyway-license
 # Commands that are built besides: the lab behind `make demo` and what is below bench/.
 MAINS = $(addprefix ./,$(sort $(dir $(wildcard cmd/*/*.go bench/cmd/*/*.go internal/lab/cmd/*/*.go))))
 
-# Tests that may be skipped in CI, as a regular expression of package.Test: none.
-ALLOW_SKIP :=
+# Tests that may be skipped in CI, as a regular expression of package.Test: those with the previous release, whose commit a shallow clone does not have.
+ALLOW_SKIP := ^sallyway/e2e\.(TestUpgrade|TestNewNodesOldPlatform)$$
 # Makes one line per package of what the tests say, and an error of a skip in CI.
 REPORT = "$$go" run ./build/testreport -allow-skip '$(ALLOW_SKIP)'
 # Unit packages, without the end-to-end suite and what packs the programs.
@@ -79,6 +79,8 @@ e2e: build ## run the end-to-end suite alone (root by sudo)
 		CGO_ENABLED=1 $(AS_CALLER) "$$go" build -race -trimpath -buildvcs=false -o bin/race/ ./cmd/...
 		export SALLYWAY_RACE_BIN=$(CURDIR)/bin/race
 	fi
+	# Not there in a shallow clone: then the tests of upgrades say so.
+	if $(AS_CALLER) build/previous-release.sh bin/previous; then export SALLYWAY_PREVIOUS_BIN=$(CURDIR)/bin/previous; fi
 	"$$go" test -json -count=1 -vet=off -timeout 30m $(TEST_EXEC) $$("$$go" list ./e2e/... | grep -v '/e2e/appliance$$') | $(REPORT)
 
 prerequisites: ## install the Debian packages that the tests use (root by sudo)

@@ -24,6 +24,11 @@ func run(m *testing.M) int {
 	if os.Geteuid() != 0 {
 		return m.Run() // every test skips
 	}
+	defer func() {
+		if previousBuilt != "" {
+			os.RemoveAll(previousBuilt)
+		}
+	}()
 	if os.Getenv("SALLYWAY_BIN") == "" {
 		dir, err := os.MkdirTemp("", "sallyway-e2e-")
 		if err != nil {
