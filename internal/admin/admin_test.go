@@ -193,6 +193,25 @@ func TestVerbs(t *testing.T) {
 		{args: "gateway show office", script: []exchange{{"GET", base + "/gateways/office", "", 0, nodeJSON}}, out: []string{"100.112.0.1", "clock differs"}},
 		{args: "gateway show a/b", script: []exchange{{"GET", base + "/gateways/a%2Fb", "", 404, `{"detail":"no gateway a/b","code":"not_found"}`}}, code: 1, errs: []string{"show gateway a/b: no gateway a/b", "sallyway --org acme gateway list"}},
 		{args: "gateway update office --name hq", script: []exchange{{"PATCH", base + "/gateways/office", `{"name":"hq"}`, 0, nodeJSON}}, out: []string{"updated"}},
+		{
+			args: "gateway update office --pin-relay fra-1,ams-2 --exclude-relay= --region eu", out: []string{"updated"},
+			script: []exchange{{"PATCH", base + "/gateways/office", `{"region":"eu","pin_relays":["fra-1","ams-2"],"exclude_relays":[]}`, 0, nodeJSON}},
+		},
+		{
+			args: "gateway create office --region eu --prefer-relay fra-1", out: []string{"swe1.secret"},
+			script: []exchange{{"POST", base + "/gateways", `{"name":"office","region":"eu","prefer_relays":["fra-1"]}`, 201, createdJSON}},
+		},
+		{
+			args: "gateway explain office", out: []string{"fra-1", "active", "12 ms", "2 (1 active)", "kept: healthy", "ams-2 (shared)", "excluded for this gateway"},
+			script: []exchange{{"GET", base + "/gateways/office/relays", "", 0, `{"gateway":"office","items":[
+				{"relay":"fra-1","place":"active","state":"healthy","rtt":12000000,"gateways":2,"active":1,"load":0.5,"why":"kept: healthy"},
+				{"relay":"ams-2","shared":true,"state":"healthy","gateways":1,"active":1,"load":0,"why":"excluded for this gateway"}]}`}},
+		},
+		{
+			args: "gateway explain office", out: []string{"no relay that gateway office could have", "sallyway relay create"},
+			script: []exchange{{"GET", base + "/gateways/office/relays", "", 0, `{"gateway":"office","items":[]}`}},
+		},
+		{args: "gateway create office --failure-domain x", code: 2, errs: []string{"unknown flag: --failure-domain"}},
 		{args: "gateway update office", code: 2, errs: []string{"nothing to change"}},
 		{args: "gateway delete office", script: []exchange{{"DELETE", base + "/gateways/office", "", 204, ""}}, out: []string{"gateway office deleted"}},
 		{args: "gateway disable office", script: []exchange{{"POST", base + "/gateways/office/disable", "", 0, nodeJSON}}, out: []string{"disabled"}},
@@ -212,6 +231,16 @@ func TestVerbs(t *testing.T) {
 		{args: "relay list", script: []exchange{{"GET", base + "/relays?limit=200", "", 0, list1(relayJSON)}}, out: []string{"relay.example:5349"}},
 		{args: "relay show fra-1", script: []exchange{{"GET", base + "/relays/fra-1", "", 0, relayJSON}}, out: []string{"allocations 3, bytes_per_second 1000"}},
 		{args: "relay update fra-1 --host new.example --port 5350 --peer=", script: []exchange{{"PATCH", base + "/relays/fra-1", `{"host":"new.example","port":5350,"peers":[]}`, 0, relayJSON}}, out: []string{"updated"}},
+		{
+			args: "relay create ams-1 --host h --region eu-west --failure-domain rack-7", out: []string{"swe1.secret"},
+			script: []exchange{{"POST", base + "/relays", `{"name":"ams-1","host":"h","region":"eu-west","failure_domain":"rack-7"}`, 201, createdJSON}},
+		},
+		{args: "relay update fra-1 --failure-domain=", script: []exchange{{"PATCH", base + "/relays/fra-1", `{"failure_domain":""}`, 0, relayJSON}}, out: []string{"updated"}},
+		{
+			args: "relay show fra-1", out: []string{"not reached from outside by STUN 5349/udp", "at 203.0.113.7", "STUN 5349/udp no answer in 3s", "open 5349/udp"},
+			script: []exchange{{"GET", base + "/relays/fra-1", "", 0, `{"name":"fra-1","kind":"relay","state":"degraded","problems":["open 5349/udp in the firewall of fra-1"],"outside":{"state":"partly","address":"203.0.113.7",
+				"why":"not reached from outside by STUN 5349/udp (no answer in 3s)","checks":[{"name":"STUN 5349/udp","ok":false,"detail":"no answer in 3s"}]}}`}},
+		},
 		{args: "relay drain fra-1", script: []exchange{{"POST", base + "/relays/fra-1/drain", "", 0, relayJSON}}, out: []string{"draining"}},
 		{args: "relay create eu-1 --shared --host eu.example", script: []exchange{{"POST", "/api/v1/shared/relays", `{"name":"eu-1","host":"eu.example"}`, 201, createdJSON}}, out: []string{"swe1.secret"}},
 		{args: "--org platform.shared relay token eu-1", script: []exchange{{"POST", "/api/v1/shared/relays/eu-1/token", "", 201, createdJSON}}, out: []string{"swe1.secret"}},

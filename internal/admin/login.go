@@ -348,7 +348,7 @@ func (a *app) organization() *cobra.Command {
 					return err
 				}
 				return a.show(cmd, o, func(w io.Writer) {
-					fields(w, "name", o.Name, "virtual addresses", join(o.Range), "direct paths", directWord(o.Direct), "platform may dial gateways", onWord(o.PlatformDial), "created", moment(&o.Created))
+					fields(w, "name", o.Name, "virtual addresses", join(o.Range), "region", o.Region, "shared relays of", regionsWord(o.RelayRegions), "direct paths", directWord(o.Direct), "platform may dial gateways", onWord(o.PlatformDial), "created", moment(&o.Created))
 				})
 			})
 		},

@@ -142,7 +142,7 @@ func outside(o *control.Outside) string {
 		parts = append(parts, "at "+o.Address.String())
 	}
 	for _, c := range o.Checks {
-		parts = append(parts, c.Check+" "+c.Detail)
+		parts = append(parts, c.Name+" "+c.Detail)
 	}
 	return strings.Join(parts, ", ")
 }

@@ -50,7 +50,7 @@ type Outside struct {
 
 // OutsideCheck is one port of a relay.
 type OutsideCheck struct {
-	Check  string `json:"check"` // such as STUN 5349/udp
+	Name   string `json:"name"` // such as STUN 5349/udp
 	OK     bool   `json:"ok"`
 	Detail string `json:"detail"`
 }

@@ -275,7 +275,7 @@ func (l *look) outcome(t *registry.RelayTarget, now time.Time) control.Outside {
 		if c.forgiven {
 			detail += " (no relay does: taken for the platform's own network)"
 		}
-		o.Checks = append(o.Checks, control.OutsideCheck{Check: c.name + " " + c.port, OK: c.err == nil, Detail: detail})
+		o.Checks = append(o.Checks, control.OutsideCheck{Name: c.name + " " + c.port, OK: c.err == nil, Detail: detail})
 		switch {
 		case c.err == nil:
 			good++
