@@ -292,7 +292,6 @@ func TestEveryChangeTakesPreconditions(t *testing.T) {
 	}{
 		{"/shared/relays", control.CreateNode{Name: "eu-1", Host: "192.0.2.9"}},
 		{"/people", control.CreatePerson{Login: "root@example.com", Role: "auditor"}},
-		{"/service-accounts", control.CreateServiceAccount{Name: "robot", Scopes: []string{"relays:read"}}},
 	} {
 		if status, problem := w.do(w.admin.Token, "POST", "/api/v1"+p.path, p.in, nil); status != 201 {
 			t.Fatalf("%s: %d %+v", p.path, status, problem)

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/danielgtaylor/huma/v2"
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -44,12 +45,7 @@ func TestEveryRouteIsDescribed(t *testing.T) {
 				continue
 			}
 			has := func(header string) bool {
-				for _, p := range op.Parameters {
-					if p.In == "header" && p.Name == header {
-						return true
-					}
-				}
-				return false
+				return slices.ContainsFunc(op.Parameters, func(p *huma.Param) bool { return p.Ref == "#/components/parameters/"+header })
 			}
 			if got, want := has(keyHeader), keyed(op); got != want {
 				t.Errorf("%s %s: %s is described: %v", method, path, keyHeader, got)
@@ -57,8 +53,20 @@ func TestEveryRouteIsDescribed(t *testing.T) {
 			if got, want := has("If-Match"), guarded(op) && s.shows[op.Path] != nil; got != want {
 				t.Errorf("%s %s: If-Match is described: %v", method, path, got)
 			}
-			if !strings.Contains(op.Responses["401"].Description, "`token_unknown`") || op.Responses["429"].Headers["Retry-After"] == nil {
-				t.Errorf("%s %s: problems are not described: %q", method, path, op.Responses["401"].Description)
+			problem := func(status string) *huma.Response {
+				if r := op.Responses[status]; r != nil {
+					return s.api.OpenAPI().Components.Responses[strings.TrimPrefix(r.Ref, "#/components/responses/")]
+				}
+				return nil
+			}
+			if r := problem("401"); r == nil || !strings.Contains(r.Description, "`token_unknown`") {
+				t.Errorf("%s %s: problems are not described: %+v", method, path, r)
+			}
+			if r := problem("429"); r == nil || r.Headers["Retry-After"] == nil {
+				t.Errorf("%s %s: what to do about too many requests is not described", method, path)
+			}
+			if r := problem("409"); keyed(op) && (r == nil || !strings.Contains(r.Description, CodeInProgress)) {
+				t.Errorf("%s %s: the problems of keys are not described: %+v", method, path, r)
 			}
 		}
 	}

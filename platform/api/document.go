@@ -3,6 +3,7 @@
 package api
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -117,69 +118,89 @@ func (s *server) describeAll() {
 			doc.Tags = append(doc.Tags, &huma.Tag{Name: t.name, Description: t.about})
 		}
 	}
-	problemSchema := doc.Components.Schemas.Schema(reflect.TypeFor[problem](), true, "Problem")
+	s.describeShared()
 	for _, item := range doc.Paths {
 		for _, op := range []*huma.Operation{item.Get, item.Put, item.Post, item.Patch, item.Delete} {
 			if op != nil {
-				s.describeOne(op, problemSchema)
+				s.describeOne(op)
 			}
 		}
 	}
 }
 
-func (s *server) describeOne(op *huma.Operation, problemSchema *huma.Schema) {
+// headers of requests and answers that many operations have.
+var (
+	requestHeaders = map[string]string{
+		"If-None-Match": "ETags of what the caller has: 304 while the object is as one of them says",
+		"If-Match":      "ETag of what the caller has read: 412 when what is set in the object was changed since",
+		keyHeader:       "a fresh random word, such as a UUID: a request that is repeated with it within 24 h is carried out once, and gets the first answer again",
+	}
+	answerHeaders = map[string]string{
+		"RateLimit":        "requests that are left, and seconds until all are there again",
+		"RateLimit-Policy": "requests that a caller has, and in how many seconds",
+		"Retry-After":      "seconds to wait",
+		"ETag":             "of the object: for If-None-Match and If-Match",
+		replayed:           "true when this is the answer to an earlier request with the same " + keyHeader,
+	}
+)
+
+func text() *huma.Schema { return &huma.Schema{Type: huma.TypeString} }
+
+// describeShared puts what operations refer to into the document.
+func (s *server) describeShared() {
+	c := s.api.OpenAPI().Components
+	c.Parameters, c.Headers, c.Responses = make(map[string]*huma.Param), make(map[string]*huma.Header), make(map[string]*huma.Response)
+	for name, about := range requestHeaders {
+		c.Parameters[name] = &huma.Param{Name: name, In: "header", Description: about, Schema: text()}
+	}
+	for name, about := range answerHeaders {
+		c.Headers[name] = &huma.Header{Description: about, Schema: text()}
+	}
+}
+
+func (s *server) describeOne(op *huma.Operation) {
 	if len(op.Tags) == 0 {
 		op.Tags = []string{tagOf(object(op))}
 	}
 	admin := by(op) == byAPI
-	header := func(name, description string) {
-		op.Parameters = append(op.Parameters, &huma.Param{Name: name, In: "header", Description: description, Schema: &huma.Schema{Type: huma.TypeString}})
+	takes := func(header string) {
+		op.Parameters = append(op.Parameters, &huma.Param{Ref: "#/components/parameters/" + header})
 	}
 	shown := op.Method == http.MethodGet && s.shows[op.Path] != nil
 	switch {
 	case !admin:
 	case shown:
-		header("If-None-Match", "ETags of what the caller has: 304 while the object is as one of them says")
+		takes("If-None-Match")
 		op.Responses["304"] = &huma.Response{Description: "The object is as If-None-Match says"}
 	case guarded(op) && s.shows[op.Path] != nil:
-		header("If-Match", "ETag of what the caller has read: 412 when what is set in the object was changed since")
+		takes("If-Match")
 	}
 	if admin && keyed(op) {
-		header(keyHeader, "a fresh random word, such as a UUID: a request that is repeated with it within 24 h is carried out once, and gets the first answer again")
-	}
-	if r := op.Responses["200"]; admin && r != nil && r.Content == nil {
-		r.Content = map[string]*huma.MediaType{"application/x-ndjson": {Schema: &huma.Schema{Type: huma.TypeString, Description: "one JSON document a line"}}}
+		takes(keyHeader)
 	}
 	for status, r := range op.Responses {
 		code, _ := strconv.Atoi(status) // 0 for default
-		if r.Headers == nil {
-			r.Headers = make(map[string]*huma.Param)
-		}
-		add := func(name, description string) {
-			r.Headers[name] = &huma.Param{Description: description, Schema: &huma.Schema{Type: huma.TypeString}}
-		}
-		if op.Security != nil || op.Metadata[public] != nil {
-			add("RateLimit", "requests that are left, and seconds until all are there again")
-			add("RateLimit-Policy", "requests that a caller has, and in how many seconds")
-		}
-		switch {
-		case code == http.StatusTooManyRequests || code == http.StatusConflict && keyed(op) && admin:
-			add("Retry-After", "seconds to wait")
-		case code == 0 || code >= 300 && code != http.StatusNotModified:
-		case admin && code != http.StatusNoContent && (shown || op.Method != http.MethodGet) && answersOne(r):
-			add("ETag", "of the object: for If-None-Match and If-Match")
-		}
-		if admin && keyed(op) && code < 300 {
-			add(replayed, "true when this is the answer to an earlier request with the same "+keyHeader)
-		}
 		if code == 0 || code >= 400 {
-			r.Description = problemsOf(op, code)
-			for _, m := range r.Content {
-				if m.Schema == nil {
-					m.Schema = problemSchema
-				}
-			}
+			op.Responses[status] = s.problemResponse(op, code)
+			continue
 		}
+		if admin && code == http.StatusOK && r.Content == nil {
+			r.Content = map[string]*huma.MediaType{"application/x-ndjson": {Schema: &huma.Schema{Type: huma.TypeString, Description: "one JSON document a line"}}}
+		}
+		if m := r.Content["application/json"]; m != nil && m.Schema != nil {
+			m.Example = examples[s.typeName(m.Schema)]
+		}
+		var has []string
+		if counted(op) {
+			has = append(has, "RateLimit", "RateLimit-Policy")
+		}
+		if admin && keyed(op) {
+			has = append(has, replayed)
+		}
+		if admin && (shown || op.Method != http.MethodGet) && answersOne(r) {
+			has = append(has, "ETag")
+		}
+		r.Headers = headers(has)
 	}
 	if op.RequestBody != nil {
 		for _, m := range op.RequestBody.Content {
@@ -188,11 +209,40 @@ func (s *server) describeOne(op *huma.Operation, problemSchema *huma.Schema) {
 			}
 		}
 	}
-	for status, r := range op.Responses {
-		if m := r.Content["application/json"]; m != nil && m.Schema != nil && status[0] == '2' {
-			m.Example = examples[s.typeName(m.Schema)]
-		}
+}
+
+func headers(names []string) map[string]*huma.Header {
+	out := make(map[string]*huma.Header, len(names))
+	for _, n := range names {
+		out[n] = &huma.Header{Ref: "#/components/headers/" + n}
 	}
+	return out
+}
+
+// counted says whether requests are taken from a caller's budget.
+func counted(op *huma.Operation) bool { return op.Security != nil || op.Metadata[public] != nil }
+
+// problemResponse refers to the description of a problem; operations that can answer with the same codes share one.
+func (s *server) problemResponse(op *huma.Operation, status int) *huma.Response {
+	name := strings.ReplaceAll(cmp.Or(http.StatusText(status), "Error"), " ", "") + map[string]string{byAPI: "", byNode: "Node", byLogin: "Login"}[by(op)]
+	var has []string
+	if by(op) == byAPI && status == http.StatusConflict && keyed(op) || by(op) == byAPI && status == http.StatusUnprocessableEntity && keyed(op) {
+		name += "Keyed"
+	}
+	if counted(op) {
+		has = append(has, "RateLimit", "RateLimit-Policy")
+	} else {
+		name += "Uncounted"
+	}
+	if status == http.StatusTooManyRequests || status == http.StatusConflict && keyed(op) {
+		has = append(has, "Retry-After")
+	}
+	doc := s.api.OpenAPI()
+	doc.Components.Responses[name] = &huma.Response{
+		Description: problemsOf(op, status), Headers: headers(has),
+		Content: map[string]*huma.MediaType{"application/problem+json": {Schema: doc.Components.Schemas.Schema(reflect.TypeFor[problem](), true, "Problem")}},
+	}
+	return &huma.Response{Ref: "#/components/responses/" + name}
 }
 
 func (s *server) typeName(schema *huma.Schema) string {
