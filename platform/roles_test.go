@@ -100,7 +100,7 @@ func TestEveryRouteByRole(t *testing.T) {
 				own     = strings.HasPrefix(path, "/api/v1/me") || path == "/api/v1/orgs" && reading
 				self    = strings.HasPrefix(path, "/api/v1/orgs/{org}/my/")
 				people  = strings.Contains(path, "/people") || strings.Contains(path, "/providers")
-				root    = path == "/api/v1/orgs/{org}" && method == "DELETE"
+				root    = (path == "/api/v1/orgs/{org}" || path == "/api/v1/orgs/{org}/licence") && method == "DELETE"
 			)
 			if path == "/api/v1/me/logout" {
 				continue // it would end the token; see TestDeviceLogin
