@@ -154,6 +154,8 @@ var auditGroups = [][2]string{
 	{"session.", "Sessions"},
 	{"organization.", "Organization"},
 	{"person.", "People"},
+	{"guessing.", "Guessing"},
+	{"webhook.", "Webhooks"},
 	{"api-token.", "API tokens"},
 	{"service-account.", "Service accounts"},
 }

@@ -18,6 +18,8 @@ var icons = map[string]string{
 	"topology":  `<circle cx="5" cy="12" r="2.3"/><circle cx="19" cy="5" r="2.3"/><circle cx="19" cy="19" r="2.3"/><path d="M7 11 17 6M7 13l10 5"/>`,
 	"history":   `<path d="M4 4v16h16"/><path d="m7 15 4-5 3 3 5-7"/>`,
 	"cert":      `<circle cx="12" cy="9" r="5"/><path d="m9 13.5-1.5 7L12 18l4.5 2.5-1.5-7"/>`,
+	"flow":      `<path d="M3 7c6 0 6 10 12 10h6m0 0-3-3m3 3-3 3M3 17c2.500 0 4-1.700 5.300-3.700M12.500 9.500C13.500 8 14.700 7 17 7h4"/>`,
+	"hook":      `<path d="M12 4v9a4 4 0 1 1-4-4"/><circle cx="12" cy="4" r="1.500"/><path d="M15 15h6m0 0-3-3m3 3-3 3"/>`,
 	"audit":     `<path d="M6 3h9l4 4v14H6z"/><path d="M9 11h7M9 15h7M9 7h3"/>`,
 	"user":      `<circle cx="12" cy="8" r="4"/><path d="M4 21c0-4.4 3.6-7 8-7s8 2.6 8 7"/>`,
 	"robot":     `<rect x="5" y="9" width="14" height="10" rx="2"/><path d="M12 9V5M9 14h.01M15 14h.01M2 13v3M22 13v3"/><circle cx="12" cy="4" r="1"/>`,

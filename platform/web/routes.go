@@ -31,6 +31,7 @@ func (s *Server) routes() http.Handler {
 	s.accessRoutes(mux)
 	s.testRoutes(mux)
 	s.activityRoutes(mux)
+	s.trailRoutes(mux)
 	s.peopleRoutes(mux)
 	s.signOnRoutes(mux)
 	s.authenticationRoutes(mux)
