@@ -43,13 +43,9 @@ func (r *Registry) patience() time.Duration { return r.life() + r.documents() }
 // margin is what clocks may differ by.
 func (r *Registry) margin() time.Duration { return min(view.DeniedMargin, r.life()/10) }
 
-// retirement is how long after its last certificate was issued a CA of a kind is accepted.
-func (r *Registry) retirement(kind string) time.Duration {
-	if kind == string(identity.Policy) {
-		return r.documents() + r.margin() // who signs changes at once: only documents are out
-	}
-	return r.life() + r.margin()
-}
+// retirement is how long after its last certificate was issued a CA is accepted. That of kind policy certified keys that have changed at once, and
+// nodes keep a document together with the pins that it came with: for it this is more than enough.
+func (r *Registry) retirement() time.Duration { return r.life() + r.margin() }
 
 // rotating is what an organization has, for the steps of a rotation.
 type rotating struct {
@@ -420,7 +416,7 @@ func (c *change) abortRotation(ctx context.Context, o *rotating, req control.Rot
 // promote has a next CA issue, and the one that did so far retire.
 func (c *change) promote(ctx context.Context, o *rotating, a *store.Authority, early bool) error {
 	if old := o.in(a.Kind, store.Current); old != nil {
-		old.State, old.Since, old.Until = store.Retiring, c.now, c.now.Add(c.r.retirement(old.Kind))
+		old.State, old.Since, old.Until = store.Retiring, c.now, c.now.Add(c.r.retirement())
 		if err := c.UpdateAuthority(ctx, old); err != nil {
 			return err
 		}
@@ -658,7 +654,7 @@ func (c *change) plan(ctx context.Context, o *rotating, req control.RotateAuthor
 	done := retiring != nil && next == nil && requested == nil
 	step(done, switched, "every node has heard of it, and accepts the former and the new one")
 	step(done, switched, "it issues; nodes get certificates by it when they renew")
-	gone := switched.Add(r.retirement(kind))
+	gone := switched.Add(r.retirement())
 	if retiring != nil {
 		gone = retiring.Until
 	}
