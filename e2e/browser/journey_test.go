@@ -26,7 +26,7 @@ const (
 func TestJourney(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	platformd, err := l.StartPlatform(within(t, time.Minute))
+	platformd, err := l.StartPlatform(within(t, time.Minute), "--probe-relays", "private")
 	check(t, err)
 	t.Cleanup(func() { showLogs(t, l) })
 	line, err := platformd.Log.Wait(within(t, 30*time.Second), 0, `setup_code`)
@@ -104,6 +104,27 @@ func TestJourney(t *testing.T) {
 		t.Errorf("with a policy the answer is %q", got)
 	}
 	b.shoot("journey-4-explained-yes")
+
+	// The platform itself goes there, once a policy names it; the page shows each hop.
+	b.open("/orgs/default/resources/web")
+	b.click("Test")
+	b.sees(step, "Not allowed")
+	b.shoot("journey-4-tested-no")
+	b.turn("Let the platform reach it")
+	b.turn("Create Policy")
+	b.sees(step, "platform may reach web")
+	b.open("/orgs/default/resources/web")
+	b.click("Test")
+	b.sees(step, "Reached in")
+	for _, want := range []string{"over fra-1 udp", "Session with the gateway", "Connection to the resource"} {
+		b.sees(step, want)
+	}
+	b.shoot("journey-4-tested-yes")
+	if state := b.text("main .title-line h1"); state != "web" {
+		t.Errorf("the page is now that of %q", state)
+	}
+	b.open("/orgs/default/resources/web/test")
+	b.shoot("journey-4-test-page")
 
 	// A live session, and its end.
 	ctx := within(t, time.Minute)

@@ -27,7 +27,7 @@ and an organization may switch it off (sallyway organization update --platform-d
   sallyway resource test lan --host 10.0.3.7 --port 22 --gateway office`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "test resource "+args[0], func(ctx context.Context, c *Client) error {
-				t, err := post[control.ResourceTest](ctx, c, c.path(resources, args[0], "test"), req)
+				t, err := c.TestResource(ctx, c.org, args[0], req)
 				if err != nil {
 					return err
 				}
@@ -60,7 +60,11 @@ func showTest(w io.Writer, t control.ResourceTest) {
 			if h.Detail != "" {
 				result += ": " + h.Detail
 			}
-			return []any{h.Name, h.To, fmt.Sprintf("%.1f", h.Millis), result}
+			ms := fmt.Sprintf("%.1f", h.Millis)
+			if h.State == control.HopSkipped {
+				ms = "-"
+			}
+			return []any{h.Name, h.To, ms, result}
 		})
 		for _, s := range g.Tried {
 			fmt.Fprintln(w, "tried: "+printable(s))

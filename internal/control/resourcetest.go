@@ -24,7 +24,7 @@ type ResourceTest struct {
 	Remedy   string        `json:"remedy,omitempty"`
 	Gateways []GatewayTest `json:"gateways"`
 	Started  time.Time     `json:"started"`
-	Millis   float64       `json:"ms"` // in all
+	Millis   float64       `json:"ms"` // until the connection was there, by the last gateway; else in all
 }
 
 // GatewayTest is a test by way of one gateway.

@@ -1,6 +1,7 @@
 package dialler
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -42,8 +43,11 @@ type run struct {
 	route    *view.Route
 	progress func(*control.ResourceTest)
 
-	mu  sync.Mutex // guards what follows; progress is called with it held, one call after the other
-	doc *control.ResourceTest
+	begun time.Time
+
+	mu   sync.Mutex // guards what follows; progress is called with it held, one call after the other
+	doc  *control.ResourceTest
+	took time.Duration // until the last gateway's connection to the resource was there
 }
 
 // Test opens a session of its own to a resource by each gateway that serves it, and says what each step took. progress is called with what is
@@ -70,14 +74,14 @@ func (d *Dialler) Test(ctx context.Context, org, resource string, req control.Te
 	if t.progress == nil {
 		t.progress = func(*control.ResourceTest) {}
 	}
-	begun := time.Now()
+	t.begun = time.Now()
 	if err := t.prepare(r, req); err != nil {
 		return nil, err
 	}
 	if t.doc.Verdict == "" {
 		t.all(ctx)
 	}
-	t.doc.Millis = millis(time.Since(begun))
+	t.doc.Millis = millis(cmp.Or(t.took, time.Since(t.begun)))
 	result := "ok"
 	switch {
 	case t.doc.Refused:
@@ -262,6 +266,9 @@ func (t *run) resource(ctx context.Context, i int, g view.RouteGateway, s *sessi
 		return
 	}
 	defer st.Close()
+	t.mu.Lock()
+	t.took = max(t.took, time.Since(t.begun))
+	t.mu.Unlock()
 	said := "reached by gateway " + g.Name + " over " + s.way.String()
 	_ = tr.step(control.StepFirstByte, target, func() (string, error) {
 		if err := st.SetReadDeadline(time.Now().Add(firstByte + 2*rtt)); err != nil {
