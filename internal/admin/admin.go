@@ -166,7 +166,7 @@ func remedyFor(c *Client, doing string, p *link.Problem) string {
 	}
 	switch {
 	case p.Code == control.CodeTokenExpired, p.Status == http.StatusUnauthorized:
-		return "the stored login is not valid (any more); log in anew: sallyway login --url " + c.link.URL() + "\nor with a token: platformd admin token prints a fresh one, on the platform's host"
+		return "the stored login is not valid (any more); log in anew: sallyway login --url " + c.URL() + "\nor with a token: platformd admin token prints a fresh one, on the platform's host"
 	case p.Status == http.StatusForbidden:
 		return "log in with a token whose scope covers this, or ask who has one"
 	case p.Status == http.StatusNotFound:

@@ -20,6 +20,7 @@ import (
 	"sallyway/internal/control/agent/link"
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
+	"sallyway/internal/platformapi"
 )
 
 // auditPoll is how often `audit tail -f` looks for news.
@@ -42,7 +43,7 @@ type auditReader struct {
 func (r *auditReader) next(ctx context.Context) ([]control.AuditEntry, error) {
 	var news []control.AuditEntry
 	for {
-		p, err := page[control.AuditEntry](ctx, r.c, r.c.chain("audit"), r.cursor)
+		p, err := r.c.ListAudit(ctx, r.c.org, platformapi.Page{Limit: pageSize, Cursor: r.cursor})
 		if err != nil {
 			return nil, err
 		}
@@ -171,7 +172,7 @@ checks them without the platform.`,
   sallyway audit export | jq -c 'select(.type == "entry")'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "export the audit log", func(ctx context.Context, c *Client) error {
-				body, err := c.stream(ctx, c.chain("audit:export"))
+				body, err := c.ExportAudit(ctx, c.org)
 				if err != nil {
 					return err
 				}
@@ -228,7 +229,7 @@ The exit code is 1 when something is wrong; the first line where it shows is nam
 				return daemon.Usagef("--root-pin and --earlier are for a file: sallyway audit export -o FILE, then sallyway audit verify FILE")
 			}
 			return a.do(cmd, "verify the audit log", func(ctx context.Context, c *Client) error {
-				v, err := get[control.AuditVerification](ctx, c, c.chain("audit:verify"))
+				v, err := c.VerifyAudit(ctx, c.org)
 				if err != nil {
 					return err
 				}

@@ -35,12 +35,12 @@ func (a *app) caList() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the CAs, newest of a kind first", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list CAs", func(ctx context.Context, c *Client) error {
-				items, err := all[control.AuthorityRecord](ctx, c, c.path("authorities"))
+				cas, err := items(authorities(c).list(ctx))
 				if err != nil {
 					return err
 				}
 				shown := []control.AuthorityRecord{}
-				for _, r := range items {
+				for _, r := range cas {
 					if old || r.State != control.AuthorityGone {
 						shown = append(shown, r)
 					}
@@ -95,7 +95,7 @@ nodes renew, finish.
 					}
 					req.Root = next.certificate()
 				}
-				plan, err := post[control.RotationPlan](ctx, c, c.path("authorities")+":rotate", req)
+				plan, err := authorities(c).rotate(ctx, req)
 				if err != nil {
 					if next != nil {
 						_ = os.Remove(newKeyFile) // nobody has heard of it
@@ -106,7 +106,7 @@ nodes renew, finish.
 					if _, err := next.sign(ctx, c, life); err != nil {
 						return fmt.Errorf("the next root is in place, and what it is to sign is not: run `sallyway --org %s ca sign --root-key %s`: %w", c.org, newKeyFile, err)
 					}
-					if plan, err = post[control.RotationPlan](ctx, c, c.path("authorities")+":rotate", control.RotateAuthority{Kind: req.Kind, Plan: true}); err != nil {
+					if plan, err = authorities(c).rotate(ctx, control.RotateAuthority{Kind: req.Kind, Plan: true}); err != nil {
 						return err
 					}
 				}
@@ -197,7 +197,7 @@ func (a *app) offlineOrganization(ctx context.Context, cmd *cobra.Command, c *Cl
 		return err
 	}
 	req.Root = key.certificate()
-	o, err := post[control.Organization](ctx, c, orgsPath, req)
+	o, err := c.CreateOrganization(ctx, req)
 	if err != nil {
 		_ = os.Remove(file) // it has signed nothing
 		return err

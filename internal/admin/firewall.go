@@ -16,7 +16,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"sallyway/internal/control"
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
@@ -127,7 +126,7 @@ func validChain(s string) bool {
 // firewallSite asks for the relays, those of the platform too where this administrator sees them, and resolves their names.
 func (a *app) firewallSite(ctx context.Context, c *Client, role string, stateless bool) (*firewallSite, error) {
 	s := &firewallSite{role: role, stateless: stateless}
-	u, err := url.Parse(c.link.URL())
+	u, err := url.Parse(c.URL())
 	if err != nil {
 		return nil, err
 	}
@@ -138,12 +137,12 @@ func (a *app) firewallSite(ctx context.Context, c *Client, role string, stateles
 	if s.platform.addrs, err = resolveAll(ctx, s.platform.host); err != nil {
 		return nil, daemon.Failf("the platform's address: %w", err)
 	}
-	nodes, err := all[control.NodeRecord](ctx, c, c.path(relays.plural))
+	nodes, err := relays.of(c).list(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if !a.shared {
-		shared, err := all[control.NodeRecord](ctx, c, c.in(identity.SharedOrg).path(relays.plural))
+		shared, err := relays.of(c.in(identity.SharedOrg)).list(ctx)
 		if err == nil { // else not for this administrator's eyes
 			nodes = append(nodes, shared...)
 		}

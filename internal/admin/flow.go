@@ -4,14 +4,13 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net/url"
-	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"sallyway/internal/control"
 	"sallyway/internal/daemon"
+	"sallyway/internal/platformapi"
 )
 
 // flowQuery are the flags that choose flows.
@@ -32,28 +31,27 @@ func (q *flowQuery) register(cmd *cobra.Command) {
 	f.StringVar(&q.to, "to", "", "that began before this date or time")
 }
 
-func (q *flowQuery) values() (url.Values, error) {
-	v := url.Values{}
-	for name, s := range map[string]string{"client": q.client, "person": q.person, "resource": q.resource, "gateway": q.gateway} {
-		if s != "" {
-			v.Set(name, s)
-		}
-	}
+// query is what the flags choose.
+func (q *flowQuery) query() (platformapi.ExportFlowsQuery, error) {
+	v := platformapi.ExportFlowsQuery{Client: q.client, Person: q.person, Resource: q.resource, Gateway: q.gateway}
 	if q.since > 0 {
 		if q.from != "" {
-			return nil, daemon.Usagef("--since and --from say the same: use one")
+			return v, daemon.Usagef("--since and --from say the same: use one")
 		}
-		v.Set("from", time.Now().Add(-q.since).UTC().Format(time.RFC3339))
+		v.From = time.Now().Add(-q.since).UTC()
 	}
-	for name, s := range map[string]string{"from": q.from, "to": q.to} {
-		if s == "" {
+	for _, at := range []struct {
+		text string
+		to   *time.Time
+	}{{q.from, &v.From}, {q.to, &v.To}} {
+		if at.text == "" {
 			continue
 		}
-		t, err := parseMoment(s)
+		t, err := parseMoment(at.text)
 		if err != nil {
-			return nil, err
+			return v, err
 		}
-		v.Set(name, t.UTC().Format(time.RFC3339))
+		*at.to = t.UTC()
 	}
 	return v, nil
 }
@@ -71,25 +69,25 @@ func (a *app) flowList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "list [--client C] [--resource R] [--since 1h]", Short: "List flows, the newest first", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			v, err := q.values()
+			v, err := q.query()
 			if err != nil {
 				return err
 			}
 			return a.do(cmd, "list flows", func(ctx context.Context, c *Client) error {
-				items := []control.FlowRecord{}
-				for len(items) < lines {
-					v.Set("limit", strconv.Itoa(min(lines-len(items), pageSize)))
-					l, err := get[control.List[control.FlowRecord]](ctx, c, c.path("flows")+"?"+v.Encode())
+				flows := []control.FlowRecord{}
+				page := platformapi.ListFlowsQuery{Client: v.Client, Person: v.Person, Resource: v.Resource, Gateway: v.Gateway, From: v.From, To: v.To}
+				for len(flows) < lines {
+					page.Limit = min(lines-len(flows), pageSize)
+					l, err := c.ListFlows(ctx, c.org, page)
 					if err != nil {
 						return err
 					}
-					items = append(items, l.Items...)
-					if l.NextCursor == "" {
+					flows = append(flows, l.Items...)
+					if page.Cursor = l.NextCursor; page.Cursor == "" {
 						break
 					}
-					v.Set("cursor", l.NextCursor)
 				}
-				return list(a, cmd, items, "no flows; the organization may keep none: sallyway flow log", "STARTED WHO RESOURCE GATEWAY PATH SENT RECEIVED TOOK ENDED", func(f control.FlowRecord) []any {
+				return list(a, cmd, flows, "no flows; the organization may keep none: sallyway flow log", "STARTED WHO RESOURCE GATEWAY PATH SENT RECEIVED TOOK ENDED", func(f control.FlowRecord) []any {
 					who, path := f.Client, f.Path
 					if f.Person != "" {
 						who += " (" + f.Person + ")"
@@ -117,12 +115,12 @@ func (a *app) flowExport() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "export [-o FILE]", Short: "Write flows, one JSON document a line, the newest first", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			v, err := q.values()
+			v, err := q.query()
 			if err != nil {
 				return err
 			}
 			return a.do(cmd, "export flows", func(ctx context.Context, c *Client) error {
-				body, err := c.stream(ctx, c.path("flows:export")+"?"+v.Encode())
+				body, err := c.ExportFlows(ctx, c.org, v)
 				if err != nil {
 					return err
 				}
@@ -145,9 +143,9 @@ func (a *app) flowLog() *cobra.Command {
 				var v control.FlowLog
 				var err error
 				if len(args) == 1 {
-					v, err = patch[control.FlowLog](ctx, c, c.path("flow-log"), control.FlowLog{On: args[0] == "on"})
+					v, err = c.UpdateFlowLog(ctx, c.org, control.FlowLog{On: args[0] == "on"})
 				} else {
-					v, err = get[control.FlowLog](ctx, c, c.path("flow-log"))
+					v, err = c.ShowFlowLog(ctx, c.org)
 				}
 				if err != nil {
 					return err

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"strings"
 	"time"
@@ -25,7 +24,7 @@ func (a *app) licence() *cobra.Command {
 		Use: "show", Short: "Show what the organization's licence allows, and how much of it there is", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "show licence", func(ctx context.Context, c *Client) error {
-				l, err := get[control.Licence](ctx, c, c.path("licence"))
+				l, err := c.ShowLicence(ctx, c.org)
 				if err != nil {
 					return err
 				}
@@ -41,8 +40,8 @@ func (a *app) licence() *cobra.Command {
 				return daemon.Usagef("%w", err)
 			}
 			return a.do(cmd, "install licence", func(ctx context.Context, c *Client) error {
-				var l control.Licence
-				if err := c.send(ctx, http.MethodPut, c.path("licence"), control.InstallLicence{Licence: text, Source: "sallyway licence install"}, &l); err != nil {
+				l, err := c.InstallLicence(ctx, c.org, control.InstallLicence{Licence: text, Source: "sallyway licence install"})
+				if err != nil {
 					return err
 				}
 				return a.show(cmd, l, func(w io.Writer) { renderLicence(w, &l) })
@@ -53,7 +52,7 @@ func (a *app) licence() *cobra.Command {
 		Use: "remove", Short: "Remove the organization's licence: nothing is limited then", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "remove licence", func(ctx context.Context, c *Client) error {
-				if err := c.remove(ctx, c.path("licence")); err != nil {
+				if err := c.RemoveLicence(ctx, c.org); err != nil {
 					return err
 				}
 				_, err := fmt.Fprintln(cmd.ErrOrStderr(), "the licence is removed: nothing is limited")

@@ -18,6 +18,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent/link"
 	"sallyway/internal/daemon"
+	"sallyway/internal/platformapi"
 )
 
 // credential is what a login keeps.
@@ -193,10 +194,10 @@ func (a *app) logIn(cmd *cobra.Command, cred control.AdminCredential) error {
 		return daemon.Usagef("log in: %w", err)
 	}
 	defer c.Close()
-	if c.link.Plain() {
+	if c.Plain() {
 		fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s is plain HTTP: whoever listens on the way can use the token\n", cred.URL)
 	}
-	orgs, err := all[control.Organization](cmd.Context(), c, orgsPath)
+	orgs, err := platformapi.Collect(c.AllOrganizations(cmd.Context()))
 	if err != nil {
 		var p *link.Problem
 		if errors.As(err, &p) && p.Status == 401 {
@@ -284,7 +285,7 @@ func (a *app) endToken(cmd *cobra.Command) {
 		return
 	}
 	defer c.Close()
-	if err := c.send(cmd.Context(), "POST", "/api/v1/me/logout", nil, nil); err != nil {
+	if err := c.ForgetToken(cmd.Context()); err != nil {
 		fmt.Fprintf(cmd.ErrOrStderr(), "warning: the token was not revoked at the platform: %v\nrevoke it in the browser, under your account; it expires by itself\n", err)
 	}
 }
@@ -308,7 +309,7 @@ func (a *app) organization() *cobra.Command {
 					}
 					return a.offlineOrganization(ctx, cmd, c, control.CreateOrganization{Name: args[0], Range: prefixes}, rootFile, life)
 				}
-				o, err := post[control.Organization](ctx, c, orgsPath, control.CreateOrganization{Name: args[0], Range: prefixes})
+				o, err := c.CreateOrganization(ctx, control.CreateOrganization{Name: args[0], Range: prefixes})
 				if err != nil {
 					return err
 				}
@@ -326,7 +327,7 @@ func (a *app) organization() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the organizations", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list organizations", func(ctx context.Context, c *Client) error {
-				orgs, err := all[control.Organization](ctx, c, orgsPath)
+				orgs, err := platformapi.Collect(c.AllOrganizations(ctx))
 				if err != nil {
 					return err
 				}
@@ -343,7 +344,7 @@ func (a *app) organization() *cobra.Command {
 				if len(args) > 0 {
 					c.org = args[0]
 				}
-				o, err := get[control.Organization](ctx, c, c.path())
+				o, err := c.ShowOrganization(ctx, c.org)
 				if err != nil {
 					return err
 				}
@@ -395,7 +396,7 @@ else it may, where a policy allows it (sallyway policy allow --from platform --r
 				if len(args) > 0 {
 					c.org = args[0]
 				}
-				o, err := patch[control.Organization](ctx, c, c.path(), u)
+				o, err := c.UpdateOrganization(ctx, c.org, u)
 				if err != nil {
 					return err
 				}
@@ -414,7 +415,7 @@ else it may, where a policy allows it (sallyway policy allow --from platform --r
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "delete organization "+args[0], func(ctx context.Context, c *Client) error {
 				c.org = args[0]
-				if err := c.remove(ctx, c.path()); err != nil {
+				if err := c.DeleteOrganization(ctx, c.org); err != nil {
 					return err
 				}
 				return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "organization %s deleted\n", args[0]) })

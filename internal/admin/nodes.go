@@ -106,7 +106,7 @@ func (a *app) nodeCreate(k nodeKind) *cobra.Command {
 			}
 			defer func() { err = errors.Join(err, disk.close()) }()
 			return a.do(cmd, "create "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
-				n, err := post[control.CreatedNode](ctx, c, c.path(k.plural), req)
+				n, err := k.of(c).create(ctx, req)
 				if err != nil {
 					return err
 				}
@@ -167,7 +167,7 @@ func (a *app) nodeList(k nodeKind) *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the " + k.plural, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list "+k.plural, func(ctx context.Context, c *Client) error {
-				nodes, err := all[control.NodeRecord](ctx, c, c.path(k.plural))
+				nodes, err := k.of(c).list(ctx)
 				if err != nil {
 					return err
 				}
@@ -226,7 +226,7 @@ func (a *app) nodeShow(k nodeKind) *cobra.Command {
 		Use: "show NAME", Short: "Show a " + k.name, Args: one("the " + k.name + "'s name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "show "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
-				n, err := get[control.NodeRecord](ctx, c, c.path(k.plural, args[0]))
+				n, err := k.of(c).show(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -322,7 +322,7 @@ func (a *app) nodeUpdate(k nodeKind) *cobra.Command {
 				return nothingToChange(cmd)
 			}
 			return a.do(cmd, "update "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
-				n, err := patch[control.NodeRecord](ctx, c, c.path(k.plural, args[0]), u)
+				n, err := k.of(c).update(ctx, args[0], u)
 				if err != nil {
 					return err
 				}
@@ -360,7 +360,7 @@ func (a *app) nodeDelete(k nodeKind) *cobra.Command {
 // deleteOne deletes an object of the organization.
 func (a *app) deleteOne(cmd *cobra.Command, name, plural, object string) error {
 	return a.do(cmd, "delete "+name+" "+object, func(ctx context.Context, c *Client) error {
-		if err := c.remove(ctx, c.path(plural, object)); err != nil {
+		if err := removeObject(ctx, c, plural, object); err != nil {
 			return err
 		}
 		return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "%s %s deleted\n", name, object) })
@@ -378,7 +378,7 @@ func (a *app) nodeToken(k nodeKind) *cobra.Command {
 			}
 			defer func() { err = errors.Join(err, disk.close()) }()
 			return a.do(cmd, "make a token for "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
-				n, err := post[control.CreatedNode](ctx, c, c.path(k.plural, args[0], "token"), nil)
+				n, err := k.of(c).token(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -403,7 +403,7 @@ func (a *app) nodeAction(k nodeKind, verb, short, done string) *cobra.Command {
 		Use: verb + " NAME", Short: strings.ReplaceAll(short, "NODE", k.name), Args: one("the " + k.name + "'s name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, verb+" "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
-				n, err := post[control.NodeRecord](ctx, c, c.path(k.plural, args[0], verb), nil)
+				n, err := k.of(c).verbs[verb](ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -427,7 +427,7 @@ func (a *app) relayCredential() *cobra.Command {
 				return daemon.Usagef("--ttl %v is not between 1s and 24h", ttl)
 			}
 			return a.do(cmd, "make a credential for relay "+args[0], func(ctx context.Context, c *Client) error {
-				cred, err := post[control.TURNCredential](ctx, c, c.path(relays.plural, args[0], "credential"),
+				cred, err := c.CreateTURNCredential(ctx, c.org, args[0],
 					control.CreateTURNCredential{Client: client, TTL: int(ttl.Seconds())})
 				if err != nil {
 					return err

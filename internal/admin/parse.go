@@ -72,15 +72,9 @@ func (a *app) completing(plural string, cmd *cobra.Command) *cobra.Command {
 		defer c.Close()
 		ctx, cancel := context.WithTimeout(cmd.Context(), completeTimeout)
 		defer cancel()
-		items, err := all[struct {
-			Name string `json:"name"`
-		}](ctx, c, c.path(plural))
+		found, err := objectNames(ctx, c, plural)
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveError
-		}
-		var found []string
-		for _, it := range items {
-			found = append(found, it.Name)
 		}
 		return found, cobra.ShellCompDirectiveNoFileComp
 	}

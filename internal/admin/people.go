@@ -4,7 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net/url"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -21,17 +21,6 @@ func (r *reach) register(cmd *cobra.Command) *cobra.Command {
 	return cmd
 }
 
-func (r *reach) path(c *Client, segments ...string) string {
-	if !r.platform {
-		return c.path(segments...)
-	}
-	p := "/api/v1"
-	for _, s := range segments {
-		p += "/" + url.PathEscape(s)
-	}
-	return p
-}
-
 // where names it in texts.
 func (r *reach) where(c *Client) string {
 	if r.platform {
@@ -45,12 +34,12 @@ func (a *app) whoami() *cobra.Command {
 		Use: "whoami", Short: "Show who is logged in, and where with what rights", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "whoami", func(ctx context.Context, c *Client) error {
-				me, err := get[control.Me](ctx, c, "/api/v1/me")
+				me, err := c.Me(ctx)
 				if err != nil {
 					return err
 				}
 				return a.show(cmd, me, func(w io.Writer) {
-					fields(w, "platform", c.link.URL(), "as", me.Kind+" "+me.Name)
+					fields(w, "platform", c.URL(), "as", me.Kind+" "+me.Name)
 					table(w, "ORGANIZATION ROLE SCOPES", me.Organizations, func(o control.MyOrganization) []any {
 						org := o.Org
 						if me.All {
@@ -64,8 +53,6 @@ func (a *app) whoami() *cobra.Command {
 	}
 }
 
-const users = "people"
-
 func (a *app) user() *cobra.Command {
 	var at reach
 	one := one("the login")
@@ -73,7 +60,7 @@ func (a *app) user() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the people", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list users", func(ctx context.Context, c *Client) error {
-				items, err := all[control.PersonRecord](ctx, c, at.path(c, users))
+				items, err := at.people(c).list(ctx)
 				if err != nil {
 					return err
 				}
@@ -85,7 +72,7 @@ func (a *app) user() *cobra.Command {
 		Use: "show LOGIN", Short: "Show a person", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "show user "+args[0], func(ctx context.Context, c *Client) error {
-				p, err := get[control.PersonRecord](ctx, c, at.path(c, users, args[0]))
+				p, err := at.people(c).show(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -104,7 +91,7 @@ func (a *app) user() *cobra.Command {
 		Use: "delete LOGIN", Aliases: []string{"rm"}, Short: "Take a person out of the organization; who is at home there is deleted. Their clients are revoked", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "delete user "+args[0], func(ctx context.Context, c *Client) error {
-				if err := c.remove(ctx, at.path(c, users, args[0])); err != nil {
+				if err := at.people(c).remove(ctx, args[0]); err != nil {
 					return err
 				}
 				return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "%s is no more in %s\n", args[0], at.where(c)) })
@@ -115,7 +102,7 @@ func (a *app) user() *cobra.Command {
 		Use: "invite LOGIN", Short: "Make a link with which a person chooses a new password", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "invite user "+args[0], func(ctx context.Context, c *Client) error {
-				i, err := post[control.Invitation](ctx, c, at.path(c, users, args[0], "invite"), nil)
+				i, err := at.people(c).invite(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -127,7 +114,7 @@ func (a *app) user() *cobra.Command {
 		Use: "forget-factor LOGIN", Short: "Take away the second factor of a person who has lost it", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "forget the second factor of user "+args[0], func(ctx context.Context, c *Client) error {
-				p, err := post[control.PersonRecord](ctx, c, at.path(c, users, args[0], "forget-factor"), nil)
+				p, err := at.people(c).forget(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -140,7 +127,7 @@ func (a *app) user() *cobra.Command {
 			Use: name + " LOGIN", Short: short, Args: one,
 			RunE: func(cmd *cobra.Command, args []string) error {
 				return a.do(cmd, name+" user "+args[0], func(ctx context.Context, c *Client) error {
-					p, err := patch[control.PersonRecord](ctx, c, at.path(c, users, args[0]), control.UpdatePerson{Disabled: &disabled})
+					p, err := at.people(c).update(ctx, args[0], control.UpdatePerson{Disabled: &disabled})
 					if err != nil {
 						return err
 					}
@@ -190,7 +177,7 @@ func (a *app) userCreate(at *reach) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Login = args[0]
 			return a.do(cmd, "create user "+args[0], func(ctx context.Context, c *Client) error {
-				p, err := post[control.InvitedPerson](ctx, c, at.path(c, users), req)
+				p, err := at.people(c).create(ctx, req)
 				if err != nil {
 					return err
 				}
@@ -227,7 +214,7 @@ func (a *app) userUpdate(at *reach) *cobra.Command {
 				return nothingToChange(cmd)
 			}
 			return a.do(cmd, "update user "+args[0], func(ctx context.Context, c *Client) error {
-				p, err := patch[control.PersonRecord](ctx, c, at.path(c, users, args[0]), req)
+				p, err := at.people(c).update(ctx, args[0], req)
 				if err != nil {
 					return err
 				}
@@ -252,17 +239,18 @@ and it is revoked when your account is disabled.`,
   sallyway client enrol laptop --token | sudo sallyway connect --token-file -`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "enrol client "+args[0], func(ctx context.Context, c *Client) error {
-				mine, err := all[control.NodeRecord](ctx, c, c.path("my", "clients"))
+				mine, err := items(c.ListMyClients(ctx, c.org))
 				if err != nil {
 					return err
 				}
-				path, in, done := c.path("my", "clients"), any(control.CreateNode{Name: args[0]}), "created"
-				for _, n := range mine {
-					if n.Name == args[0] {
-						path, in, done = c.path("my", "clients", n.Name, "token"), nil, "has a fresh token"
-					}
+				var n control.CreatedNode
+				done := "created"
+				if slices.ContainsFunc(mine, func(m control.NodeRecord) bool { return m.Name == args[0] }) {
+					done = "has a fresh token"
+					n, err = c.ReissueMyClientToken(ctx, c.org, args[0])
+				} else {
+					n, err = c.CreateMyClient(ctx, c.org, control.CreateNode{Name: args[0]})
 				}
-				n, err := post[control.CreatedNode](ctx, c, path, in)
 				if err != nil {
 					return err
 				}
@@ -287,11 +275,11 @@ func (a *app) clientMine() *cobra.Command {
 		Use: "mine", Short: "List your own clients, and what they reach", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list own clients", func(ctx context.Context, c *Client) error {
-				mine, err := all[control.NodeRecord](ctx, c, c.path("my", "clients"))
+				mine, err := items(c.ListMyClients(ctx, c.org))
 				if err != nil {
 					return err
 				}
-				reached, err := all[control.MyResource](ctx, c, c.path("my", "resources"))
+				reached, err := items(c.ListMyResources(ctx, c.org))
 				if err != nil {
 					return err
 				}
@@ -315,7 +303,7 @@ func (a *app) provider() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the providers", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list providers", func(ctx context.Context, c *Client) error {
-				items, err := all[control.ProviderRecord](ctx, c, at.path(c, "providers"))
+				items, err := at.providers(c).list(ctx)
 				if err != nil {
 					return err
 				}
@@ -329,7 +317,7 @@ func (a *app) provider() *cobra.Command {
 		Use: "show NAME", Short: "Show a provider", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "show provider "+args[0], func(ctx context.Context, c *Client) error {
-				p, err := get[control.ProviderRecord](ctx, c, at.path(c, "providers", args[0]))
+				p, err := at.providers(c).show(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -341,7 +329,7 @@ func (a *app) provider() *cobra.Command {
 		Use: "delete NAME", Aliases: []string{"rm"}, Short: "Remove single sign-on; the people stay", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "delete provider "+args[0], func(ctx context.Context, c *Client) error {
-				if err := c.remove(ctx, at.path(c, "providers", args[0])); err != nil {
+				if err := at.providers(c).remove(ctx, args[0]); err != nil {
 					return err
 				}
 				return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "provider %s deleted\n", args[0]) })
@@ -423,7 +411,7 @@ func (a *app) providerCreate(at *reach) *cobra.Command {
 				}
 			}
 			return a.do(cmd, "create provider "+args[0], func(ctx context.Context, c *Client) error {
-				p, err := post[control.ProviderRecord](ctx, c, at.path(c, "providers"), req)
+				p, err := at.providers(c).create(ctx, req)
 				if err != nil {
 					return err
 				}
@@ -476,7 +464,7 @@ func (a *app) providerUpdate(at *reach) *cobra.Command {
 				return nothingToChange(cmd)
 			}
 			return a.do(cmd, "update provider "+args[0], func(ctx context.Context, c *Client) error {
-				p, err := patch[control.ProviderRecord](ctx, c, at.path(c, "providers", args[0]), req)
+				p, err := at.providers(c).update(ctx, args[0], req)
 				if err != nil {
 					return err
 				}

@@ -81,7 +81,7 @@ func (a *app) gatewayExplain() *cobra.Command {
 traffic it carries, and why the gateway has it or has not.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "explain the relays of gateway "+args[0], func(ctx context.Context, c *Client) error {
-				got, err := get[control.RelayChoices](ctx, c, c.path(gateways.plural, args[0], "relays"))
+				got, err := c.ExplainGatewayRelays(ctx, c.org, args[0])
 				if err != nil {
 					return err
 				}

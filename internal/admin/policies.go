@@ -11,6 +11,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
+	"sallyway/internal/platformapi"
 	"sallyway/internal/policy"
 )
 
@@ -72,7 +73,7 @@ func (a *app) policy() *cobra.Command {
 		Use: "show NAME", Short: "Show a policy", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "show policy "+args[0], func(ctx context.Context, c *Client) error {
-				p, err := get[control.PolicyRecord](ctx, c, c.path(policies, args[0]))
+				p, err := c.ShowPolicy(ctx, c.org, args[0])
 				if err != nil {
 					return err
 				}
@@ -107,7 +108,7 @@ func (a *app) policyAllow() *cobra.Command {
 				return daemon.Usagef("what may %s reach? add --resource R (sallyway resource list)", subject)
 			}
 			return a.do(cmd, "allow "+subject+" resource "+resource, func(ctx context.Context, c *Client) error {
-				p, err := post[control.PolicyRecord](ctx, c, c.path(policies), control.CreatePolicy{Name: name, Subject: subject, Resource: resource})
+				p, err := c.CreatePolicy(ctx, c.org, control.CreatePolicy{Name: name, Subject: subject, Resource: resource})
 				if err != nil {
 					return err
 				}
@@ -128,7 +129,7 @@ func (a *app) policyList() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the policies", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list policies", func(ctx context.Context, c *Client) error {
-				items, err := all[control.PolicyRecord](ctx, c, c.path(policies))
+				items, err := platformapi.Collect(c.AllPolicies(ctx, c.org))
 				if err != nil {
 					return err
 				}
@@ -146,7 +147,7 @@ func (a *app) policySwitch(verb string, disabled bool) *cobra.Command {
 		Use: verb + " NAME", Short: strings.ToUpper(verb[:1]) + verb[1:] + " a policy", Args: one("the policy's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, verb+" policy "+args[0], func(ctx context.Context, c *Client) error {
-				p, err := patch[control.PolicyRecord](ctx, c, c.path(policies, args[0]), control.UpdatePolicy{Disabled: &disabled})
+				p, err := c.UpdatePolicy(ctx, c.org, args[0], control.UpdatePolicy{Disabled: &disabled})
 				if err != nil {
 					return err
 				}
@@ -181,7 +182,7 @@ func (a *app) policyExplain() *cobra.Command {
 				req.Proto = policy.ICMP
 			}
 			return a.do(cmd, "explain policy", func(ctx context.Context, c *Client) error {
-				e, err := post[control.Explanation](ctx, c, c.path(policies)+":explain", req)
+				e, err := c.Explain(ctx, c.org, req)
 				if err != nil {
 					return err
 				}
@@ -220,7 +221,7 @@ func (a *app) group() *cobra.Command {
 				return err
 			}
 			return a.do(cmd, "create group "+args[0], func(ctx context.Context, c *Client) error {
-				g, err := post[control.GroupRecord](ctx, c, c.path(groups), control.CreateGroup{Name: args[0], Members: members})
+				g, err := c.CreateGroup(ctx, c.org, control.CreateGroup{Name: args[0], Members: members})
 				if err != nil {
 					return err
 				}
@@ -235,7 +236,7 @@ func (a *app) group() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the groups", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list groups", func(ctx context.Context, c *Client) error {
-				items, err := all[control.GroupRecord](ctx, c, c.path(groups))
+				items, err := platformapi.Collect(c.AllGroups(ctx, c.org))
 				if err != nil {
 					return err
 				}
@@ -250,7 +251,7 @@ func (a *app) group() *cobra.Command {
 		Use: "show NAME", Short: "Show a group", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "show group "+args[0], func(ctx context.Context, c *Client) error {
-				g, err := get[control.GroupRecord](ctx, c, c.path(groups, args[0]))
+				g, err := c.ShowGroup(ctx, c.org, args[0])
 				if err != nil {
 					return err
 				}
@@ -296,13 +297,13 @@ func (a *app) groupUpdate() *cobra.Command {
 			return a.do(cmd, "update group "+args[0], func(ctx context.Context, c *Client) error {
 				members := append([]string{}, set...)
 				if !replace {
-					g, err := get[control.GroupRecord](ctx, c, c.path(groups, args[0]))
+					g, err := c.ShowGroup(ctx, c.org, args[0])
 					if err != nil {
 						return err
 					}
 					members = changed(g.Members, add, drop)
 				}
-				g, err := patch[control.GroupRecord](ctx, c, c.path(groups, args[0]), control.UpdateGroup{Members: &members})
+				g, err := c.UpdateGroup(ctx, c.org, args[0], control.UpdateGroup{Members: &members})
 				if err != nil {
 					return err
 				}

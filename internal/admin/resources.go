@@ -10,6 +10,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/daemon"
+	"sallyway/internal/platformapi"
 	"sallyway/internal/policy"
 )
 
@@ -41,7 +42,7 @@ func (a *app) resource() *cobra.Command {
 		Use: "show NAME", Short: "Show a resource", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "show resource "+args[0], func(ctx context.Context, c *Client) error {
-				r, err := get[control.ResourceRecord](ctx, c, c.path(resources, args[0]))
+				r, err := c.ShowResource(ctx, c.org, args[0])
 				if err != nil {
 					return err
 				}
@@ -88,7 +89,7 @@ func (a *app) resourceCreate() *cobra.Command {
 				return daemon.Usagef("--health: %w", err)
 			}
 			return a.do(cmd, "create resource "+args[0], func(ctx context.Context, c *Client) error {
-				r, err := post[control.ResourceRecord](ctx, c, c.path(resources), req)
+				r, err := c.CreateResource(ctx, c.org, req)
 				if err != nil {
 					return err
 				}
@@ -107,7 +108,7 @@ func (a *app) resourceList() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the resources", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list resources", func(ctx context.Context, c *Client) error {
-				items, err := all[control.ResourceRecord](ctx, c, c.path(resources))
+				items, err := platformapi.Collect(c.AllResources(ctx, c.org))
 				if err != nil {
 					return err
 				}
@@ -219,7 +220,7 @@ func (a *app) resourceUpdate() *cobra.Command {
 				return nothingToChange(cmd)
 			}
 			return a.do(cmd, "update resource "+args[0], func(ctx context.Context, c *Client) error {
-				r, err := patch[control.ResourceRecord](ctx, c, c.path(resources, args[0]), u)
+				r, err := c.UpdateResource(ctx, c.org, args[0], u)
 				if err != nil {
 					return err
 				}
@@ -282,7 +283,7 @@ func (a *app) resourceSwitch(verb string, disabled bool) *cobra.Command {
 		Use: verb + " NAME", Short: strings.ToUpper(verb[:1]) + verb[1:] + " a resource", Args: one("the resource's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, verb+" resource "+args[0], func(ctx context.Context, c *Client) error {
-				r, err := patch[control.ResourceRecord](ctx, c, c.path(resources, args[0]), control.UpdateResource{Disabled: &disabled})
+				r, err := c.UpdateResource(ctx, c.org, args[0], control.UpdateResource{Disabled: &disabled})
 				if err != nil {
 					return err
 				}

@@ -70,7 +70,7 @@ func (k *rootKey) sign(ctx context.Context, c *Client, life time.Duration) ([]co
 	if life < 24*time.Hour {
 		return nil, daemon.Usagef("--life %v is less than a day", life)
 	}
-	cas, err := all[control.AuthorityRecord](ctx, c, c.path("authorities"))
+	cas, err := items(authorities(c).list(ctx))
 	if err != nil {
 		return nil, err
 	}
@@ -108,7 +108,7 @@ func (k *rootKey) sign(ctx context.Context, c *Client, life time.Duration) ([]co
 	if len(signed.Certificates) == 0 {
 		return nil, nil
 	}
-	after, err := post[control.List[control.AuthorityRecord]](ctx, c, c.path("authorities")+":sign", signed)
+	after, err := c.SignAuthorities(ctx, c.org, signed)
 	if err != nil {
 		return nil, err
 	}
@@ -127,7 +127,7 @@ func nextRoot(ctx context.Context, c *Client, file, newFile string) (*rootKey, e
 	if err != nil {
 		return nil, err
 	}
-	cas, err := all[control.AuthorityRecord](ctx, c, c.path("authorities"))
+	cas, err := items(authorities(c).list(ctx))
 	if err != nil {
 		return nil, err
 	}
@@ -182,7 +182,7 @@ func rememberRoot(c *Client, root identity.KeyHash) error {
 	if err != nil {
 		return err
 	}
-	roots[c.link.URL()+" "+c.org] = root.String()
+	roots[c.URL()+" "+c.org] = root.String()
 	b, err := json.MarshalIndent(roots, "", "  ")
 	if err != nil {
 		return err
@@ -203,7 +203,7 @@ func holdToRoot(c *Client, n *control.CreatedNode) error {
 	if err != nil {
 		return err
 	}
-	root := roots[c.link.URL()+" "+c.org]
+	root := roots[c.URL()+" "+c.org]
 	if root == "" {
 		return nil
 	}

@@ -14,8 +14,6 @@ import (
 	"sallyway/internal/daemon"
 )
 
-const serviceAccounts = "service-accounts"
-
 // readSecret reads a file with one secret. Errors never repeat it.
 func readSecret(stdin io.Reader, file string) (string, error) {
 	in := stdin
@@ -85,7 +83,7 @@ func (a *app) serviceAccount() *cobra.Command {
 				return daemon.Usagef("what may it do? name scopes: --scope relays:read,gateways:write (*:read reads everything, * may do everything)")
 			}
 			return a.do(cmd, "create service-account "+args[0], func(ctx context.Context, c *Client) error {
-				s, err := post[control.ServiceAccountRecord](ctx, c, at.path(c, serviceAccounts), control.CreateServiceAccount{Name: args[0], Scopes: scopes})
+				s, err := at.accounts(c).create(ctx, control.CreateServiceAccount{Name: args[0], Scopes: scopes})
 				if err != nil {
 					return err
 				}
@@ -100,7 +98,7 @@ func (a *app) serviceAccount() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the service accounts", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list service-accounts", func(ctx context.Context, c *Client) error {
-				items, err := all[control.ServiceAccountRecord](ctx, c, at.path(c, serviceAccounts))
+				items, err := at.accounts(c).list(ctx)
 				if err != nil {
 					return err
 				}
@@ -114,7 +112,7 @@ func (a *app) serviceAccount() *cobra.Command {
 		Use: "show NAME", Short: "Show a service account", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "show service-account "+args[0], func(ctx context.Context, c *Client) error {
-				s, err := get[control.ServiceAccountRecord](ctx, c, at.path(c, serviceAccounts, args[0]))
+				s, err := at.accounts(c).show(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -145,7 +143,7 @@ func (a *app) serviceAccount() *cobra.Command {
 				return nothingToChange(cmd)
 			}
 			return a.do(cmd, "update service-account "+args[0], func(ctx context.Context, c *Client) error {
-				s, err := patch[control.ServiceAccountRecord](ctx, c, at.path(c, serviceAccounts, args[0]), req)
+				s, err := at.accounts(c).update(ctx, args[0], req)
 				if err != nil {
 					return err
 				}
@@ -161,7 +159,7 @@ func (a *app) serviceAccount() *cobra.Command {
 		Use: "delete NAME", Aliases: []string{"rm"}, Short: "Delete a service account and its tokens", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "delete service-account "+args[0], func(ctx context.Context, c *Client) error {
-				if err := c.remove(ctx, at.path(c, serviceAccounts, args[0])); err != nil {
+				if err := at.accounts(c).remove(ctx, args[0]); err != nil {
 					return err
 				}
 				return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "service account %s deleted\n", args[0]) })
@@ -191,7 +189,7 @@ func (a *app) accountTokens(at *reach) []*cobra.Command {
 		Use: "token NAME", Short: "Make a token of a service account", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "create token of service-account "+args[0], func(ctx context.Context, c *Client) error {
-				t, err := post[control.CreatedAPIToken](ctx, c, at.path(c, serviceAccounts, args[0], "tokens"), f.request(name))
+				t, err := at.accounts(c).createToken(ctx, args[0], f.request(name))
 				if err != nil {
 					return err
 				}
@@ -204,11 +202,11 @@ func (a *app) accountTokens(at *reach) []*cobra.Command {
 		Use: "tokens NAME", Short: "List the tokens of a service account", Args: one,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "list tokens of service-account "+args[0], func(ctx context.Context, c *Client) error {
-				items, err := all[control.APIToken](ctx, c, at.path(c, serviceAccounts, args[0], "tokens"))
+				tokens, err := items(at.accounts(c).tokens(ctx, args[0]))
 				if err != nil {
 					return err
 				}
-				return a.tokenList(cmd, items)
+				return a.tokenList(cmd, tokens)
 			})
 		},
 	}
@@ -216,7 +214,7 @@ func (a *app) accountTokens(at *reach) []*cobra.Command {
 		Use: "revoke NAME ID", Short: "Revoke a token of a service account", Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "revoke token "+args[1], func(ctx context.Context, c *Client) error {
-				if err := c.remove(ctx, at.path(c, serviceAccounts, args[0], "tokens", args[1])); err != nil {
+				if err := at.accounts(c).revokeToken(ctx, args[0], args[1]); err != nil {
 					return err
 				}
 				return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "token %s revoked\n", args[1]) })
@@ -229,27 +227,16 @@ func (a *app) accountTokens(at *reach) []*cobra.Command {
 // token are API tokens: one's own, or (--of) those of an organization or of the platform that stand for nobody.
 func (a *app) token() *cobra.Command {
 	var of string
-	base := func(c *Client) (string, error) {
-		switch of {
-		case "me":
-			return "/api/v1/me/tokens", nil
-		case "organization":
-			return c.path("tokens"), nil
-		case "platform":
-			return "/api/v1/tokens", nil
-		}
-		return "", daemon.Usagef("--of %.20q: want me, organization or platform", of)
-	}
 	var f tokenFlags
 	create := f.register(&cobra.Command{
 		Use: "create NAME", Short: "Make an API token", Args: one("what the token is for"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "create token "+args[0], func(ctx context.Context, c *Client) error {
-				path, err := base(c)
+				calls, err := tokensOf(c, of)
 				if err != nil {
 					return err
 				}
-				t, err := post[control.CreatedAPIToken](ctx, c, path, f.request(args[0]))
+				t, err := calls.create(ctx, f.request(args[0]))
 				if err != nil {
 					return err
 				}
@@ -261,15 +248,15 @@ func (a *app) token() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the API tokens", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list tokens", func(ctx context.Context, c *Client) error {
-				path, err := base(c)
+				calls, err := tokensOf(c, of)
 				if err != nil {
 					return err
 				}
-				items, err := all[control.APIToken](ctx, c, path)
+				tokens, err := items(calls.list(ctx))
 				if err != nil {
 					return err
 				}
-				return a.tokenList(cmd, items)
+				return a.tokenList(cmd, tokens)
 			})
 		},
 	}
@@ -277,11 +264,11 @@ func (a *app) token() *cobra.Command {
 		Use: "revoke ID", Short: "Revoke an API token", Args: one("the token's id"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "revoke token "+args[0], func(ctx context.Context, c *Client) error {
-				path, err := base(c)
+				calls, err := tokensOf(c, of)
 				if err != nil {
 					return err
 				}
-				if err := c.remove(ctx, path+"/"+args[0]); err != nil {
+				if err := calls.revoke(ctx, args[0]); err != nil {
 					return err
 				}
 				return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "token %s revoked\n", args[0]) })

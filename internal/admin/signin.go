@@ -84,7 +84,7 @@ func program() string {
 
 // byDevice shows a code and waits until it is approved.
 func (a *app) byDevice(ctx context.Context, w io.Writer, c *Client) (t control.TokenTaken, err error) {
-	d, err := post[control.DeviceStarted](ctx, c, "/api/v1/auth/device", control.StartDevice{Client: program()})
+	d, err := c.StartDeviceLogin(ctx, control.StartDevice{Client: program()})
 	if err != nil {
 		return t, err
 	}
@@ -106,7 +106,7 @@ func (a *app) byDevice(ctx context.Context, w io.Writer, c *Client) (t control.T
 			return t, ctx.Err()
 		case <-tick.C:
 		}
-		t, err = post[control.TokenTaken](ctx, c, "/api/v1/auth/token", control.TakeToken{Grant: control.GrantDevice, DeviceCode: d.DeviceCode})
+		t, err = c.TakeLoginToken(ctx, control.TakeToken{Grant: control.GrantDevice, DeviceCode: d.DeviceCode})
 		var p *link.Problem
 		switch {
 		case err == nil:
@@ -151,7 +151,7 @@ func (a *app) byBrowser(ctx context.Context, w io.Writer, c *Client) (t control.
 	verifier, state := random(), random()
 	sum := sha256.Sum256([]byte(verifier))
 	redirect := "http://" + l.Addr().String() + "/done"
-	to := c.link.URL() + "/login/program?" + url.Values{
+	to := c.URL() + "/login/program?" + url.Values{
 		"redirect_uri": {redirect}, "state": {state}, "code_challenge": {base64.RawURLEncoding.EncodeToString(sum[:])}, "code_challenge_method": {"S256"}, "client": {program()},
 	}.Encode()
 	type answer struct {
@@ -172,8 +172,8 @@ func (a *app) byBrowser(ctx context.Context, w io.Writer, c *Client) (t control.
 			got := answer{code: q.Get("code")}
 			title := "Logged in"
 			switch {
-			case q.Get("iss") != "" && strings.TrimSuffix(q.Get("iss"), "/") != strings.TrimSuffix(c.link.URL(), "/"):
-				got = answer{err: daemon.Failf("log in: the answer is of %s, not of %s\nlog in with the URL that the platform has for itself", printable(q.Get("iss")), c.link.URL())}
+			case q.Get("iss") != "" && strings.TrimSuffix(q.Get("iss"), "/") != strings.TrimSuffix(c.URL(), "/"):
+				got = answer{err: daemon.Failf("log in: the answer is of %s, not of %s\nlog in with the URL that the platform has for itself", printable(q.Get("iss")), c.URL())}
 			case q.Get("error") != "" || got.code == "":
 				got = answer{err: daemon.Failf("log in: it was denied in the browser (%s)", printable(q.Get("error")))}
 			}
@@ -215,7 +215,7 @@ func (a *app) byBrowser(ctx context.Context, w io.Writer, c *Client) (t control.
 		if got.err != nil {
 			return t, got.err
 		}
-		return post[control.TokenTaken](ctx, c, "/api/v1/auth/token", control.TakeToken{Grant: control.GrantCode, Code: got.code, Verifier: verifier, Redirect: redirect})
+		return c.TakeLoginToken(ctx, control.TakeToken{Grant: control.GrantCode, Code: got.code, Verifier: verifier, Redirect: redirect})
 	}
 }
 

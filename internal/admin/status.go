@@ -4,11 +4,11 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net/http"
 
 	"github.com/spf13/cobra"
 
 	"sallyway/internal/control"
+	"sallyway/internal/platformapi"
 )
 
 func (a *app) status() *cobra.Command {
@@ -16,12 +16,12 @@ func (a *app) status() *cobra.Command {
 		Use: "status", Short: "Show the organization: relays, gateways, clients and how they are", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "read status", func(ctx context.Context, c *Client) error {
-				st, err := get[control.OrgStatus](ctx, c, c.path("status"))
+				st, err := c.Status(ctx, c.org)
 				if err != nil {
 					return err
 				}
 				return a.show(cmd, st, func(w io.Writer) {
-					fmt.Fprintf(w, "%s at %s (platform %s): %s, %s, %s\n", st.Organization, c.link.URL(), st.Version,
+					fmt.Fprintf(w, "%s at %s (platform %s): %s, %s, %s\n", st.Organization, c.URL(), st.Version,
 						count(st.Resources, "resource"), policyCount(st.Policies), count(st.Sessions, "session"))
 					for _, part := range []struct {
 						kind  nodeKind
@@ -68,7 +68,7 @@ func (a *app) session() *cobra.Command {
 		Use: "list", Aliases: []string{"ls"}, Short: "List the live sessions", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list sessions", func(ctx context.Context, c *Client) error {
-				items, err := all[control.SessionRecord](ctx, c, c.path("sessions"))
+				items, err := platformapi.Collect(c.AllSessions(ctx, c.org))
 				if err != nil {
 					return err
 				}
@@ -93,7 +93,7 @@ func (a *app) session() *cobra.Command {
 		Long: "End the sessions of a node. Its key stays good, so it may come again: to keep it out, disable or revoke it.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "end sessions of "+args[0], func(ctx context.Context, c *Client) error {
-				if err := c.send(ctx, http.MethodDelete, c.path("sessions", args[0]), nil, nil); err != nil {
+				if err := c.EndSessions(ctx, c.org, args[0]); err != nil {
 					return err
 				}
 				return a.show(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintf(w, "sessions of %s end\n", args[0]) })

@@ -12,7 +12,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"sallyway/internal/control"
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 	"sallyway/stun"
@@ -83,7 +82,7 @@ func (a *app) relayAddress(ctx context.Context, arg string) (netip.AddrPort, err
 		// A bare word: a relay's name where somebody is logged in and there is such a relay, else a host.
 		if c, err := a.connect(); err == nil {
 			defer c.Close()
-			n, err := get[control.NodeRecord](ctx, c, c.path(relays.plural, arg))
+			n, err := relays.of(c).show(ctx, arg)
 			if err == nil && n.Host != "" {
 				host = n.Host
 				if n.Port != 0 {

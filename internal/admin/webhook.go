@@ -11,6 +11,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/daemon"
+	"sallyway/internal/platformapi"
 )
 
 const webhooks = "webhooks"
@@ -42,7 +43,7 @@ func (a *app) webhookCreate() *cobra.Command {
 			}
 			req.Name = args[0]
 			return a.do(cmd, "create webhook "+args[0], func(ctx context.Context, c *Client) error {
-				w, err := post[control.Webhook](ctx, c, c.chain(webhooks), req)
+				w, err := c.CreateWebhook(ctx, c.org, req)
 				if err != nil {
 					return err
 				}
@@ -81,7 +82,7 @@ func (a *app) webhookList() *cobra.Command {
 		Use: "list", Short: "List webhooks and how they go", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.do(cmd, "list webhooks", func(ctx context.Context, c *Client) error {
-				items, err := all[control.Webhook](ctx, c, c.chain(webhooks))
+				items, err := platformapi.Collect(c.AllWebhooks(ctx, c.org))
 				if err != nil {
 					return err
 				}
@@ -98,7 +99,7 @@ func (a *app) webhookShow() *cobra.Command {
 		Use: "show NAME", Short: "Show a webhook", Args: one("the webhook's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "show webhook "+args[0], func(ctx context.Context, c *Client) error {
-				h, err := get[control.Webhook](ctx, c, c.chain(webhooks, args[0]))
+				h, err := c.ShowWebhook(ctx, c.org, args[0])
 				if err != nil {
 					return err
 				}
@@ -113,7 +114,7 @@ func (a *app) webhookTest() *cobra.Command {
 		Use: "test NAME", Short: "Send a test event now; exit code 1 when it is not taken", Args: one("the webhook's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "test webhook "+args[0], func(ctx context.Context, c *Client) error {
-				t, err := post[control.WebhookTest](ctx, c, c.chain(webhooks, args[0], "test"), nil)
+				t, err := c.TestWebhook(ctx, c.org, args[0])
 				if err != nil {
 					return err
 				}
@@ -162,7 +163,7 @@ func (a *app) webhookUpdate() *cobra.Command {
 				return daemon.Usagef("nothing to change: see sallyway webhook update --help")
 			}
 			return a.do(cmd, "update webhook "+args[0], func(ctx context.Context, c *Client) error {
-				h, err := patch[control.Webhook](ctx, c, c.chain(webhooks, args[0]), req)
+				h, err := c.UpdateWebhook(ctx, c.org, args[0], req)
 				if err != nil {
 					return err
 				}
@@ -189,7 +190,7 @@ func (a *app) webhookSwitch(verb string, off bool) *cobra.Command {
 		Use: verb + " NAME", Short: short, Args: one("the webhook's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, verb+" webhook "+args[0], func(ctx context.Context, c *Client) error {
-				h, err := patch[control.Webhook](ctx, c, c.chain(webhooks, args[0]), control.UpdateWebhook{Disabled: &off})
+				h, err := c.UpdateWebhook(ctx, c.org, args[0], control.UpdateWebhook{Disabled: &off})
 				if err != nil {
 					return err
 				}
@@ -204,7 +205,7 @@ func (a *app) webhookDelete() *cobra.Command {
 		Use: "delete NAME", Short: "Delete a webhook", Args: one("the webhook's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, "delete webhook "+args[0], func(ctx context.Context, c *Client) error {
-				if err := c.remove(ctx, c.chain(webhooks, args[0])); err != nil {
+				if err := c.DeleteWebhook(ctx, c.org, args[0]); err != nil {
 					return err
 				}
 				_, err := fmt.Fprintf(cmd.OutOrStdout(), "webhook %s deleted\n", args[0])
