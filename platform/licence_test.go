@@ -170,7 +170,7 @@ func TestLicenceOfAService(t *testing.T) {
 	l.refusedByLicence(identity.Gateway, "e")
 
 	// Taken back: nothing is added, what runs goes on.
-	_, err = i.srv.Revoke(t.Context(), "test", more.ID, "unpaid")
+	revoked, err := i.srv.Revoke(t.Context(), "test", more.ID, "unpaid")
 	must(t, err)
 	must(t, l.srv.FetchLicences(t.Context()))
 	if s := l.licence(); s.State != control.LicenceExpired || !strings.Contains(s.Problem, "unpaid") {
@@ -198,6 +198,15 @@ func TestLicenceOfAService(t *testing.T) {
 	l.added(identity.Client, "late")
 	if status, p := l.install("default", renewed.Licence); status != http.StatusConflict {
 		t.Errorf("replayed after removal: %d %+v", status, p)
+	}
+	// The newest comes back by hand, and not by itself.
+	last := revoked.Licence
+	must(t, l.srv.licences.install(t.Context(), last, "test"))
+	if s := l.licence(); s.State != control.LicenceNone {
+		t.Errorf("a licence that was removed came back by itself: %+v", s)
+	}
+	if status, p := l.install("default", last); status != http.StatusOK {
+		t.Errorf("the newest one after a removal: %d %+v", status, p)
 	}
 	if v := l.auditDirect("default"); !strings.Contains(fmt.Sprint(v), "licence.install") || !strings.Contains(fmt.Sprint(v), "licence.remove") {
 		t.Error("the audit does not tell of licences")

@@ -156,7 +156,7 @@ func (l *licences) install(ctx context.Context, jws, source string) error {
 	if err != nil {
 		return err
 	}
-	_, err = l.s.reg.InstallLicence(registry.WithActor(ctx, "platform"), e.Organization, control.InstallLicence{Licence: jws, Source: source})
+	_, err = l.s.reg.TakeLicence(registry.WithActor(ctx, "platform"), e.Organization, control.InstallLicence{Licence: jws, Source: source})
 	if registry.Code(err) == control.CodeConflict { // a newer one is here
 		l.s.cfg.Log.Debug("licence left out", "org", e.Organization, "licence", e.ID, "error", err)
 		return nil

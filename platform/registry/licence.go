@@ -107,7 +107,7 @@ func (l *licence) ask(org string) string {
 	if l.e != nil && l.e.Contact != "" {
 		who = l.e.Contact
 	}
-	return fmt.Sprintf("what runs goes on; ask %s for a licence with more (this is %s), then: sallyway --org %s licence install FILE", who, l.ID, org)
+	return fmt.Sprintf("ask %s for another licence (this is %s), then: sallyway --org %s licence install FILE", who, l.ID, org)
 }
 
 // room refuses when the licence of org allows no further node of a kind. A node is counted from its making on; enrolled asks about the first enrolment of
@@ -121,7 +121,7 @@ func (c *change) room(ctx context.Context, org string, kind identity.Kind, enrol
 		return err
 	}
 	if l.why != nil {
-		return refuse(http.StatusForbidden, control.CodeLicenceLimit, l.ask(org), "organization %s can add no %s: %v", org, kind, l.why)
+		return refuse(http.StatusForbidden, control.CodeLicenceLimit, l.ask(org)+"; what runs goes on", "organization %s can add no %s: %v", org, kind, l.why)
 	}
 	limit := l.limit(kind)
 	if limit == nil {
@@ -131,15 +131,18 @@ func (c *change) room(ctx context.Context, org string, kind identity.Kind, enrol
 	if err != nil {
 		return err
 	}
-	have, word := n[kind].All, ""
+	have, what := n[kind].All, string(kind)
 	if enrolled {
-		have, word = n[kind].Enrolled, "enrolled "
+		have, what = n[kind].Enrolled, "enrolled "+what
 	}
 	if have < *limit {
 		return nil
 	}
-	return refuse(http.StatusForbidden, control.CodeLicenceLimit, "delete one that is not needed any more, or: "+l.ask(org),
-		"organization %s has %d %s%ss, and its licence allows %d", org, have, word, kind, *limit)
+	if have != 1 {
+		what += "s"
+	}
+	return refuse(http.StatusForbidden, control.CodeLicenceLimit, "delete one that is not needed any more, or "+l.ask(org),
+		"organization %s has %d %s, and its licence allows %d", org, have, what, *limit)
 }
 
 // Licence is what an organization may have, and has.
@@ -210,6 +213,15 @@ func daysLeft(end, now time.Time) int {
 // InstallLicence puts a signed licence in the place of the one that an organization has. It is refused when it is not for this platform and
 // organization, not signed by a trusted key, over, or older than one that was here. The same one again changes nothing.
 func (r *Registry) InstallLicence(ctx context.Context, org string, req control.InstallLicence) (*control.Licence, error) {
+	return r.installLicence(ctx, org, req, true)
+}
+
+// TakeLicence is InstallLicence for what comes by itself, from a file or a service: one that was removed does not come back so.
+func (r *Registry) TakeLicence(ctx context.Context, org string, req control.InstallLicence) (*control.Licence, error) {
+	return r.installLicence(ctx, org, req, false)
+}
+
+func (r *Registry) installLicence(ctx context.Context, org string, req control.InstallLicence, byHand bool) (*control.Licence, error) {
 	if len(r.LicenceTrust) == 0 {
 		return nil, refuse(http.StatusConflict, control.CodeConflict, "start platformd with --licence-trust KEY: the issuer's key, as `sallyway-license admin keys` prints it",
 			"this platform trusts no issuer of licences, so nothing is limited")
@@ -234,14 +246,15 @@ func (r *Registry) InstallLicence(ctx context.Context, org string, req control.I
 			return invalid("body.licence", "ask the issuer for one for this organization of this platform", "%v", err)
 		}
 		old, err := c.Tx.Licence(ctx, org)
-		if err != nil && !errors.Is(err, store.ErrNotFound) {
+		removed := errors.Is(err, store.ErrNotFound)
+		if err != nil && !removed {
 			return err
 		}
 		if err == nil && old.ID == e.ID && old.Issuer == e.Issuer && old.Serial == e.Serial {
 			out, err = r.licenceRecord(ctx, c.Tx, org, c.now)
 			return err
 		}
-		if err := c.acceptable(ctx, e); err != nil {
+		if err := c.acceptable(ctx, e, removed && byHand); err != nil {
 			return err
 		}
 		l := &store.Licence{
@@ -277,13 +290,13 @@ func (r *Registry) InstallLicence(ctx context.Context, org string, req control.I
 }
 
 // acceptable refuses a licence that is older than one that was here, or whose time is not now. One that takes a licence back ends as it begins, so it is
-// accepted although it is over.
-func (c *change) acceptable(ctx context.Context, e *entitlement.Entitlement) error {
+// accepted although it is over. again lets the newest that was here come back.
+func (c *change) acceptable(ctx context.Context, e *entitlement.Entitlement, again bool) error {
 	highest, err := c.LicenceSerial(ctx, e.Organization, e.Issuer)
 	if err != nil {
 		return err
 	}
-	if e.Serial <= highest {
+	if e.Serial < highest || e.Serial == highest && !again {
 		return refuse(http.StatusConflict, control.CodeConflict, "install the newest one that the issuer gave you",
 			"licence %s has the serial %d, and organization %s has had %d: an older one does not come back", e.ID, e.Serial, e.Organization, highest)
 	}
