@@ -15,6 +15,7 @@ import (
 	"sallyway/internal/policy"
 	"sallyway/platform"
 	"sallyway/platform/presence"
+	"sallyway/platform/probe"
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
 )
@@ -38,7 +39,7 @@ func inProcess(t *testing.T, l *lab.Lab, issuer *entitlement.Key) *platform.Serv
 	var srv *platform.Server
 	cfg := platform.Config{
 		Licence: platform.LicenceConfig{Trust: []string{issuer.Public().String()}},
-		Data:    l.PlatformData(), Listen: ":443", AdvertiseURL: l.PlatformURL(),
+		Data:    l.PlatformData(), Listen: ":443", ProbeRelays: probe.Off, AdvertiseURL: l.PlatformURL(),
 		Log: slog.New(slog.NewTextHandler(logBook{t}, &slog.HandlerOptions{Level: slog.LevelError})),
 	}
 	check(t, l.Platform.Do(func() (err error) {
@@ -254,6 +255,7 @@ func TestGallery(t *testing.T) {
 	}
 
 	estate(t, srv.Registry())
+	placed(t, srv.Registry())
 	licensed(t, srv.Registry(), issuer)
 	for _, g := range []struct{ name, path string }{
 		{"overview", "/orgs/default/overview"},
@@ -278,6 +280,7 @@ func TestGallery(t *testing.T) {
 		{"topology", "/orgs/default/topology"},
 		{"history", "/orgs/default/history"},
 		{"certificates", "/orgs/default/certificates"},
+		{"rotation", "/orgs/default/certificates/gateway/rotation"},
 		{"audit", "/orgs/default/audit"},
 		{"audit-search", "/orgs/default/audit?q=laptop-1&action=node."},
 		{"sso", "/orgs/default/sso"},

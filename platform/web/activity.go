@@ -263,31 +263,18 @@ type certificateRow struct {
 const (
 	certNotice = 30 * 24 * time.Hour
 	certWarn   = 7 * 24 * time.Hour
+	certLast   = 24 * time.Hour
 	certLate   = 8 * time.Hour // a leaf of 24 h is renewed at half of it, with jitter
 )
 
 func (q *request) certificateRow(c registry.CertificateRecord) certificateRow {
 	row := certificateRow{CertificateRecord: c}
 	left := c.NotAfter.Sub(q.s.now())
-	ok := stateView{"Good", "good", "good"}
 	if c.CA {
-		switch c.Kind {
-		case "root":
-			row.Name = "Root of the organization"
-		case "ssh":
-			row.Name = "SSH CA"
-		default:
-			row.Name = "CA for " + c.Kind + " certificates"
-		}
-		switch {
-		case c.NotAfter.IsZero(), left > certNotice:
-			row.View = ok
-		case left <= 0:
-			row.View, row.Remedy = stateView{"Expired", "bad", "bad"}, "rotate it: sallyway ca rotate --plan"
-		case left <= certWarn:
-			row.View, row.Remedy = stateView{"Ends soon", "bad", "bad"}, "rotate it now: sallyway ca rotate --plan"
-		default:
-			row.View, row.Remedy = stateView{"Ends in a month", "warn", "warn"}, "plan its rotation: sallyway ca rotate --plan"
+		row.Name = authorityName(c.Kind)
+		row.View, row.Remedy = authorityView(&c, q.org, left, c.NotAfter.IsZero())
+		if c.Kind != registry.KindServer {
+			row.URL = q.url("certificates", c.Kind, "rotation")
 		}
 		return row
 	}
@@ -314,6 +301,11 @@ func (q *request) certificates() error {
 	all, err := q.s.reg.Certificates(q.ctx, q.org)
 	if err != nil {
 		return err
+	}
+	if server := q.s.reg.Server; server != nil {
+		if c := server(); !c.NotAfter.IsZero() {
+			all = append(all, registry.CertificateRecord{Kind: registry.KindServer, CA: true, NotAfter: c.NotAfter, Renews: c.Renews})
+		}
 	}
 	var cas, leaves []certificateRow
 	counts := map[string]int{}

@@ -100,6 +100,8 @@ func (s *Server) activityRoutes(mux *http.ServeMux) {
 	s.org(mux, "GET", "/audit", "audit", people.Read, (*request).listAudit)
 	s.org(mux, "GET", "/audit/export", "audit", people.Read, (*request).exportAudit)
 	s.org(mux, "GET", "/certificates", "status", people.Read, (*request).certificates)
+	s.org(mux, "GET", "/certificates/{kind}/rotation", "authorities", people.Read, (*request).showRotation)
+	s.org(mux, "POST", "/certificates/{kind}/rotation", "authorities", people.Write, (*request).rotate)
 	s.org(mux, "GET", "/organization", "organizations", people.Read, (*request).showOrganization)
 	s.org(mux, "POST", "/organization", "organizations", people.Write, (*request).updateOrganization)
 }

@@ -205,7 +205,7 @@ var pagesOf = []string{
 	"groups", "groups/new", "groups/team", "networking/relays", "networking/relays/new", "networking/relays/fra-1", "networking/relays/fra-1/deploy",
 	"networking/gateways", "networking/gateways/new", "networking/gateways/office", "networking/clients", "networking/clients/laptop", "audit", "audit/export",
 	"audit/signed", "webhooks", "flows", "flows/export",
-	"certificates", "organization", "licence", "users", "users/new", "users/ada", "service-accounts", "api-tokens", "sso", "my",
+	"certificates", "certificates/gateway/rotation", "organization", "licence", "users", "users/new", "users/ada", "service-accounts", "api-tokens", "sso", "my",
 }
 
 // furnish makes one of everything in an organization.
