@@ -84,8 +84,13 @@ func (e *Entitlement) Check() error {
 		name, text string
 		required   bool
 	}{
-		{"id", e.ID, true}, {"issuer", e.Issuer, true}, {"customer", e.Customer, true}, {"platform", e.Platform, false},
-		{"organization", e.Organization, true}, {"contact", e.Contact, false}, {"reason", e.Reason, false},
+		{"id", e.ID, true},
+		{"issuer", e.Issuer, true},
+		{"customer", e.Customer, true},
+		{"platform", e.Platform, false},
+		{"organization", e.Organization, true},
+		{"contact", e.Contact, false},
+		{"reason", e.Reason, false},
 	} {
 		if err := checkText(f.name, f.text, f.required); err != nil {
 			return err

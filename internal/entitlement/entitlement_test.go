@@ -102,7 +102,7 @@ func TestForged(t *testing.T) {
 	if _, err := trust.Open(other); !errors.Is(err, ErrUntrusted) {
 		t.Errorf("another key: %v", err)
 	}
-	if _, err := (Trust)(nil).Open(jws); !errors.Is(err, ErrUntrusted) {
+	if _, err := Trust(nil).Open(jws); !errors.Is(err, ErrUntrusted) {
 		t.Errorf("no trust: %v", err)
 	}
 }
@@ -166,8 +166,12 @@ func TestPlaceAndTime(t *testing.T) {
 		now  time.Time
 		want error
 	}{
-		{at, nil}, {at.Add(-4 * time.Minute), nil}, {at.Add(-6 * time.Minute), ErrEarly},
-		{e.Expires.Add(-time.Second), nil}, {e.Expires, ErrExpired}, {e.Expires.AddDate(10, 0, 0), ErrExpired},
+		{at, nil},
+		{at.Add(-4 * time.Minute), nil},
+		{at.Add(-6 * time.Minute), ErrEarly},
+		{e.Expires.Add(-time.Second), nil},
+		{e.Expires, ErrExpired},
+		{e.Expires.AddDate(10, 0, 0), ErrExpired},
 	} {
 		if err := e.Valid(tc.now); !errors.Is(err, tc.want) {
 			t.Errorf("%v: %v, want %v", tc.now, err, tc.want)
