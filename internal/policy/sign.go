@@ -12,7 +12,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/big"
+	"strings"
 	"sync"
 	"time"
 	"unique"
@@ -75,7 +77,7 @@ func (g *Signer) SignGrantAgain(gr *Grant, kept Kept) (string, Kept, error) {
 			return "", Kept{}, fmt.Errorf("encode %s: %w", typeGrant, err)
 		}
 		if sha256.Sum256(payload) == kept.payload {
-			return compact(head, payload) + "." + base64.RawURLEncoding.EncodeToString(kept.signature[:]), kept, nil
+			return serialize(head, payload, kept.signature[:]), kept, nil
 		}
 	}
 	jws, k, err := g.sign(typeGrant, gr)
@@ -108,11 +110,28 @@ func (g *Signer) head(typ string) (string, error) {
 	return g.heads[typ], nil
 }
 
-// compact is the part of a JWS (RFC 7515 §7.1) that is signed.
-func compact(head string, payload []byte) string {
-	b := make([]byte, 0, len(head)+1+base64.RawURLEncoding.EncodedLen(len(payload))+1+signatureSize*4/3+2)
-	b = append(append(b, head...), '.')
-	return string(base64.RawURLEncoding.AppendEncode(b, payload))
+// serialize is a JWS in compact form (RFC 7515 §7.1), or the part of it that is signed when there is no signature yet. There are thousands of them when
+// policies change, of 2 KiB each, so none is copied.
+func serialize(head string, payload, signature []byte) string {
+	enc := base64.RawURLEncoding
+	var b strings.Builder
+	b.Grow(len(head) + enc.EncodedLen(len(payload)) + enc.EncodedLen(len(signature)) + len(".."))
+	b.WriteString(head)
+	var text [512]byte
+	part := func(raw []byte) {
+		b.WriteByte('.')
+		for len(raw) > 0 {
+			n := min(len(raw), len(text)/4*3)
+			enc.Encode(text[:], raw[:n])
+			b.Write(text[:enc.EncodedLen(n)])
+			raw = raw[n:]
+		}
+	}
+	part(payload)
+	if signature != nil {
+		part(signature)
+	}
+	return b.String()
 }
 
 // sign makes a JWS in compact form. Documents are signed by the thousand, and a library's signer encodes the chain for each.
@@ -128,9 +147,9 @@ func (g *Signer) sign(typ string, doc any) (string, Kept, error) {
 	if key, ok := g.Key.Public().(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
 		return "", Kept{}, fmt.Errorf("sign %s: the key is not on P-256", typ)
 	}
-	input := compact(head, payload)
-	digest := sha256.Sum256([]byte(input))
-	der, err := g.Key.Sign(rand.Reader, digest[:], crypto.SHA256)
+	h := sha256.New()
+	_, _ = io.WriteString(h, serialize(head, payload, nil)) // a hash never fails
+	der, err := g.Key.Sign(rand.Reader, h.Sum(nil), crypto.SHA256)
 	if err != nil {
 		return "", Kept{}, fmt.Errorf("sign %s: %w", typ, err)
 	}
@@ -141,7 +160,7 @@ func (g *Signer) sign(typ string, doc any) (string, Kept, error) {
 	kept := Kept{head: unique.Make(head), payload: sha256.Sum256(payload)}
 	sig.R.FillBytes(kept.signature[:signatureSize/2])
 	sig.S.FillBytes(kept.signature[signatureSize/2:])
-	return input + "." + base64.RawURLEncoding.EncodeToString(kept.signature[:]), kept, nil
+	return serialize(head, payload, kept.signature[:]), kept, nil
 }
 
 // OpenSnapshot checks a signed snapshot for the gateway audience against the organization's trust. It does not look at

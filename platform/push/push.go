@@ -29,9 +29,10 @@ import (
 
 // Intervals.
 const (
-	settle        = 50 * time.Millisecond // changes that follow each other are pushed as one
-	sweepInterval = 2 * time.Second       // relays are looked at for silence
-	flushInterval = 10 * time.Second      // counted refusals go to the audit
+	settle        = 50 * time.Millisecond  // changes that follow each other are pushed as one
+	allocateRest  = 200 * time.Millisecond // between two looks at who gets which relays: thousands of nodes come back at once
+	sweepInterval = 2 * time.Second        // relays are looked at for silence
+	flushInterval = 10 * time.Second       // counted refusals go to the audit
 	houseInterval = time.Minute
 	// refreshMost is when credentials and documents are made anew at the latest although nothing changed.
 	refreshMost = time.Hour
@@ -391,6 +392,8 @@ func (h *Hub) Run(ctx context.Context) error {
 	defer flush.Stop()
 	defer house.Stop()
 	looked := h.started
+	kick, rest := h.kick, time.NewTimer(0)
+	defer rest.Stop()
 	led := false
 	// leads says whether the work below is this platform's, and begins it when that has just become so.
 	leads := func() bool {
@@ -416,10 +419,14 @@ func (h *Hub) Run(ctx context.Context) error {
 				err = errors.Join(err, h.reg.Housekeeping(stop))
 			}
 			return err
-		case <-h.kick:
+		case <-kick:
 			if leads() {
 				h.allocate(ctx)
 			}
+			kick = nil
+			rest.Reset(allocateRest)
+		case <-rest.C:
+			kick = h.kick
 		case <-sweep.C:
 			// Silence alone moves relays at two ages: of a heartbeat, or of this process, where none has come yet.
 			now := h.reg.Now()

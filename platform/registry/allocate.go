@@ -115,7 +115,11 @@ func (r *Registry) decide(ctx context.Context, read func(context.Context, func(s
 
 // facts are what is known of an organization's gateways, and of the relays that they may have or wish.
 func (r *Registry) facts(ctx context.Context, tx store.Tx, org string, started time.Time) (*allocation.Input, error) {
-	nodes, err := tx.Nodes(ctx, org, "", store.Page{})
+	relays, err := tx.Nodes(ctx, org, identity.Relay, store.Page{})
+	if err != nil {
+		return nil, err
+	}
+	gateways, err := tx.Nodes(ctx, org, identity.Gateway, store.Page{})
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +144,7 @@ func (r *Registry) facts(ctx context.Context, tx store.Tx, org string, started t
 		return nil, err
 	}
 	there := make(map[string]bool)
-	for _, n := range slices.Concat(nodes, shared) {
+	for _, n := range slices.Concat(relays, gateways, shared) {
 		switch {
 		case n.Kind == identity.Gateway && n.Status == store.Active:
 			in.Gateways = append(in.Gateways, r.wants(n, wishes[n.ID]))
