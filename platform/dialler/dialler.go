@@ -71,8 +71,8 @@ type Config struct {
 	Log     *slog.Logger          // nil discards
 	Metrics prometheus.Registerer // nil is none
 	Now     func() time.Time      // nil is time.Now
-
-	idleTime time.Duration // 0 is IdleTime; for tests
+	// Idle is how long a session is kept after its last connection; 0 is IdleTime.
+	Idle time.Duration
 }
 
 // Dialler opens connections to resources. Its methods may be called concurrently.
@@ -115,8 +115,8 @@ func New(cfg Config) *Dialler {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	if cfg.idleTime == 0 {
-		cfg.idleTime = IdleTime
+	if cfg.Idle == 0 {
+		cfg.Idle = IdleTime
 	}
 	d := &Dialler{cfg: cfg, log: cfg.Log, nodes: make(map[string]*node), sessions: make(map[route]*held), open: make(map[string]int)}
 	d.ctx, d.stop = context.WithCancel(context.Background())
@@ -212,7 +212,7 @@ func (d *Dialler) sweepOrg(org string, v *view.View) {
 			why = "the organization does not let the platform dial its gateways any more"
 		case !v.GatewayServes(r.gateway):
 			why = "the gateway is not used any more"
-		case h.users == 0 && now.Sub(h.since) >= d.cfg.idleTime:
+		case h.users == 0 && now.Sub(h.since) >= d.cfg.Idle:
 			why = "idle"
 		default:
 			continue

@@ -195,6 +195,9 @@ func (d *Dialler) climb(ctx context.Context, v *view.View, g view.RouteGateway, 
 			ended++
 			if r.err != nil {
 				errs = append(errs, r.err)
+				if errors.Is(r.err, tunnel.ErrDenied) {
+					all = all[:begun] // the gateway itself says no: another way leads to the same
+				}
 				turn.Reset(0)
 				continue
 			}
