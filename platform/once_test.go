@@ -282,6 +282,7 @@ func TestEveryChangeTakesPreconditions(t *testing.T) {
 	w := populate(t, start(t))
 	w.populatePeople()
 	w.api("POST", "/groups", control.CreateGroup{Name: "all"}, nil)
+	w.api("POST", "/webhooks", control.CreateWebhook{Name: "siem", URL: "https://192.0.2.9/"}, nil)
 	must(t, w.srv.Registry().Store.Update(t.Context(), func(tx store.Tx) error { // not by the API, which asks the provider
 		return errors.Join(tx.InsertProvider(t.Context(), &store.Provider{ID: identity.NewID("provider"), Org: "default", Name: "sso", Issuer: "https://issuer.example", Created: time.Now(), Settings: []byte("{}")}),
 			tx.InsertProvider(t.Context(), &store.Provider{ID: identity.NewID("provider"), Org: people.Platform, Name: "sso", Issuer: "https://issuer.example", Created: time.Now(), Settings: []byte("{}")}))
@@ -298,7 +299,7 @@ func TestEveryChangeTakesPreconditions(t *testing.T) {
 		}
 	}
 	objects := map[string]string{
-		"/orgs/{org}": "", "/orgs/{org}/relays/{name}": "relay-1", "/orgs/{org}/gateways/{name}": "gw", "/orgs/{org}/clients/{name}": "laptop",
+		"/orgs/{org}": "", "/orgs/{org}/licence": "", "/orgs/{org}/flow-log": "", "/orgs/{org}/webhooks/{name}": "siem", "/orgs/{org}/relays/{name}": "relay-1", "/orgs/{org}/gateways/{name}": "gw", "/orgs/{org}/clients/{name}": "laptop",
 		"/orgs/{org}/resources/{name}": "web", "/orgs/{org}/policies/{name}": "client-laptop-web", "/orgs/{org}/groups/{name}": "all",
 		"/orgs/{org}/people/{name}": "ada", "/orgs/{org}/service-accounts/{name}": "robot", "/orgs/{org}/providers/{name}": "sso",
 		"/shared/relays/{name}": "eu-1", "/people/{name}": "root@example.com", "/service-accounts/{name}": "robot", "/providers/{name}": "sso",
@@ -325,7 +326,14 @@ func TestEveryChangeTakesPreconditions(t *testing.T) {
 			seen++
 			url := strings.NewReplacer("{org}", "default", "{name}", name).Replace(path)
 			var in any
-			if op.RequestBody != nil {
+			switch {
+			case strings.HasSuffix(path, "/licence"):
+				if method == "put" {
+					continue // one that can be read and is signed comes before what is there
+				}
+			case strings.HasSuffix(path, "/flow-log"):
+				in = control.FlowLog{}
+			case op.RequestBody != nil:
 				in = struct{}{}
 			}
 			if r := w.must(w.admin.Token, strings.ToUpper(method), url, in, "If-Match", `"other.other"`); r.status != 412 || r.problem().Code != "precondition_failed" {
