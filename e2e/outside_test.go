@@ -13,7 +13,6 @@ import (
 // TestRelayFromOutside: a relay that runs well behind a firewall without its UDP port is degraded, with the remedy; its other ports answer the platform
 // as what they are.
 func TestRelayFromOutside(t *testing.T) {
-	t.Parallel()
 	l := newLab(t, lab.Config{})
 	check(t, l.BlockUDP(true))
 	must(l.StartPlatform(within(t, time.Minute), "--probe-relays", "private", "--region", "lab"))(t)

@@ -35,8 +35,10 @@ func placed(t *testing.T, reg *registry.Registry) {
 		check(t, err)
 		addr := netip.MustParseAddr(s)
 		o := control.Outside{State: control.OutsideReached, At: time.Now(), Address: &addr, RTT: 11 * time.Millisecond, Checks: []control.OutsideCheck{
-			{Name: "STUN 5349/udp", OK: true, Detail: "answers in 11.2 ms"}, {Name: "TLS 5349/tcp", OK: true, Detail: "handshake in 24.0 ms"},
-			{Name: "TLS 8443/tcp", OK: true, Detail: "handshake in 23.6 ms"}, {Name: "SSH 2222/tcp", OK: true, Detail: "answers"},
+			{Name: "STUN 5349/udp", OK: true, Detail: "answers in 11.2 ms"},
+			{Name: "TLS 5349/tcp", OK: true, Detail: "handshake in 24.0 ms"},
+			{Name: "TLS 8443/tcp", OK: true, Detail: "handshake in 23.6 ms"},
+			{Name: "SSH 2222/tcp", OK: true, Detail: "answers"},
 		}}
 		if name == "sin-1" {
 			o.State, o.Checks[0] = control.OutsidePartly, control.OutsideCheck{Name: "STUN 5349/udp", Detail: "no answer in 3s"}

@@ -10,10 +10,20 @@ import (
 func TestExplain(t *testing.T) {
 	const m = time.Millisecond
 	relays := []Relay{
-		{ID: "a", Name: "fra-1", Healthy: true, Domain: "x"}, {ID: "b", Name: "fra-2", Healthy: true, Domain: "y"}, {ID: "c", Name: "fra-3", Healthy: true, Domain: "x"},
-		{ID: "d", Name: "ams-1", Healthy: true}, {ID: "e", Name: "lon-1", Draining: true}, {ID: "f", Name: "nyc-1", Silent: time.Hour}, {ID: "g", Name: "par-1", Out: Disabled},
-		{ID: "h", Name: "sin-1", Degraded: true}, {ID: "i", Name: "syd-1", Healthy: true}, {ID: "j", Name: "mad-1", Healthy: true, Doubt: "not reached from outside"},
-		{ID: "k", Name: "zrh-1", Healthy: true}, {ID: "l", Name: "vie-1", Healthy: true}, {ID: "m", Name: "prg-1", Healthy: true}, {ID: "n", Name: "osl-1"},
+		{ID: "a", Name: "fra-1", Healthy: true, Domain: "x"},
+		{ID: "b", Name: "fra-2", Healthy: true, Domain: "y"},
+		{ID: "c", Name: "fra-3", Healthy: true, Domain: "x"},
+		{ID: "d", Name: "ams-1", Healthy: true},
+		{ID: "e", Name: "lon-1", Draining: true},
+		{ID: "f", Name: "nyc-1", Silent: time.Hour},
+		{ID: "g", Name: "par-1", Out: Disabled},
+		{ID: "h", Name: "sin-1", Degraded: true},
+		{ID: "i", Name: "syd-1", Healthy: true},
+		{ID: "j", Name: "mad-1", Healthy: true, Doubt: "not reached from outside"},
+		{ID: "k", Name: "zrh-1", Healthy: true},
+		{ID: "l", Name: "vie-1", Healthy: true},
+		{ID: "m", Name: "prg-1", Healthy: true},
+		{ID: "n", Name: "osl-1"},
 	}
 	g := Gateway{ID: "g1", Exclude: []string{"i"}, RTT: map[string]time.Duration{"a": 30 * m, "b": 60 * m, "c": 12 * m, "d": 64 * m, "h": 10 * m, "j": 30 * m, "k": 100 * m, "l": 20 * m, "m": 45 * m}}
 	in := Input{Now: start, Gateways: []Gateway{g, {ID: "g2"}}, Relays: relays, Current: map[string][]string{"g1": {"a", "b"}, "g2": {"d", "b"}}}

@@ -128,7 +128,7 @@ func TestRebinding(t *testing.T) {
 
 // host is a host with a relay's ports, on loopback.
 type host struct {
-	udp, tls, rung, ssh uint16
+	udp, rung, ssh uint16 // udp is TLS over TCP, too
 }
 
 // open opens the ports; nil functions leave one closed (the number is taken and given back).
