@@ -3,8 +3,8 @@ package platformd
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"encoding/json"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,15 +17,20 @@ import (
 	"sallyway/internal/daemon"
 )
 
-// run runs platformd's command line.
+// run runs platformd's command line, and returns what it prints to standard output.
 func run(ctx context.Context, args ...string) (out string, err error) {
-	var b bytes.Buffer
+	out, _, err = execute(ctx, args...)
+	return out, err
+}
+
+func execute(ctx context.Context, args ...string) (out, told string, err error) {
+	var b, e bytes.Buffer
 	c := Command()
 	c.SetArgs(args)
 	c.SetOut(&b)
-	c.SetErr(io.Discard)
+	c.SetErr(&e)
 	err = c.ExecuteContext(ctx)
-	return b.String(), err
+	return b.String(), e.String(), err
 }
 
 func TestRefusals(t *testing.T) {
@@ -96,9 +101,11 @@ func TestServe(t *testing.T) {
 		t.Error("a token for an organization that is not there")
 	}
 	backup := filepath.Join(t.TempDir(), "b.db")
-	if _, err := run(ctx, "admin", "backup", backup, "--data", dir); err != nil {
-		t.Errorf("backup: %v", err)
+	_, told, err := execute(ctx, "admin", "backup", backup, "--data", dir)
+	if err != nil || !strings.Contains(told, "THE MASTER KEY IS NOT IN IT") || !strings.Contains(told, filepath.Join(dir, "master.key")) {
+		t.Errorf("backup: %q %v", told, err)
 	}
+	noMasterIn(t, backup, filepath.Join(dir, "master.key"))
 	if _, err := run(ctx, "admin", "restore", backup, "--data", dir); daemon.ExitCode(err) != daemon.ExitUsage || !strings.Contains(err.Error(), "already runs") {
 		t.Errorf("restore under a running server: %v", err)
 	}
@@ -119,6 +126,27 @@ func TestServe(t *testing.T) {
 		if st, err := os.Stat(filepath.Join(dir, f)); err != nil || st.Mode().Perm() != 0o600 {
 			t.Errorf("%s: %v", f, err)
 		}
+	}
+}
+
+// noMasterIn wants a backup without the master key, neither as its file has it nor as bytes.
+func noMasterIn(t *testing.T, backup, key string) {
+	t.Helper()
+	b, err := os.ReadFile(backup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = bytes.TrimSpace(text)
+	raw, err := hex.DecodeString(string(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(raw) < 32 || bytes.Contains(b, text) || bytes.Contains(b, raw) {
+		t.Errorf("the master key, of %d bytes, is in the backup", len(raw))
 	}
 }
 
