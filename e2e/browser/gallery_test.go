@@ -257,6 +257,7 @@ func TestGallery(t *testing.T) {
 	estate(t, srv.Registry())
 	placed(t, srv.Registry())
 	licensed(t, srv.Registry(), issuer)
+	trailed(t, srv.Registry())
 	for _, g := range []struct{ name, path string }{
 		{"overview", "/orgs/default/overview"},
 		{"relays", "/orgs/default/networking/relays"},
@@ -283,6 +284,9 @@ func TestGallery(t *testing.T) {
 		{"rotation", "/orgs/default/certificates/gateway/rotation"},
 		{"audit", "/orgs/default/audit"},
 		{"audit-search", "/orgs/default/audit?q=laptop-1&action=node."},
+		{"webhooks", "/orgs/default/webhooks"},
+		{"flows", "/orgs/default/flows"},
+		{"flows-search", "/orgs/default/flows?client=laptop-1&since=24h"},
 		{"sso", "/orgs/default/sso"},
 		{"api-tokens", "/orgs/default/api-tokens"},
 		{"users", "/orgs/default/users"},
