@@ -82,7 +82,7 @@ func Programs() []Program {
 		{
 			Name: "sallyway-license", Title: "Sallyway licence service: signs what customers' platforms may have",
 			Command: []string{"serve"}, Health: []string{"healthcheck"},
-			Env:   []string{"SALLYWAY_DATA=" + StateRoot + "/license"},
+			Env:   []string{"SALLYWAY_DATA=" + StateRoot + "/license", "SALLYWAY_LISTEN=:4000"},
 			Ports: []string{"4000/tcp"},
 		},
 		{

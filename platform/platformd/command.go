@@ -229,6 +229,7 @@ func checks(ctx context.Context, srv *platform.Server) []daemon.Check {
 		}
 		out = append(out, c)
 	}
+	out = append(out, licenceChecks(ctx, srv)...)
 	names, err := srv.Registry().OrgNames(ctx)
 	if err != nil {
 		return append(out, daemon.Check{Check: "audit", Result: daemon.Fail, Detail: err.Error(), Remedy: "see database"})

@@ -1,8 +1,12 @@
 package platformd
 
 import (
+	"context"
+	"maps"
 	"os"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -24,6 +28,27 @@ func (o *licenceFlags) register(f *pflag.FlagSet) {
 	f.StringVar(&c.URL, "licence-url", "", "URL of a licence service that is asked once a day for what is new; without an answer what is here stays in force")
 	f.StringVar(&o.keyFile, "licence-key-file", "", "file with the licence key for that service (0600)")
 	f.StringVar(&c.Pin, "licence-pin", "", "key hash of the CA of that service's certificate (default: the system's roots vouch)")
+}
+
+// licenceChecks are the doctor's rows of organizations that have a licence.
+func licenceChecks(ctx context.Context, srv *platform.Server) []daemon.Check {
+	all, err := srv.Registry().Licences(ctx)
+	if err != nil {
+		return []daemon.Check{{Check: "licence", Result: daemon.Fail, Detail: err.Error(), Remedy: "see database"}}
+	}
+	var out []daemon.Check
+	for _, org := range slices.Sorted(maps.Keys(all)) {
+		c := daemon.Check{Check: "licence " + org, Result: daemon.Pass, Detail: "valid"}
+		l := all[org]
+		if l.Entitlement != nil {
+			c.Detail += " until " + l.Entitlement.Expires.Format(time.DateOnly)
+		}
+		if l.Problem != "" {
+			c.Result, c.Detail, c.Remedy = daemon.Warn, l.Problem, "what runs goes on; sallyway --org "+org+" licence show says more"
+		}
+		out = append(out, c)
+	}
+	return out
 }
 
 // resolve reads the licence key.
