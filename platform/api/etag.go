@@ -51,6 +51,17 @@ func settled(v any) any {
 		return settledPerson(*v)
 	case *control.InvitedPerson:
 		return settledPerson(v.PersonRecord)
+	case *control.Webhook:
+		c := *v
+		if c.State != control.WebhookDisabled {
+			c.State = ""
+		}
+		c.Reason, c.LastSuccess, c.FailedSince, c.NextTry, c.Backlog, c.Secret = "", nil, nil, nil, 0, ""
+		return c
+	case *control.Licence:
+		c := *v
+		c.State, c.Problem, c.Use = "", "", nil
+		return c
 	case *control.Me:
 		c := *v
 		if v.Person != nil {
@@ -67,7 +78,7 @@ func settledNode(n control.NodeRecord) control.NodeRecord {
 		n.State = ""
 	}
 	n.Enrolled, n.LastSeen, n.Version, n.Key, n.NotAfter, n.Problems, n.Load = nil, nil, "", nil, nil, nil, nil
-	n.Relays, n.RelayReasons = nil, nil
+	n.Outdated, n.RTT, n.Outside, n.Relays, n.RelayReasons = false, 0, nil, nil, nil
 	return n
 }
 
