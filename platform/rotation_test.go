@@ -286,3 +286,48 @@ func TestRotationOfSSH(t *testing.T) {
 	l.advanceAuthorities()
 	f.wait("the former one gone", cas(1))
 }
+
+// TestRotationOfSharedRelays: the CA of relays that organizations share is pinned by nodes of every organization, so all of them are waited for.
+func TestRotationOfSharedRelays(t *testing.T) {
+	t.Parallel()
+	c := new(clock)
+	l := start(t, func(cfg *Config) { cfg.Now = c.now })
+	var made control.CreatedNode
+	if status, p := l.do(l.admin.Token, "POST", "/api/v1/shared/relays", control.CreateNode{Name: "eu-1", Host: "eu-1.example"}, &made); status != 201 {
+		t.Fatalf("%d %+v", status, p)
+	}
+	r := l.fromToken(made.Token).join()
+	r.beat(control.Heartbeat{})
+	g := l.create(identity.Gateway, "gw").join()
+	f := g.stream()
+	pins := func(n int) func(*control.Config) bool {
+		return func(cfg *control.Config) bool {
+			return len(cfg.Gateway.Relays) == 1 && cfg.Gateway.Relays[0].Node == r.id && len(cfg.Gateway.Relays[0].Pins) == n
+		}
+	}
+	f.wait("the shared relay", pins(1))
+	var plan control.RotationPlan
+	rotate := func(req control.RotateAuthority) {
+		t.Helper()
+		if status, p := l.do(l.admin.Token, "POST", "/api/v1/shared/authorities:rotate", req, &plan); status != 200 {
+			t.Fatalf("%d %+v", status, p)
+		}
+	}
+	rotate(control.RotateAuthority{Kind: "relay"})
+	f.wait("two pins of the shared relay", pins(2))
+	r.beat(control.Heartbeat{ConfigVersion: 1 << 60})
+	l.advanceAuthorities()
+	rotate(control.RotateAuthority{Kind: "relay", Plan: true})
+	if len(plan.Unheard) != 1 || plan.Unheard[0].Node != g.id {
+		t.Errorf("who has not heard: %+v", plan.Unheard)
+	}
+	g.beat(control.Heartbeat{ConfigVersion: f.last.Version})
+	l.advanceAuthorities()
+	before := r.enrol.Certificates.Leaf
+	if leaf, _ := r.renewAt(c); strings.Contains(before, string(identity.EncodeCertificates(leaf[1]))) {
+		t.Error("the new CA does not issue")
+	}
+	if status, _ := l.do(l.admin.Token, "GET", "/api/v1/orgs/platform.shared/authorities", nil, nil); status != 404 {
+		t.Errorf("the platform's own CAs under the name of an organization: %d", status)
+	}
+}

@@ -34,6 +34,7 @@ const (
 	sweepInterval = 2 * time.Second        // relays are looked at for silence
 	flushInterval = 10 * time.Second       // counted refusals go to the audit
 	houseInterval = time.Minute
+	rotateRest    = 20 // rotations of CAs are not looked at for so many times as long as the last look took
 	// refreshMost is when credentials and documents are made anew at the latest although nothing changed.
 	refreshMost = time.Hour
 )
@@ -395,6 +396,7 @@ func (h *Hub) Run(ctx context.Context) error {
 	kick, rest := h.kick, time.NewTimer(0)
 	defer rest.Stop()
 	led := false
+	var rotateFrom time.Time // when rotations of CAs are looked at again
 	// leads says whether the work below is this platform's, and begins it when that has just become so.
 	leads := func() bool {
 		now := h.cfg.Peers.Leads()
@@ -442,7 +444,11 @@ func (h *Hub) Run(ctx context.Context) error {
 			if h.moves.Swap(false) || h.reg.MoveDue(now) {
 				h.moveRelays(ctx)
 			}
-			h.note(ctx, "rotate CAs", h.reg.AdvanceAuthorities(ctx))
+			// A rotation asks for all nodes of its organization: with very many of them less often.
+			if began := time.Now(); began.After(rotateFrom) {
+				h.note(ctx, "rotate CAs", h.reg.AdvanceAuthorities(ctx))
+				rotateFrom = time.Now().Add(rotateRest * time.Since(began))
+			}
 		case <-flush.C:
 			h.note(ctx, "audit refusals", h.reg.FlushRefusals(ctx, false))
 		case <-house.C:

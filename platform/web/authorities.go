@@ -63,7 +63,11 @@ func (q *request) showRotation() error {
 		Name             string
 		Running, Next    bool
 		Offline, Waiting bool
+		More             int // nodes that have not heard, and are not shown
 	}{RotationPlan: plan, Name: authorityName(kind)}
+	if data.More = max(0, len(plan.Unheard)-pageSize); data.More > 0 {
+		plan.Unheard = plan.Unheard[:pageSize]
+	}
 	for _, a := range all {
 		if a.Kind == kind {
 			data.Running = data.Running || a.State == control.AuthorityNext || a.State == control.AuthorityRetiring || a.State == control.AuthorityRequested

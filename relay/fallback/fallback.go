@@ -351,18 +351,31 @@ func (r *rules) recheck(before *rules, n identity.Node, key identity.KeyHash, fu
 		return errors.New("the organization is not served here any more")
 	case r.denied[n] || org.denied[key]:
 		return errRevoked
-	case old != nil && old.of.same(&org.of):
+	case old != nil && org.widens(old):
 		return nil
 	}
 	return full()
 }
 
-var errRevoked = errors.New("revoked")
-
-// same reports whether two organizations trust the same keys.
-func (o *Organization) same(p *Organization) bool {
-	return o.Roots == p.Roots && slices.Equal(o.SSHCAs, p.SSHCAs) && maps.EqualFunc(o.Pins, p.Pins, slices.Equal)
+// widens reports whether o trusts every key that was trusted before, as in the first part of a rotation: then whoever was let in stays, even if
+// its certificate has ended since.
+func (o *organization) widens(old *organization) bool {
+	for _, c := range old.trust.Roots {
+		if !slices.ContainsFunc(o.trust.Roots, c.Equal) {
+			return false
+		}
+	}
+	for k, pins := range old.of.Pins {
+		for _, p := range pins {
+			if !slices.Contains(o.of.Pins[k], p) {
+				return false
+			}
+		}
+	}
+	return !slices.ContainsFunc(old.of.SSHCAs, func(ca string) bool { return !slices.Contains(o.of.SSHCAs, ca) })
 }
+
+var errRevoked = errors.New("revoked")
 
 // everything is what is open.
 func (s *Server) everything() (conns []*sshConn, joins []*join) {
