@@ -70,6 +70,16 @@ func TestPlatformReachesAResource(t *testing.T) {
 	refused("nothing listens", "shut", "refuses connections", "resource update shut")
 	refused("no policy", "vault", `rule "default deny"`, "sallyway policy allow --from platform --resource vault")
 
+	// A webhook to a private address takes the same way, and needs the same policy.
+	hook := "http://" + at(lab.WebAddr, webPort) + "/sum"
+	admin("webhook", "create", "hook", "--url", hook, "--events", "organization.delete", "--through-gateways")
+	admin("webhook", "test", "hook")
+	admin("policy", "disable", "platform-web")
+	if r, err := l.Sallyway(within(t, 30*time.Second), "webhook", "test", "hook"); err == nil || !strings.Contains(r.Stderr, "policy") {
+		t.Errorf("a webhook without a policy: %v\n%s%s", err, r.Stdout, r.Stderr)
+	}
+	admin("policy", "enable", "platform-web")
+
 	check(t, l.BlockUDPOf(l.Platform))
 	reached("UDP is blocked at the platform", "tls")
 	check(t, l.BlockUDPOf())
@@ -87,6 +97,9 @@ func TestPlatformReachesAResource(t *testing.T) {
 
 	check(t, s.GatewayA.Stop())
 	refused("the gateway is away", "web", "is not connected to", "gatewayd status")
+	s.RelayA.Kill()
+	s.RelayB.Kill()
+	refused("the relays are away", "web", "the platform does not reach relay", "TCP 5349")
 
 	audit := must(l.Sallyway(within(t, 20*time.Second), "audit", "tail", "-n", "200", "--json"))(t)
 	for _, want := range []string{`"resource.test"`, `"certificate.revoke"`, `"certificate.issue"`} {
