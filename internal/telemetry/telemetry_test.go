@@ -76,6 +76,7 @@ func TestOff(t *testing.T) {
 
 // TestTraces follows a request from one program to another.
 func TestTraces(t *testing.T) {
+	t.Parallel()
 	c := otlptest.Start(t)
 	set := telemetry.Settings{Endpoint: c.URL, Headers: map[string]string{"x-key": "k1"}, Gzip: true, Attributes: map[string]string{"deployment.environment": "test"}}
 	a, stopA := run(t, telemetry.Config{Settings: set, Service: "asker", Version: "v1"})
@@ -122,6 +123,7 @@ func TestTraces(t *testing.T) {
 
 // TestSampling samples what begins here by the ratio, and what began elsewhere as it was decided there.
 func TestSampling(t *testing.T) {
+	t.Parallel()
 	c := otlptest.Start(t)
 	none := 0.0
 	tele, stop := run(t, telemetry.Config{Settings: telemetry.Settings{Endpoint: c.URL, Ratio: &none}})
@@ -149,6 +151,7 @@ func TestSampling(t *testing.T) {
 
 // TestMetrics sends every type of metric, with the names and labels that Prometheus sees.
 func TestMetrics(t *testing.T) {
+	t.Parallel()
 	c := otlptest.Start(t)
 	r := prometheus.NewRegistry()
 	counter := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyway_things_total", Help: "Things."}, []string{"kind"})
@@ -248,6 +251,7 @@ func (l *lockedBuffer) String() string {
 // TestCollectorAway ends more spans than the queue holds while the collector takes connections and never answers: nobody waits, what is too much
 // is dropped and counted, the log has a line and not thousands, and the stop does not wait for it.
 func TestCollectorAway(t *testing.T) {
+	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -283,23 +287,27 @@ func TestCollectorAway(t *testing.T) {
 
 // TestRetry sends again what the collector asks for again, and nothing else.
 func TestRetry(t *testing.T) {
+	t.Parallel()
 	for status, requests := range map[int]int{http.StatusServiceUnavailable: 2, http.StatusTooManyRequests: 2, http.StatusBadRequest: 1, http.StatusFound: 1} {
-		c := otlptest.Start(t)
-		c.Answer(status)
-		r := prometheus.NewRegistry()
-		tele, stop := run(t, telemetry.Config{Settings: telemetry.Settings{Endpoint: c.URL, NoMetrics: true}, Metrics: r})
-		_, s := tele.Tracer().Start(t.Context(), "x", telemetry.Internal)
-		s.End()
-		if requests == 2 {
-			c.Wait(t, 1, func(s otlptest.Span) bool { return s.Name == "x" })
-		}
-		stop()
-		if n := c.Requests(); n != requests {
-			t.Errorf("%d: %d requests, want %d", status, n, requests)
-		}
-		result := map[int]string{1: "failed", 2: "sent"}[requests]
-		if v := value(t, r, "sallyway_telemetry_spans_total", map[string]string{"result": result}); v != 1 {
-			t.Errorf("%d: %v spans %s", status, v, result)
-		}
+		t.Run(http.StatusText(status), func(t *testing.T) {
+			t.Parallel()
+			c := otlptest.Start(t)
+			c.Answer(status)
+			r := prometheus.NewRegistry()
+			tele, stop := run(t, telemetry.Config{Settings: telemetry.Settings{Endpoint: c.URL, NoMetrics: true}, Metrics: r})
+			_, s := tele.Tracer().Start(t.Context(), "x", telemetry.Internal)
+			s.End()
+			if requests == 2 {
+				c.Wait(t, 1, func(s otlptest.Span) bool { return s.Name == "x" })
+			}
+			stop()
+			if n := c.Requests(); n != requests {
+				t.Errorf("%d: %d requests, want %d", status, n, requests)
+			}
+			result := map[int]string{1: "failed", 2: "sent"}[requests]
+			if v := value(t, r, "sallyway_telemetry_spans_total", map[string]string{"result": result}); v != 1 {
+				t.Errorf("%d: %v spans %s", status, v, result)
+			}
+		})
 	}
 }
