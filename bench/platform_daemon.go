@@ -128,7 +128,7 @@ func (m *platformMeasure) newPlatform(ctx context.Context, store string) (*contr
 	}
 	p := &controlPlane{
 		bin: filepath.Join(m.cfg.Bin, "platformd"), dir: dir, metrics: ports[1], env: m.cfg.Env,
-		args: []string{"serve", "--data", filepath.Join(dir, "data"), "--listen", ports[0], "--advertise-url", "https://" + ports[0], "--metrics-listen", ports[1]},
+		args: []string{"serve", "--data", filepath.Join(dir, "data"), "--listen", ports[0], "--advertise-url", "https://" + ports[0], "--metrics-listen", ports[1], "--api-rate", "0"},
 	}
 	if database != "" {
 		p.postgres = m.hold.postgres

@@ -19,6 +19,7 @@ import (
 	"sallyway/internal/identity"
 	"sallyway/internal/ssm"
 	"sallyway/platform"
+	"sallyway/platform/api"
 	"sallyway/platform/audit"
 	"sallyway/platform/awsauth"
 	"sallyway/platform/flowlog"
@@ -104,6 +105,7 @@ func serveCommand(sp daemon.Spec) *cobra.Command {
 	f.StringVar(&c.Region, "region", "", "name of this deployment's region, such as eu-central: kept at the first start, another one is refused later")
 	f.Var((*probeMode)(&c.ProbeRelays), "probe-relays", "relays that are tried from outside: auto (those with a public address), off, private (all)")
 	f.DurationVar(&c.TokenLife, "token-life", control.TokenLife, "how long enrolment tokens work")
+	f.IntVar(&c.APIRate, "api-rate", api.DefaultRate, "requests a second that one caller of the API has (a token, a session, a node); 0 is no limit")
 	f.StringVar(&c.AWS.Region, "aws-region", awsauth.DefaultRegion, "region to which nodes that enrol by AWS sign")
 	f.StringVar(&c.AWS.Endpoint, "aws-sts-endpoint", "", "URL of the STS that is asked for their identity, the only one (default: the region's public one)")
 	f.StringVar(&c.AWS.CAFile, "aws-sts-ca", "", "authorities (PEM) of that STS's certificate (default: the system's)")
@@ -168,6 +170,9 @@ func (o *serveOptions) check() error {
 	if o.platform.TokenLife < time.Second || o.platform.TokenLife > 24*time.Hour {
 		return daemon.Usagef("--token-life %v is not between 1s and 24h", o.platform.TokenLife)
 	}
+	if o.platform.APIRate < 0 {
+		return daemon.Usagef("--api-rate %d is below 0", o.platform.APIRate)
+	}
 	if o.platform.FlowLog < shortest || o.platform.FlowLogRows < 1 {
 		return daemon.Usagef("--flow-log-retention %v is shorter than 1m, or --flow-log-rows %d below 1: an organization that wants none turns it off (sallyway flow log off)", o.platform.FlowLog, o.platform.FlowLogRows)
 	}
@@ -180,6 +185,9 @@ func (o *serveOptions) check() error {
 func (o *serveOptions) run(ctx context.Context, sp daemon.Spec, logTo io.Writer) error {
 	if err := o.check(); err != nil {
 		return err
+	}
+	if o.platform.APIRate == 0 {
+		o.platform.APIRate = -1 // Config has its default at 0
 	}
 	daemon.Tune(daemon.Tuning{GCPercent: gcPercent})
 	sh, err := daemon.Open(sp, &o.daemon, logTo)
