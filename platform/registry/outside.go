@@ -24,6 +24,9 @@ type RelayTarget struct {
 	Pins                   []identity.KeyHash
 }
 
+// targetsMost is how many relays of one organization are tried: whoever may make relays has the platform send packets where they say.
+const targetsMost = 256
+
 // forgotten is for how long a relay that is silent is still tried.
 const forgotten = 24 * time.Hour
 
@@ -42,13 +45,15 @@ func (r *Registry) RelayTargets(ctx context.Context) ([]RelayTarget, error) {
 			if err != nil {
 				return err
 			}
+			tried := 0
 			var roots []*x509.Certificate
 			var pins []identity.KeyHash
 			var rungs map[string]*store.RelayRungs
 			for _, n := range ns {
-				if n.Status != store.Active || n.Enrolled.IsZero() || n.Host == "" || now.Sub(r.Board.LastSeen(n)) > forgotten {
+				if n.Status != store.Active || n.Enrolled.IsZero() || n.Host == "" || now.Sub(r.Board.LastSeen(n)) > forgotten || tried == targetsMost {
 					continue
 				}
+				tried++
 				if rungs == nil {
 					if roots, pins, err = relayTrust(ctx, tx, o.Name); err != nil {
 						return err
