@@ -27,7 +27,7 @@ import (
 // Intervals.
 const (
 	interval = 30 * time.Second // between two looks at a relay, give or take a tenth
-	spread   = 8 * time.Second  // over which the looks of a round begin
+	spread   = 8 * time.Second  // over which the looks of a round begin, and until what was lost is looked at once more
 	refresh  = 10 * time.Second // what was found is read
 	patience = 3 * time.Second  // for one port
 	again    = time.Second      // until what failed is tried once more
@@ -141,9 +141,48 @@ func (p *Prober) round(ctx context.Context) {
 		return
 	}
 	found := make([]look, len(targets))
+	everything := make([]int, len(targets))
+	for i := range everything {
+		everything[i] = i
+	}
+	p.pass(ctx, targets, found, everything)
+	// A relay that was well is looked at once more before it is called otherwise: it may just start anew.
+	var lost []int
+	now := p.cfg.Registry.Now()
+	for i := range targets {
+		was, ok := p.cfg.Registry.Board.Outside(targets[i].Node.ID, now)
+		if is := found[i].outcome(&targets[i], now); ok && was.State == control.OutsideReached && is.State != control.OutsideReached {
+			lost = append(lost, i)
+		}
+	}
+	if len(lost) > 0 {
+		select {
+		case <-ctx.Done():
+		case <-time.After(p.cfg.spread):
+		}
+		p.pass(ctx, targets, found, lost)
+	}
+	if ctx.Err() != nil {
+		return // what was found says more about this platform than about relays
+	}
+	p.forgive(found)
+	now = p.cfg.Registry.Now()
+	out := make(map[string]control.Outside, len(targets))
+	for i := range targets {
+		o := found[i].outcome(&targets[i], now)
+		out[targets[i].Node.ID] = o
+		p.looks.WithLabelValues(string(o.State)).Inc()
+	}
+	ctx, cancel := context.WithTimeout(ctx, writing)
+	defer cancel()
+	p.note(ctx, "write down what was found of relays", p.cfg.Registry.FoundOutside(ctx, out))
+}
+
+// pass looks at some of the targets, by their place, and puts what it found there.
+func (p *Prober) pass(ctx context.Context, targets []registry.RelayTarget, found []look, which []int) {
 	slots := make(chan struct{}, abreast)
 	var wg sync.WaitGroup
-	for i := range targets {
+	for _, i := range which {
 		wg.Go(func() {
 			select {
 			case <-ctx.Done():
@@ -156,20 +195,6 @@ func (p *Prober) round(ctx context.Context) {
 		})
 	}
 	wg.Wait()
-	if ctx.Err() != nil {
-		return // what was found says more about this platform than about relays
-	}
-	p.forgive(found)
-	now := p.cfg.Registry.Now()
-	out := make(map[string]control.Outside, len(targets))
-	for i := range targets {
-		o := found[i].outcome(&targets[i], now)
-		out[targets[i].Node.ID] = o
-		p.looks.WithLabelValues(string(o.State)).Inc()
-	}
-	ctx, cancel := context.WithTimeout(ctx, writing)
-	defer cancel()
-	p.note(ctx, "write down what was found of relays", p.cfg.Registry.FoundOutside(ctx, out))
 }
 
 // enough is of how many relays a check has to fail, and of all of them, to be this platform's own fault.

@@ -317,8 +317,8 @@ func TestOwnNetwork(t *testing.T) {
 	}
 }
 
-// bed is a registry on a database with an enrolled relay of the organization default.
-func bed(t *testing.T) (*registry.Registry, identity.Node) {
+// bed is a registry on a database.
+func bed(t *testing.T) *registry.Registry {
 	t.Helper()
 	st, err := store.OpenSQLite(t.Context(), filepath.Join(t.TempDir(), "test.db"))
 	must(t, err)
@@ -328,15 +328,12 @@ func bed(t *testing.T) (*registry.Registry, identity.Node) {
 	reg := &registry.Registry{Store: st, Seal: seal, Board: new(presence.Board), Log: slog.New(slog.DiscardHandler), Now: time.Now, URL: "https://platform.example"}
 	_, err = reg.Bootstrap(t.Context())
 	must(t, err)
-	return reg, identity.Node{}
+	return reg
 }
 
-// TestFromOutside runs the whole: a relay that heartbeats and can not be reached becomes degraded and well again, with entries in the audit, and
-// another platform on the database sees the same.
-func TestFromOutside(t *testing.T) {
-	t.Parallel()
-	reg, _ := bed(t)
-	// The relay's certificate is by the organization's own CA.
+// enrolled is relay fra-1 at 127.0.0.1, with its certificate by the organization's own CA.
+func enrolled(t *testing.T, reg *registry.Registry) (identity.Node, *tls.Certificate) {
+	t.Helper()
 	made, err := reg.CreateNode(t.Context(), "default", identity.Relay, control.CreateNode{Name: "fra-1", Host: "127.0.0.1"})
 	must(t, err)
 	tok, err := control.ParseToken(made.Token)
@@ -353,13 +350,22 @@ func TestFromOutside(t *testing.T) {
 	for _, c := range chain {
 		cert.Certificate = append(cert.Certificate, c.Raw)
 	}
+	reg.Board.Put(tok.Node.ID, presence.Beat{At: time.Now().Add(time.Minute), Heartbeat: control.Heartbeat{State: "ready"}})
+	return tok.Node, cert
+}
+
+// TestFromOutside runs the whole: a relay that heartbeats and can not be reached becomes degraded and well again, with entries in the audit, and
+// another platform on the database sees the same.
+func TestFromOutside(t *testing.T) {
+	t.Parallel()
+	reg := bed(t)
+	relay, cert := enrolled(t, reg)
 	well, deaf := open(t, cert, true, true), open(t, cert, false, true)
 	move := func(h host) {
 		t.Helper()
 		_, err := reg.UpdateNode(t.Context(), "default", identity.Relay, "fra-1", control.UpdateNode{Port: &h.udp, SSHPort: &h.ssh, TLSPort: &h.rung})
 		must(t, err)
 	}
-	reg.Board.Put(tok.Node.ID, presence.Beat{At: time.Now().Add(time.Minute), Heartbeat: control.Heartbeat{State: "ready"}})
 	move(well)
 
 	other := &registry.Registry{Store: reg.Store, Seal: reg.Seal, Board: new(presence.Board), Log: reg.Log, Now: time.Now}
@@ -375,7 +381,7 @@ func TestFromOutside(t *testing.T) {
 		for deadline := time.Now().Add(30 * time.Second); ; {
 			n, err := reg.Node(t.Context(), "default", identity.Relay, "fra-1")
 			must(t, err)
-			there, known := other.Board.Outside(tok.Node.ID, time.Now())
+			there, known := other.Board.Outside(relay.ID, time.Now())
 			if n.Outside != nil && known && there.State == n.Outside.State && ok(n) {
 				return
 			}
@@ -409,7 +415,7 @@ func TestFromOutside(t *testing.T) {
 		t.Errorf("audit: %v", seen)
 	}
 	// What is old counts no more.
-	if s := reg.Board.State(&store.Node{ID: tok.Node.ID, Kind: identity.Relay, Status: store.Active, Enrolled: time.Now()}, time.Now().Add(presence.OutsideLife)); s == control.StateDegraded {
+	if s := reg.Board.State(&store.Node{ID: relay.ID, Kind: identity.Relay, Status: store.Active, Enrolled: time.Now()}, time.Now().Add(presence.OutsideLife)); s == control.StateDegraded {
 		t.Error("an old look counts")
 	}
 }
@@ -435,4 +441,37 @@ func TestNotProbed(t *testing.T) {
 	go func() { c := quick(nil, Off); c.Metrics = nil; done <- New(c).Run(ctx) }()
 	cancel()
 	must(t, <-done)
+}
+
+// TestBlink: a relay that fails one look and not the next was never lost.
+func TestBlink(t *testing.T) {
+	t.Parallel()
+	reg := bed(t)
+	relay, cert := enrolled(t, reg)
+	h := open(t, cert, true, true)
+	_, err := reg.UpdateNode(t.Context(), "default", identity.Relay, "fra-1", control.UpdateNode{Port: &h.udp, SSHPort: &h.ssh, TLSPort: &h.rung})
+	must(t, err)
+	cfg := quick(reg, Private)
+	var fail bool
+	var refused int
+	var mu sync.Mutex
+	cfg.gate = func(netip.AddrPort) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if fail && refused < 8 { // four ports, each tried twice: one look
+			refused++
+			return errors.New("away for a moment")
+		}
+		return nil
+	}
+	p := New(cfg)
+	p.round(t.Context())
+	mu.Lock()
+	fail = true
+	mu.Unlock()
+	p.round(t.Context())
+	o, ok := reg.Board.Outside(relay.ID, time.Now())
+	if !ok || o.State != control.OutsideReached || refused != 8 {
+		t.Errorf("%+v after %d refusals", o, refused)
+	}
 }
