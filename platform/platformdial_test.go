@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
@@ -90,6 +91,16 @@ func TestPlatformAsANode(t *testing.T) {
 	thief := &node{l: w.lab, id: us, key: w.client.key}
 	if token, p := thief.exchange(thief.assertion(nil)); token != "" || p.Status/100 != 4 {
 		t.Errorf("an access token as the platform: %+v", p)
+	}
+
+	// Its sessions are shown as the platform's, and end by themselves.
+	w.gateway.beat(control.Heartbeat{Sessions: []control.SessionReport{{Peer: us, Since: time.Now()}}})
+	var open control.List[control.SessionRecord]
+	if w.api("GET", "/sessions", nil, &open); len(open.Items) != 1 || open.Items[0].Peer != "platform" {
+		t.Errorf("sessions %+v", open.Items)
+	}
+	if status, p := w.do(w.admin.Token, "DELETE", "/api/v1/orgs/default/sessions/platform", nil, nil); status != 409 || !strings.Contains(p.Remedy, "--platform-dial off") {
+		t.Errorf("ending them: %d %+v", status, p)
 	}
 
 	// Switched off: revoked, no peer any more, none issued; what is another organization's stays.

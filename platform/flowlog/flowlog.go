@@ -142,6 +142,9 @@ func (s *Service) rows(ctx context.Context, gateway identity.Node, fs []control.
 			if err != nil {
 				return err
 			}
+			if f.Peer.Kind == identity.Platform {
+				peer.name = string(identity.Platform)
+			}
 			resource, err := s.resource(ctx, tx, gateway.Org, clip(f.Resource))
 			if err != nil {
 				return err

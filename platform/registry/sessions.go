@@ -12,6 +12,7 @@ import (
 	"sallyway/internal/version"
 	"sallyway/platform/audit"
 	"sallyway/platform/store"
+	"sallyway/platform/view"
 )
 
 // Sessions lists the live sessions as the gateways reported them.
@@ -39,7 +40,11 @@ func (r *Registry) Sessions(ctx context.Context, org string) ([]control.SessionR
 				if s.Peer.Org != org {
 					continue // a gateway can not put anything into another organization's list
 				}
-				out = append(out, control.SessionRecord{Gateway: g.Name, Peer: cmp.Or(names[s.Peer.ID], s.Peer.ID), SessionReport: s})
+				peer := cmp.Or(names[s.Peer.ID], s.Peer.ID)
+				if s.Peer.Kind == identity.Platform {
+					peer = view.SubjectPlatform
+				}
+				out = append(out, control.SessionRecord{Gateway: g.Name, Peer: peer, SessionReport: s})
 			}
 		}
 		slices.SortFunc(out, func(a, b control.SessionRecord) int {
@@ -59,6 +64,10 @@ func (r *Registry) EndSessions(ctx context.Context, org, peer string) error {
 		n, err := c.FindNode(ctx, org, identity.Client, peer)
 		if errors.Is(err, store.ErrNotFound) {
 			n, err = c.FindNode(ctx, org, identity.Gateway, peer)
+		}
+		if errors.Is(err, store.ErrNotFound) && peer == view.SubjectPlatform {
+			return Conflict("sallyway organization update "+org+" --platform-dial off",
+				"the platform's own sessions end by themselves, a minute after their last use; at once, and for good, when the organization does not let the platform dial")
 		}
 		if err != nil {
 			return notFound(err, "client", peer, org)

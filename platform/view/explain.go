@@ -59,6 +59,7 @@ func (v *View) Explain(subject string, nodes []*store.Node, r *store.Resource, p
 		g := v.nodes[sg.Node.ID]
 		s := v.Snapshot(g)
 		d := v.decide(s, nodes, targets)
+		d.Reason = strings.ReplaceAll(d.Reason, policy.Platform(v.Org.Name).String(), "the platform")
 		if d.Allowed {
 			e.Allowed, e.Rule, e.Reason, e.Remedy = true, d.Rule, d.Reason, ""
 			e.Gateways = append(e.Gateways, g.Name)

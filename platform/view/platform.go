@@ -46,9 +46,7 @@ func (v *View) Refs(gateway string, as identity.Node, end time.Time) []control.R
 
 // MayDial asks for a resource what Explain does, for the platform.
 func (v *View) MayDial(r *store.Resource, proto policy.Proto, port uint16) control.Explanation {
-	e := v.Explain(SubjectPlatform, []*store.Node{Platform(v.Org.Name)}, r, proto, port)
-	e.Reason = strings.ReplaceAll(e.Reason, policy.Platform(v.Org.Name).String(), "the platform")
-	return e
+	return v.Explain(SubjectPlatform, []*store.Node{Platform(v.Org.Name)}, r, proto, port)
 }
 
 // GatewayServes reports whether a gateway is there and not disabled.
