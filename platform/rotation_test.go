@@ -4,6 +4,8 @@ import (
 	"crypto/x509"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -12,6 +14,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/internal/policy"
+	"sallyway/platform/registry"
 	"sallyway/platform/store"
 )
 
@@ -329,5 +332,61 @@ func TestRotationOfSharedRelays(t *testing.T) {
 	}
 	if status, _ := l.do(l.admin.Token, "GET", "/api/v1/orgs/platform.shared/authorities", nil, nil); status != 404 {
 		t.Errorf("the platform's own CAs under the name of an organization: %d", status)
+	}
+}
+
+// TestRotationAtOnce: of many who start a rotation one does, and of many who take a step one does.
+func TestRotationAtOnce(t *testing.T) {
+	t.Parallel()
+	l := start(t)
+	reg := l.srv.Registry()
+	const many = 16
+	var started atomic.Int32
+	var wg sync.WaitGroup
+	for range many {
+		wg.Go(func() {
+			_, err := reg.Rotate(t.Context(), "default", control.RotateAuthority{Kind: "root"})
+			switch code := registry.Code(err); {
+			case err == nil:
+				started.Add(1)
+			case code != control.CodeConflict:
+				t.Errorf("refused with %q: %v", code, err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := started.Load(); n != 1 {
+		t.Errorf("%d rotations began", n)
+	}
+	for range many {
+		wg.Go(func() {
+			if err := reg.AdvanceAuthorities(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	count := map[string]int{}
+	for _, e := range l.auditDirect("default") {
+		count[e.Action+" "+e.Object]++
+	}
+	for _, kind := range []string{"root", "gateway", "policy"} {
+		if got := count["authority.rotate "+kind+" CA 2"] + count["authority.current "+kind+" CA 2"]; got != 2 {
+			t.Errorf("%s: %d steps in the audit, want 2: %v", kind, got, count)
+		}
+	}
+	current := 0
+	must(t, reg.Store.View(t.Context(), func(tx store.Tx) error {
+		current = 0
+		as, err := tx.Authorities(t.Context(), "default")
+		for _, a := range as {
+			if a.State == store.Current {
+				current++
+			}
+		}
+		return err
+	}))
+	if current != 8 {
+		t.Errorf("%d CAs issue, want one of each of eight kinds", current)
 	}
 }
