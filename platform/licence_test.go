@@ -2,7 +2,6 @@ package platform
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net/http"
 	"os"
@@ -20,6 +19,7 @@ import (
 	"sallyway/internal/entitlement"
 	"sallyway/internal/identity"
 	"sallyway/license"
+	"sallyway/platform/registry"
 )
 
 // issuer is a real licence service under test.
@@ -269,6 +269,9 @@ func TestLicenceIsRefused(t *testing.T) {
 	}
 	l.added(identity.Client, "one")
 	l.refusedByLicence(identity.Client, "two")
+	if v := fmt.Sprint(l.auditDirect("default")); !strings.Contains(v, "licence.limit client refused") {
+		t.Error("the audit does not tell of the limit")
+	}
 
 	// The key is trusted no more: nothing is added, until it is again.
 	l.stop()
@@ -282,6 +285,40 @@ func TestLicenceIsRefused(t *testing.T) {
 	l.cfg.Licence.Trust = append(l.cfg.Licence.Trust, key.Public().String())
 	l.run()
 	l.added(identity.Gateway, "gw")
+}
+
+// TestLicenceConfiguration refuses to start with what can not work, and starts without a licence that is over.
+func TestLicenceConfiguration(t *testing.T) {
+	t.Parallel()
+	key, err := entitlement.NewKey()
+	must(t, err)
+	trust := []string{key.Public().String()}
+	for want, c := range map[string]LicenceConfig{
+		"is no key":             {Trust: []string{"ed25519:AAAA"}},
+		"no such file":          {Trust: []string{"/nonexistent/trust"}},
+		"--licence-trust":       {URL: "https://licences.example"},
+		"--licence-key-file":    {Trust: trust, URL: "https://licences.example"},
+		"unprotected":           {Trust: trust, URL: "http://licences.example", Key: "slk_secret"},
+		"of the form https://":  {Trust: trust, URL: "licences.example", Key: "slk_secret"},
+		"licence file: stat /n": {Trust: trust, File: "/nonexistent/licence"},
+	} {
+		srv, err := Open(t.Context(), Config{Data: t.TempDir(), Listen: "127.0.0.1:0", Licence: c})
+		if err == nil {
+			must(t, srv.Close())
+			t.Errorf("started where %q is wanted", want)
+		} else if !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "slk_secret") {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "licences")
+	must(t, os.WriteFile(file, []byte("hello\n"), 0o600))
+	l := start(t, func(c *Config) { c.Licence = LicenceConfig{Trust: trust, File: file} })
+	for deadline := time.Now().Add(30 * time.Second); !strings.Contains(l.logs.String(), "this is no licence"); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("nothing is told of a file without a licence in it")
+		}
+	}
+	l.added(identity.Client, "laptop")
 }
 
 // TestLicenceIsOver lets the end come and go by the clock: what is enrolled stays, what is not can not come, and warnings are told once.
@@ -402,10 +439,10 @@ func overrun(t *testing.T, database string) {
 		go func() {
 			defer wg.Done()
 			_, err := l.srv.Registry().CreateNode(t.Context(), "default", identity.Client, control.CreateNode{Name: fmt.Sprint("c", i)})
-			switch b, _ := json.Marshal(err); {
+			switch {
 			case err == nil:
 				made.Add(1)
-			case strings.Contains(string(b), control.CodeLicenceLimit):
+			case registry.Code(err) == control.CodeLicenceLimit:
 				refused.Add(1)
 			default:
 				t.Error(err)

@@ -289,6 +289,11 @@ func (r *Registry) CreateNodeOf(ctx context.Context, org string, kind identity.K
 		}
 		return c.bump(ctx, org)
 	})
+	if Code(err) == control.CodeLicenceLimit {
+		if e := r.refused(ctx, org, "licence.limit", string(kind), control.CodeLicenceLimit, actor(ctx)); e != nil {
+			return nil, e
+		}
+	}
 	return out, err
 }
 
