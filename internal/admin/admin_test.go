@@ -139,11 +139,15 @@ const (
 	policyJSON  = `{"id":"p-1","name":"laptop-db","subject":"client:laptop","resource":"db","disabled":false,"created":"2026-01-02T03:04:05Z"}`
 	groupJSON   = `{"name":"devs","members":["client:a","client:b"],"created":"2026-01-02T03:04:05Z"}`
 	orgJSON     = `{"name":"acme","range":["100.112.0.0/12","fd00::/48"],"created":"2026-01-02T03:04:05Z"}`
-	statusJSON  = `{"organization":"acme","version":"v9","relays":[` + relayJSON + `],"gateways":[` + nodeJSON + `],"clients":[],"resources":1,"policies":2,"sessions":3}`
-	sessionJSON = `{"gateway":"office","peer":"laptop","key":"` + zeros + `","relay":"fra-1","since":"2026-01-02T03:04:05Z","flows":2,"sent_bytes":2048,"recv_bytes":5}`
-	auditJSON   = `{"seq":7,"at":"2026-01-02T03:04:05Z","actor":"token:admin","action":"node.create","object":"gateway office","result":"ok","detail":{"b":1,"a":"x\u001b[31m"},"hash":"h"}`
-	turnJSON    = `{"username":"u","password":"p","realm":"acme","uris":["turn:relay.example:5349?transport=udp"],"expires":"2026-01-02T04:04:05Z"}`
-	zeros       = "0000000000000000000000000000000000000000000000000000000000000000"
+	testedJSON  = `{"resource":"db","target":"tcp 10.0.3.7:5432","ok":true,"verdict":"reached by gateway office over fra-1 udp","started":"2026-01-02T03:04:05Z","ms":21.4,"gateways":[` +
+		`{"gateway":"office","ok":true,"path":"fra-1 udp","rtt_ms":3.2,"verdict":"","done":true,"hops":[{"name":"rendezvous","to":"relay fra-1","state":"ok","ms":1.5,"detail":"a channel"},` +
+		`{"name":"first-byte","to":"10.0.3.7:5432","state":"skipped","ms":300}]}]}`
+	untestedJSON = `{"resource":"db","target":"tcp 10.0.3.7:5432","ok":false,"refused":true,"verdict":"no policy allows it","remedy":"sallyway policy allow --from platform --resource db","gateways":[],"started":"2026-01-02T03:04:05Z","ms":0.1}`
+	statusJSON   = `{"organization":"acme","version":"v9","relays":[` + relayJSON + `],"gateways":[` + nodeJSON + `],"clients":[],"resources":1,"policies":2,"sessions":3}`
+	sessionJSON  = `{"gateway":"office","peer":"laptop","key":"` + zeros + `","relay":"fra-1","since":"2026-01-02T03:04:05Z","flows":2,"sent_bytes":2048,"recv_bytes":5}`
+	auditJSON    = `{"seq":7,"at":"2026-01-02T03:04:05Z","actor":"token:admin","action":"node.create","object":"gateway office","result":"ok","detail":{"b":1,"a":"x\u001b[31m"},"hash":"h"}`
+	turnJSON     = `{"username":"u","password":"p","realm":"acme","uris":["turn:relay.example:5349?transport=udp"],"expires":"2026-01-02T04:04:05Z"}`
+	zeros        = "0000000000000000000000000000000000000000000000000000000000000000"
 )
 
 func list1(item string) string { return `{"items":[` + item + `]}` }
@@ -278,6 +282,16 @@ func TestVerbs(t *testing.T) {
 
 		{args: "policy allow --client laptop --resource db", script: []exchange{{"POST", base + "/policies", `{"subject":"client:laptop","resource":"db"}`, 201, policyJSON}}, out: []string{"client:laptop may reach db (policy laptop-db)"}},
 		{args: "policy allow --from gateway:hq --resource db --name site", script: []exchange{{"POST", base + "/policies", `{"name":"site","subject":"gateway:hq","resource":"db"}`, 201, policyJSON}}},
+		{args: "policy allow --from platform --resource db", script: []exchange{{"POST", base + "/policies", `{"subject":"platform","resource":"db"}`, 201, policyJSON}}},
+		{args: "policy allow --from platform:x --resource db", code: 2, errs: []string{"or platform"}},
+		{
+			args: "resource test db --gateway office --port 5432", out: []string{"by fra-1 udp", "rendezvous  relay fra-1    1.5  ok: a channel", "first-byte  10.0.3.7:5432  -    skipped", "reached by gateway office", "in 21 ms in all"},
+			script: []exchange{{"POST", base + "/resources/db/test", `{"gateway":"office","port":5432}`, 0, testedJSON}},
+		},
+		{
+			args: "resource test db", code: 1, errs: []string{"resource db is not reached from the platform: no policy allows it", "sallyway policy allow --from platform --resource db"},
+			script: []exchange{{"POST", base + "/resources/db/test", `{}`, 0, untestedJSON}},
+		},
 		{args: "policy allow --group devs --resource db", script: []exchange{{"POST", base + "/policies", `{"subject":"group:devs","resource":"db"}`, 201, policyJSON}}},
 		{args: "policy allow --resource db", code: 2, errs: []string{"who?"}},
 		{args: "policy allow --client a --group b --resource db", code: 2, errs: []string{"one subject"}},
