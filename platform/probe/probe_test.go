@@ -18,6 +18,7 @@ import (
 
 	pion "github.com/pion/stun/v4"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/goleak"
 
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
@@ -26,6 +27,8 @@ import (
 	"sallyway/platform/registry"
 	"sallyway/platform/store"
 )
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func must(t *testing.T, err error) {
 	t.Helper()
