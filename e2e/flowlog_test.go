@@ -17,7 +17,7 @@ import (
 // TestFlowLog: connections stand in the flow log with who, what, which way, how much and why they ended: one that ended by itself, and one that ended
 // with the policy that allowed it.
 func TestFlowLog(t *testing.T) {
-	s := newSite(t, lab.Config{}, lab.SiteConfig{NoBranch: true})
+	s := newSite(t, lab.Config{}, lab.SiteConfig{NoBranch: true, PlatformArgs: []string{"--probe-relays", "private"}})
 	servePrivate(t, s)
 	echo := at(lab.WebAddr, echoPort)
 	if err := lab.Until(within(t, 30*time.Second), 50*time.Millisecond, func() error { return dialOnce(t.Context(), s.Client, echo, time.Second) }); err != nil {
@@ -83,6 +83,21 @@ func TestFlowLog(t *testing.T) {
 			}
 			return nil
 		}))
+	}
+	// A webhook to the private web server: the platform has one way there, through the gateway, and that alone by a policy.
+	url := "http://" + at(lab.WebAddr, webPort) + "/in"
+	must(s.Sallyway(within(t, 10*time.Second), "webhook", "create", "inside", "--url", url, "--through-gateways"))(t)
+	if r, err := s.Sallyway(within(t, 30*time.Second), "webhook", "test", "inside"); err == nil {
+		t.Errorf("a webhook goes inside without a policy: %s", r.Stdout)
+	}
+	must(s.Sallyway(within(t, 10*time.Second), "policy", "allow", "--from", "platform", "--resource", "web"))(t)
+	check(t, lab.Until(within(t, 30*time.Second), 200*time.Millisecond, func() error {
+		_, err := s.Sallyway(within(t, 30*time.Second), "webhook", "test", "inside")
+		return err
+	}))
+	must(s.Sallyway(within(t, 10*time.Second), "webhook", "create", "direct", "--url", "https://"+at(lab.WebAddr, webPort)+"/in"))(t)
+	if r, err := s.Sallyway(within(t, 30*time.Second), "webhook", "test", "direct"); err == nil || !strings.Contains(r.Stderr, "not a public address") {
+		t.Errorf("a webhook that dials a private address itself: %v %s", err, r.Stderr)
 	}
 	r := must(s.Sallyway(within(t, 10*time.Second), "flow", "export", "--resource", "vault"))(t)
 	if strings.TrimSpace(r.Stdout) != "" {

@@ -6,6 +6,7 @@ import (
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/platform/replica"
+	"sallyway/platform/syslog"
 )
 
 // Status is what `platformd status` shows.
@@ -17,6 +18,7 @@ type Status struct {
 	Conditions    map[string]string `json:"conditions,omitempty"` // what does not work, and why
 	Organizations []OrgCounts       `json:"organizations"`
 	Replicas      *replica.Status   `json:"replicas,omitempty"` // of a platform on PostgreSQL
+	Syslog        []syslog.State    `json:"syslog,omitempty"`   // receivers of the audit logs
 }
 
 // Count is how many there are of a kind of node.
@@ -52,6 +54,10 @@ func (s *Server) Status(ctx context.Context) (*Status, error) {
 	out := &Status{URL: s.url, Pin: s.pin, Region: s.reg.Region, Conditions: s.Conditions(), Organizations: []OrgCounts{}}
 	out.Ready = len(out.Conditions) == 0
 	out.Replicas = s.Replicas()
+	var err error
+	if out.Syslog, err = s.Syslog(ctx); err != nil {
+		return nil, err
+	}
 	names, err := s.reg.OrgNames(ctx)
 	if err != nil {
 		return nil, err

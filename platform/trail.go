@@ -41,6 +41,19 @@ func newTrail(s *Server) (*trail, error) {
 	return t, nil
 }
 
+// Syslog says how the delivery of the audit logs to syslog goes, whichever replica does it.
+func (s *Server) Syslog(ctx context.Context) ([]syslog.State, error) {
+	var out []syslog.State
+	for _, sink := range s.trail.sinks {
+		st, err := sink.State(ctx)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, st)
+	}
+	return out, nil
+}
+
 // leads says whether this platform does what one of those on the same database does.
 func (t *trail) leads() bool { return t.s.group == nil || t.s.group.Leads() }
 

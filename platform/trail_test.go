@@ -165,6 +165,9 @@ func TestFlowLog(t *testing.T) {
 	gw.wait("the flow log", func(c *control.Config) bool { return c.Gateway.FlowLog })
 	var res control.ResourceRecord
 	w.api("GET", "/resources/web", nil, &res)
+	var ada control.PersonRecord
+	w.api("POST", "/people", control.CreatePerson{Login: "ada", Role: "member"}, &ada)
+	must(t, w.srv.store.Update(t.Context(), func(tx store.Tx) error { return tx.BindNode(t.Context(), w.client.id.ID, ada.ID) }))
 	began := time.Now().Add(-time.Minute).UTC().Truncate(time.Millisecond)
 	flow := func(id string, peer identity.Node) control.FlowReport {
 		return control.FlowReport{
@@ -197,7 +200,7 @@ func TestFlowLog(t *testing.T) {
 		t.Fatalf("%+v", l.Items)
 	}
 	want := control.FlowRecord{
-		ID: "f1", Client: "laptop", ClientID: w.client.id.ID, Resource: "web", ResourceID: res.ID, Gateway: "gw", Relay: "relay-1", Path: "udp", Rule: "laptop-web", Protocol: "tcp",
+		ID: "f1", Client: "laptop", ClientID: w.client.id.ID, Person: "ada", Resource: "web", ResourceID: res.ID, Gateway: "gw", Relay: "relay-1", Path: "udp", Rule: "laptop-web", Protocol: "tcp",
 		Destination: "web:80", Address: "10.9.0.2:80", Started: began, Ended: began.Add(30 * time.Second), Seconds: 30, Sent: 10, Received: 20, Reason: "closed",
 	}
 	if l.Items[1] != want {
@@ -214,7 +217,7 @@ func TestFlowLog(t *testing.T) {
 		t.Errorf("%+v", page)
 	}
 	for query, n := range map[string]int{
-		"client=laptop&resource=web&gateway=gw": 2, "client=" + w.client.id.ID: 2, "client=other": 0, "resource=other": 0, "person=nobody": 0,
+		"client=laptop&resource=web&gateway=gw": 2, "client=" + w.client.id.ID: 2, "client=other": 0, "resource=other": 0, "person=nobody": 0, "person=ada": 2, "person=" + ada.ID: 2,
 		"from=" + began.Add(time.Second).Format(time.RFC3339Nano): 1, "to=" + began.Add(time.Second).Format(time.RFC3339Nano): 1,
 	} {
 		page = control.List[control.FlowRecord]{}
@@ -256,5 +259,31 @@ func TestFlowsAreForgotten(t *testing.T) {
 	if w.api("GET", "/flows", nil, &l); len(l.Items) != 3 || l.Items[2].ID != "2" {
 		b, _ := json.Marshal(l.Items)
 		t.Errorf("%s", b)
+	}
+}
+
+// TestGuessingTokensIsAlerted: a source that guesses API tokens stands in the platform's own audit log, once.
+func TestGuessingTokensIsAlerted(t *testing.T) {
+	t.Parallel()
+	l := start(t)
+	told := func() (n int) {
+		t.Helper()
+		es, err := l.srv.reg.Audit(t.Context(), identity.SharedOrg, 0, 1000)
+		must(t, err)
+		for _, e := range es {
+			if e.Action == "guessing.slow-down" && e.Detail["what"] == "API token" {
+				n++
+			}
+		}
+		return n
+	}
+	for i := range 40 {
+		status, _ := l.do(fmt.Sprintf("swt1.%043d", i), "GET", "/api/v1/orgs", nil, nil)
+		if status == 401 && told() != 0 {
+			t.Fatalf("told after %d tries, before it has to wait", i+1)
+		}
+	}
+	if n := told(); n != 1 {
+		t.Errorf("told %d times, want once", n)
 	}
 }

@@ -238,6 +238,18 @@ func checks(ctx context.Context, srv *platform.Server) []daemon.Check {
 		out = append(out, c)
 	}
 	out = append(out, licenceChecks(ctx, srv)...)
+	sinks, err := srv.Syslog(ctx)
+	if err != nil {
+		return append(out, daemon.Check{Check: "syslog", Result: daemon.Fail, Detail: err.Error(), Remedy: "see database"})
+	}
+	for _, s := range sinks {
+		c := daemon.Check{Check: "audit to " + s.Target, Result: daemon.Pass, Detail: "sent"}
+		if !s.Failed.IsZero() {
+			c.Result, c.Detail = daemon.Warn, fmt.Sprintf("%d entries wait since %s: %s", s.Backlog, s.Failed.Local().Format(time.DateTime), s.Problem)
+			c.Remedy = "see that the receiver runs and can be reached from here; nothing is lost meanwhile"
+		}
+		out = append(out, c)
+	}
 	names, err := srv.Registry().OrgNames(ctx)
 	if err != nil {
 		return append(out, daemon.Check{Check: "audit", Result: daemon.Fail, Detail: err.Error(), Remedy: "see database"})
@@ -287,6 +299,13 @@ func renderStatus(w io.Writer, doc json.RawMessage) error {
 				}
 			}
 			fmt.Fprintf(w, "replica %s at %s: %d control streams%s\n", k.ID, k.Address, k.Streams, note)
+		}
+	}
+	for _, t := range s.Syslog {
+		if t.Failed.IsZero() {
+			fmt.Fprintf(w, "audit to %s: %d entries wait\n", t.Target, t.Backlog)
+		} else {
+			fmt.Fprintf(w, "audit to %s: FAILING since %s, %d entries wait: %s\n", t.Target, t.Failed.Local().Format(time.DateTime), t.Backlog, t.Problem)
 		}
 	}
 	for _, o := range s.Organizations {

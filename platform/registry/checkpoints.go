@@ -130,6 +130,9 @@ func (c *change) newAuditKey(ctx context.Context, org string) (string, ed25519.P
 			break
 		}
 	}
+	if len(chain) < 3 {
+		return "", nil, fmt.Errorf("the policy CA of %s leads to no root of its own", org)
+	}
 	id := identity.HashKey(public).String()
 	if err := c.InsertAuditKey(ctx, &store.AuditKey{
 		ID: id, Org: org, Chain: identity.EncodeCertificates(chain...), Sealed: c.r.Seal.Seal(AuditKeyLabel(id), key.Seed()), Created: c.now, NotAfter: leaf.NotAfter,

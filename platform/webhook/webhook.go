@@ -412,10 +412,11 @@ func problem(err error) string {
 	if errors.As(err, &u) {
 		err = u.Err // without method and URL
 	}
-	if s := strings.ToValidUTF8(err.Error(), ""); len(s) > most {
+	s := strings.ReplaceAll(strings.ToValidUTF8(err.Error(), ""), "\n", "; ")
+	if len(s) > most {
 		return strings.ToValidUTF8(s[:most], "") + "…"
 	}
-	return strings.ToValidUTF8(err.Error(), "")
+	return s
 }
 
 var errGone = errors.New("the receiver answered 410 Gone")
