@@ -243,7 +243,7 @@ func startSite(t *testing.T) *site {
 	pg := backing.StartPostgres(t, false)
 	platformPort := freePort(t)
 	p := add("platformd", platformd.Command(), "serve", "--listen", "127.0.0.1:"+platformPort, "--advertise-url", "https://127.0.0.1:"+platformPort,
-		"--database", pg.Database(t), "--audit-syslog", "udp://127.0.0.1:9").ready(t)
+		"--database", pg.Database(t), "--audit-syslog", "udp://127.0.0.1:9", "--probe-relays", "private").ready(t)
 	sallyway(t, nil, "login", "--url", "https://127.0.0.1:"+platformPort, "--token-file", filepath.Join(p.state, "admin.token"))
 	token := func(args ...string) string {
 		var made control.CreatedNode

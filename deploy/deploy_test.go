@@ -390,6 +390,19 @@ func checkTraces(t *testing.T, s *site) {
 		t.Errorf("the platform's span %+v", request)
 	}
 	c.Wait(t, 1, func(s otlptest.Span) bool { return s.Parent == request.ID && s.Name == "database view" })
+
+	// The platform is a client of the gateway, too.
+	sallyway(t, nil, "policy", "allow", "--from", "platform", "--resource", "web")
+	sallyway(t, nil, "resource", "test", "web")
+	test := c.Wait(t, 1, func(s otlptest.Span) bool { return s.Name == "sallyway resource test" && s.Parent == "" })[0]
+	asked := c.Wait(t, 1, func(s otlptest.Span) bool { return s.Parent == test.ID })[0]
+	if asked.Service != "platformd" || asked.Attributes["sallyway.org"] != "default" {
+		t.Errorf("the platform's span %+v", asked)
+	}
+	got := c.Wait(t, 1, func(s otlptest.Span) bool { return s.Trace == test.Trace && s.Service == "gatewayd" && s.Name == "serve tcp" })[0]
+	if got.Parent == "" || got.Failed != "" || !strings.Contains(got.Attributes["sallyway.peer"], "platform") {
+		t.Errorf("the gateway's span %+v", got)
+	}
 }
 
 // checkOTLP wants the collector to get the metrics that a scrape would.
