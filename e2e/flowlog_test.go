@@ -85,7 +85,7 @@ func TestFlowLog(t *testing.T) {
 		}))
 	}
 	// A webhook to the private web server: the platform has one way there, through the gateway, and that alone by a policy.
-	url := "http://" + at(lab.WebAddr, webPort) + "/in"
+	url := "http://" + at(lab.WebAddr, webPort) + "/"
 	must(s.Sallyway(within(t, 10*time.Second), "webhook", "create", "inside", "--url", url, "--through-gateways"))(t)
 	if r, err := s.Sallyway(within(t, 30*time.Second), "webhook", "test", "inside"); err == nil {
 		t.Errorf("a webhook goes inside without a policy: %s", r.Stdout)
