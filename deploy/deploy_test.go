@@ -399,7 +399,9 @@ func checkTraces(t *testing.T, s *site) {
 	if asked.Service != "platformd" || asked.Attributes["sallyway.org"] != "default" {
 		t.Errorf("the platform's span %+v", asked)
 	}
-	got := c.Wait(t, 1, func(s otlptest.Span) bool { return s.Trace == test.Trace && s.Service == "gatewayd" && s.Name == "serve tcp" })[0]
+	got := c.Wait(t, 1, func(s otlptest.Span) bool {
+		return s.Trace == test.Trace && s.Service == "gatewayd" && s.Name == "serve tcp"
+	})[0]
 	if got.Parent == "" || got.Failed != "" || !strings.Contains(got.Attributes["sallyway.peer"], "platform") {
 		t.Errorf("the gateway's span %+v", got)
 	}
