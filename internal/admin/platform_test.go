@@ -2,10 +2,16 @@ package admin
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"sallyway/internal/auditfile"
@@ -175,4 +181,52 @@ func TestRealPlatform(t *testing.T) {
 	do(1, "audit verify "+file+" --root-pin "+strings.Repeat("0", 64), "NOT GOOD, line 1")
 	do(0, "logout")
 	do(2, "status", "not logged in")
+}
+
+// TestAnswerLost has the answer to a request lost on the way back: it is sent again, and what it makes is made once.
+func TestAnswerLost(t *testing.T) {
+	srv, do := realPlatform(t)
+	var lost atomic.Int32
+	to, err := url.Parse(srv.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := httputil.NewSingleHostReverseProxy(to)
+	trust := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}} // the platform's own CA; what is tested is the way through here
+	t.Cleanup(trust.CloseIdleConnections)
+	back.Transport = trust
+	back.ModifyResponse = func(r *http.Response) error {
+		if m := r.Request.Method; (m == http.MethodPost || m == http.MethodPatch || m == http.MethodDelete) && lost.Add(1)%2 == 1 {
+			return errors.New("lost")
+		}
+		return nil
+	}
+	back.ErrorHandler = func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) }
+	proxy := httptest.NewServer(back)
+	t.Cleanup(proxy.Close)
+	do(0, "login --token-file "+srv.AdminFile()+" --url "+proxy.URL)
+	var made control.CreatedNode
+	if err := json.Unmarshal([]byte(do(0, "gateway create office --json")), &made); err != nil || made.Token == "" {
+		t.Fatalf("%+v, %v", made, err)
+	}
+	do(0, "gateway update office --name branch", "branch updated")
+	do(0, "client create laptop", "sallyway connect")
+	do(0, "client delete laptop", "deleted")
+	if n := lost.Load(); n < 8 {
+		t.Errorf("%d answers came by, each of the four was to be lost once", n)
+	}
+	count := make(map[string]int)
+	for line := range strings.Lines(do(0, "audit tail -n 100 --json")) {
+		var e control.AuditEntry
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			t.Fatal(err)
+		}
+		count[e.Action]++
+	}
+	if count["node.create"] != 2 || count["node.update"] != 1 || count["node.delete"] != 1 {
+		t.Errorf("done: %v", count)
+	}
+	if strings.Count(do(0, "gateway list"), "branch") != 1 {
+		t.Error("not one gateway")
+	}
 }
