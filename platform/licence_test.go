@@ -302,10 +302,8 @@ func TestLicenceConfiguration(t *testing.T) {
 		"of the form https://":  {Trust: trust, URL: "licences.example", Key: "slk_secret"},
 		"licence file: stat /n": {Trust: trust, File: "/nonexistent/licence"},
 	} {
-		srv, err := Open(t.Context(), Config{Data: t.TempDir(), Listen: "127.0.0.1:0", Licence: c})
-		if err == nil {
-			must(t, srv.Close())
-			t.Errorf("started where %q is wanted", want)
+		if _, _, err := c.open(time.Now); err == nil {
+			t.Errorf("accepted where %q is wanted", want)
 		} else if !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "slk_secret") {
 			t.Errorf("%v, want %q", err, want)
 		}

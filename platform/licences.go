@@ -52,40 +52,50 @@ type licences struct {
 	answer prometheus.Gauge
 }
 
-func newLicences(ctx context.Context, s *Server) (*licences, error) {
-	c := s.cfg.Licence
+// open checks the configuration and reads what it names. The link is nil without a service.
+func (c *LicenceConfig) open(now func() time.Time) (entitlement.Trust, *link.Link, error) {
 	trust, err := entitlement.ParseTrust(c.Trust)
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(trust) == 0 && (c.File != "" || c.URL != "") {
+		return nil, nil, errors.New("licences are to be used, and no issuer is trusted: name its key with --licence-trust, as `sallyway-license admin keys` prints it")
+	}
+	if c.File != "" {
+		if _, err := os.Stat(c.File); err != nil {
+			return nil, nil, fmt.Errorf("licence file: %w", err)
+		}
+	}
+	if c.URL == "" {
+		return trust, nil, nil
+	}
+	if c.Key == "" {
+		return nil, nil, errors.New("a licence service is named and no licence key for it: give its file with --licence-key-file")
+	}
+	way, err := link.New(link.Config{URL: c.URL, Pin: c.Pin, UserAgent: "platformd/" + version.Get().Version, Now: now})
+	if err != nil {
+		return nil, nil, fmt.Errorf("licence service: %w", err)
+	}
+	if way.Plain() {
+		return nil, nil, fmt.Errorf("licence service %s: the licence key would go over the network unprotected: use https", c.URL)
+	}
+	return trust, way, nil
+}
+
+func newLicences(ctx context.Context, s *Server) (*licences, error) {
+	trust, way, err := s.cfg.Licence.open(s.cfg.Now)
 	if err != nil {
 		return nil, err
 	}
 	s.reg.LicenceTrust = trust
-	if len(trust) == 0 && (c.File != "" || c.URL != "") {
-		return nil, errors.New("licences are to be used, and no issuer is trusted: name its key with --licence-trust, as `sallyway-license admin keys` prints it")
-	}
 	if _, err := s.reg.Installation(ctx); err != nil {
 		return nil, err
 	}
-	l := &licences{cfg: c, s: s, asked: prometheus.NewCounterVec(prometheus.CounterOpts{
+	l := &licences{cfg: s.cfg.Licence, s: s, link: way, asked: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sallyway_platform_licence_fetches_total", Help: "Looks for licences at the licence service, by result.",
 	}, []string{"result"}), answer: prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "sallyway_platform_licence_fetched_timestamp_seconds", Help: "When the licence service last answered; 0 is never.",
 	})}
-	if c.URL != "" {
-		if c.Key == "" {
-			return nil, errors.New("a licence service is named and no licence key for it: give its file with --licence-key-file")
-		}
-		if l.link, err = link.New(link.Config{URL: c.URL, Pin: c.Pin, UserAgent: "platformd/" + version.Get().Version, Now: s.cfg.Now}); err != nil {
-			return nil, fmt.Errorf("licence service: %w", err)
-		}
-		if l.link.Plain() {
-			return nil, fmt.Errorf("licence service %s: the licence key would go over the network unprotected: use https", c.URL)
-		}
-	}
-	if c.File != "" {
-		if _, err := os.Stat(c.File); err != nil {
-			return nil, fmt.Errorf("licence file: %w", err)
-		}
-	}
 	s.cfg.Metrics.MustRegister(l.asked, l.answer, &licenceCensus{s})
 	return l, nil
 }
