@@ -271,6 +271,7 @@ func TestGallery(t *testing.T) {
 		{"resources", "/orgs/default/resources"},
 		{"resource", "/orgs/default/resources/orders-db"},
 		{"resource-edit", "/orgs/default/resources/orders-db/edit"},
+		{"resource-test", "/orgs/default/resources/lab-network/test"},
 		{"policies", "/orgs/default/policies"},
 		{"policy-new", "/orgs/default/policies/new"},
 		{"explain-yes", "/orgs/default/policies/explain?subject=client:laptop-1&resource=wiki"},

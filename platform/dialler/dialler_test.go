@@ -59,7 +59,7 @@ func TestLimits(t *testing.T) {
 		if _, ok := l.begin("acme", now); !ok {
 			t.Fatal("refused below the limit")
 		}
-		l.end()
+		l.end("acme")
 	}
 	wait, ok := l.begin("acme", now)
 	if ok || wait <= 0 || wait > testRefill {
@@ -68,12 +68,23 @@ func TestLimits(t *testing.T) {
 	if _, ok := l.begin("rival", now); !ok {
 		t.Error("another organization is refused")
 	}
-	l.end()
+	l.end("rival")
 	if _, ok := l.begin("acme", now.Add(testRefill)); !ok {
 		t.Error("refused after a while")
 	}
-	l.end()
+	l.end("acme")
 	later := now.Add(time.Hour)
+	for range maxOrgTests {
+		if _, ok := l.begin("acme", later); !ok {
+			t.Fatal("refused below the limit")
+		}
+	}
+	if _, ok := l.begin("acme", later); ok {
+		t.Error("more of one organization at once than there may be")
+	}
+	for range maxOrgTests {
+		l.end("acme")
+	}
 	for i := range maxTests {
 		if _, ok := l.begin(fmt.Sprint(i), later); !ok {
 			t.Fatal("refused below the limit")

@@ -69,7 +69,7 @@ func (d *Dialler) Test(ctx context.Context, org, resource string, req control.Te
 	if !ok {
 		return nil, registry.Refuse(http.StatusTooManyRequests, control.CodeRateLimited, fmt.Sprintf("try again in %d s", int(wait.Seconds())+1), "too many tests at once")
 	}
-	defer d.limits.end()
+	defer d.limits.end(org)
 	t := &run{d: d, view: v, progress: progress, doc: &control.ResourceTest{Resource: r.Name, Started: d.cfg.Now().UTC(), Gateways: []control.GatewayTest{}}}
 	if t.progress == nil {
 		t.progress = func(*control.ResourceTest) {}
