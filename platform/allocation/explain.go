@@ -54,6 +54,8 @@ func Explain(in Input, g *Gateway, why []string) []Choice {
 		switch k := slices.Index(in.Current[g.ID], relay.ID); {
 		case k < 0:
 			c.Why = x.not(relay)
+		case relay.Out != "":
+			c.Place, c.Why = []string{Active, Standby}[min(k, 1)], "is left at once: "+relay.Out
 		case k < len(why):
 			c.Place, c.Why = []string{Active, Standby}[min(k, 1)], why[k]
 		default:
