@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"log/slog"
@@ -18,8 +19,6 @@ import (
 	"testing"
 	"time"
 	"unicode/utf8"
-
-	"encoding/pem"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
