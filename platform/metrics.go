@@ -13,11 +13,11 @@ import (
 const censusTimeout = 5 * time.Second
 
 var (
-	nodesDesc    = prometheus.NewDesc("sallyway_platform_nodes", "Nodes by organization, kind and state.", []string{"org", "kind", "state"}, nil)
-	outdatedDesc = prometheus.NewDesc("sallyway_platform_nodes_outdated", "Nodes whose software is of an older release than the platform's, or of one that is not known, by organization and kind.", []string{"org", "kind"}, nil)
-	sessionsDesc = prometheus.NewDesc("sallyway_platform_sessions", "Live sessions as gateways report them.", []string{"org"}, nil)
-	expiryDesc   = prometheus.NewDesc("sallyway_platform_certificate_expiry_seconds", "Seconds until the soonest end of a certificate: of a CA that issues or will, of a node that is there and renews, of the platform's own server. Below 0 it has ended.", []string{"org", "what", "kind"}, nil)
-	readyDesc    = prometheus.NewDesc("sallyway_platform_ready", "1 when everything works.", nil, nil)
+	nodesDesc     = prometheus.NewDesc("sallyway_platform_nodes", "Nodes by organization, kind and state.", []string{"org", "kind", "state"}, nil)
+	outdatedDesc  = prometheus.NewDesc("sallyway_platform_nodes_outdated", "Nodes whose software is of an older release than the platform's, or of one that is not known, by organization and kind.", []string{"org", "kind"}, nil)
+	sessionsDesc  = prometheus.NewDesc("sallyway_platform_sessions", "Live sessions as gateways report them.", []string{"org"}, nil)
+	expiryDesc    = prometheus.NewDesc("sallyway_platform_certificate_expiry_seconds", "Seconds until the soonest end of a certificate: of a CA that issues or will, of a node that is there and renews, of the platform's own server. Below 0 it has ended.", []string{"org", "what", "kind"}, nil)
+	readyDesc     = prometheus.NewDesc("sallyway_platform_ready", "1 when everything works.", nil, nil)
 	conditionDesc = prometheus.NewDesc("sallyway_platform_condition", "1 for what keeps the platform from being ready now. That the database can not be written is always there, as 0 or 1.", []string{"condition"}, nil)
 )
 
