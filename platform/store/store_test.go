@@ -67,7 +67,7 @@ func suite(t *testing.T, open func(t *testing.T) Store) {
 		"organizations": testOrgs, "nodes": testNodes, "keys": testKeys, "tokens": testTokens, "access": testAccess, "relays": testRelays,
 		"API tokens": testAPITokens, "audit": testAudit, "transactions": testTransactions, "concurrency": testConcurrency, "backup": testBackup,
 		"deletion": testDeletion, "a token is spent once": testSpendOnce, "updates together": testTogether, "replicas": testReplicas, "people": testPeople, "licences": testLicences,
-		"trail": testTrail, "webhooks": testWebhooks, "flows": testFlows, "answers": testAnswers, "places": testPlaces,
+		"trail": testTrail, "webhooks": testWebhooks, "flows": testFlows, "answers": testAnswers, "places": testPlaces, "platform keys": testPlatformKeys,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, open(t)) })
 	}
