@@ -323,7 +323,7 @@ type Tx interface {
 	// or are not active.
 	DeniedKeys(ctx context.Context, org string, after time.Time) ([]identity.KeyHash, error)
 
-	PutPlatformKey(ctx context.Context, k *PlatformKey) error              // inserts or replaces
+	PutPlatformKey(ctx context.Context, k *PlatformKey) error             // inserts or replaces
 	PlatformKeys(ctx context.Context, org string) ([]*PlatformKey, error) // newest first
 
 	InsertEnrolmentToken(ctx context.Context, t *EnrolmentToken) error
