@@ -81,11 +81,14 @@ type Hub struct {
 	started time.Time
 	kick    chan struct{} // capacity 1: something changed that may move relays
 	moves   atomic.Bool   // another platform may have announced a relay's new address
-	making  chan struct{} // holds one for each configuration that is made
 
 	mu      sync.Mutex
 	orgs    map[string]*org    // guarded by mu
 	streams map[string]*stream // newest stream, by node id; guarded by mu
+
+	jobs    sync.Mutex
+	queue   []*job // that wait; guarded by jobs
+	workers int    // guarded by jobs
 
 	metrics metrics
 }
@@ -133,7 +136,7 @@ func New(cfg Config, metricsTo prometheus.Registerer) *Hub {
 	}
 	h := &Hub{
 		cfg: cfg, reg: cfg.Registry, started: cfg.Registry.Now(), kick: make(chan struct{}, 1),
-		orgs: make(map[string]*org), streams: make(map[string]*stream), making: make(chan struct{}, 2*runtime.GOMAXPROCS(0)),
+		orgs: make(map[string]*org), streams: make(map[string]*stream),
 		metrics: metrics{
 			pushes:  prometheus.NewCounter(prometheus.CounterOpts{Name: "sallyway_platform_config_pushes_total", Help: "Configurations sent to nodes."}),
 			streams: prometheus.NewGauge(prometheus.GaugeOpts{Name: "sallyway_platform_control_streams", Help: "Nodes with an open control stream."}),
@@ -299,7 +302,7 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 			return err
 		}
 		if sum != last {
-			c, err := h.configure(ctx, v, who.Node.ID, expiry, signer, signed)
+			c, err := h.configure(v, who.Node.ID, expiry, signer, signed)
 			if err != nil {
 				return err
 			}
@@ -342,31 +345,52 @@ func (h *Hub) Speaks(who *registry.Session) bool {
 	return o != nil && o.view != nil && o.view.Speaks(who.Node.ID, who.Key)
 }
 
-// configure makes a node's configuration. A change may be for all nodes at once: few are made at a time, each in a goroutine of its own, so that the
-// many that wait stay small.
-func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry time.Time, signer *policy.Signer, signed view.Signed) (*control.Config, error) {
-	select {
-	case h.making <- struct{}{}:
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
-	var c *control.Config
-	var err error
-	var panicked any // goes on in the goroutine that asked
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		defer func() {
-			panicked = recover()
-			<-h.making
-		}()
+// job is a configuration to be made.
+type job struct {
+	do       func()
+	done     chan struct{} // closed when it is done
+	panicked any           // goes on in the goroutine that asked
+}
+
+// configure makes a node's configuration. A change may be for all nodes at once: a few goroutines make them one after the other, so that the many that
+// wait stay small.
+func (h *Hub) configure(v *view.View, node string, expiry time.Time, signer *policy.Signer, signed view.Signed) (c *control.Config, err error) {
+	j := &job{done: make(chan struct{}), do: func() {
 		c, err = v.Plan(node, expiry).Sign(signer, h.reg.Now(), h.cfg.DocumentLife, signed)
-	}()
-	<-done
-	if panicked != nil {
-		panic(panicked)
+	}}
+	h.jobs.Lock()
+	h.queue = append(h.queue, j)
+	if h.workers < runtime.GOMAXPROCS(0) {
+		h.workers++
+		go h.work()
+	}
+	h.jobs.Unlock()
+	<-j.done
+	if j.panicked != nil {
+		panic(j.panicked)
 	}
 	return c, err
+}
+
+// work does what waits, and ends when nothing does.
+func (h *Hub) work() {
+	for {
+		h.jobs.Lock()
+		if len(h.queue) == 0 {
+			h.queue = nil
+			h.workers--
+			h.jobs.Unlock()
+			return
+		}
+		j := h.queue[0]
+		h.queue = h.queue[1:]
+		h.jobs.Unlock()
+		func() {
+			defer close(j.done)
+			defer func() { j.panicked = recover() }()
+			j.do()
+		}()
+	}
 }
 
 // refreshIn is when a stream makes its node's documents anew, spread so that not all do at once.

@@ -65,6 +65,20 @@ func subject(ctx context.Context, tx store.Tx, org, s string) (kind, id string, 
 	return "", "", nil, invalid("body.subject", "client:NAME, gateway:NAME, group:NAME, person:LOGIN or platform", "subject %.80q names nobody", s)
 }
 
+// subjectID finds a policy's subject without the nodes that it is, of which a group may have many thousands.
+func subjectID(ctx context.Context, tx store.Tx, org, s string) (kind, id string, err error) {
+	kind, name, _ := strings.Cut(s, ":")
+	if kind != subjectGroup {
+		kind, id, _, err = subject(ctx, tx, org, s)
+		return kind, id, err
+	}
+	g, err := tx.FindGroup(ctx, org, name)
+	if err != nil {
+		return "", "", notFound(err, kind, name, org)
+	}
+	return kind, g.ID, nil
+}
+
 // subjectName is the reverse of subject.
 func subjectName(ctx context.Context, tx store.Tx, org, kind, id string) (string, error) {
 	if kind == subjectGroup {
@@ -115,7 +129,7 @@ func (r *Registry) CreatePolicy(ctx context.Context, org string, req control.Cre
 		if _, err := c.org(ctx, org); err != nil {
 			return err
 		}
-		kind, id, _, err := subject(ctx, c.Tx, org, req.Subject)
+		kind, id, err := subjectID(ctx, c.Tx, org, req.Subject)
 		if err != nil {
 			return err
 		}

@@ -184,7 +184,7 @@ func (v *View) dialling(p *Plan, n *store.Node, expiry time.Time) {
 			continue
 		}
 		ref := control.GatewayRef{
-			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address), Relays: v.arrange(n, v.relayRefs(n, g.ID, dialler(n), expiry)),
+			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: v.digests.virtual[g.ID], Relays: v.arrange(n, v.relayRefs(n, g.ID, dialler(n), expiry)),
 		}
 		grant := policy.Grant{Org: v.Org.Name, Node: n.Identity(), Gateway: g.Identity(), Pins: v.Trust.Pins[identity.Gateway]}
 		if n.Kind == identity.Gateway {

@@ -39,6 +39,7 @@ type digests struct {
 	peers    Sum                      // every active gateway, as other gateways know it
 	served   map[string][]Sum         // by gateway: the resources that it serves, with their rules and whom they are for
 	dialled  map[string][]*store.Node // by node: gateways that it is told of, where it is no gateway
+	virtual  map[string][]netip.Addr  // of gateways
 	err      error
 }
 
@@ -121,6 +122,7 @@ func (v *View) usableBy(n *store.Node) []*reachable {
 func (v *View) prepareDigests() {
 	d := &v.digests
 	d.usable, d.gateways, d.served = make(map[string][]*reachable), make(map[string]Sum), make(map[string][]Sum)
+	d.virtual = make(map[string][]netip.Addr)
 	note := func(s Sum, err error) Sum {
 		d.err = cmp.Or(d.err, err)
 		return s
@@ -149,6 +151,7 @@ func (v *View) prepareDigests() {
 	}
 	peers := []policy.Peer{}
 	for _, g := range v.gateways {
+		d.virtual[g.ID] = Addresses(v.Org, g.Address)
 		d.gateways[g.ID] = note(sumOf(v.dialledGateway(g)))
 		peers = append(peers, policy.Peer{Node: g.Identity(), Name: g.Name, Virtual: Addresses(v.Org, g.Address)})
 	}
