@@ -86,6 +86,8 @@ type Hub struct {
 	orgs    map[string]*org    // guarded by mu
 	streams map[string]*stream // newest stream, by node id; guarded by mu
 
+	turns chan struct{} // holds one for each configuration that is made or sent
+
 	jobs    sync.Mutex
 	queue   []*job // that wait; guarded by jobs
 	workers int    // guarded by jobs
@@ -136,7 +138,7 @@ func New(cfg Config, metricsTo prometheus.Registerer) *Hub {
 	}
 	h := &Hub{
 		cfg: cfg, reg: cfg.Registry, started: cfg.Registry.Now(), kick: make(chan struct{}, 1),
-		orgs: make(map[string]*org), streams: make(map[string]*stream),
+		orgs: make(map[string]*org), streams: make(map[string]*stream), turns: make(chan struct{}, 4*runtime.GOMAXPROCS(0)),
 		metrics: metrics{
 			pushes:  prometheus.NewCounter(prometheus.CounterOpts{Name: "sallyway_platform_config_pushes_total", Help: "Configurations sent to nodes."}),
 			streams: prometheus.NewGauge(prometheus.GaugeOpts{Name: "sallyway_platform_control_streams", Help: "Nodes with an open control stream."}),
@@ -302,11 +304,7 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 			return err
 		}
 		if sum != last {
-			c, err := h.configure(v, who.Node.ID, expiry, signer, signed)
-			if err != nil {
-				return err
-			}
-			if err := send(control.Event{Type: control.EventConfig, Config: c}); err != nil {
+			if err := h.configure(ctx, v, who.Node.ID, expiry, signer, signed, send); err != nil {
 				return err
 			}
 			last = sum
@@ -352,9 +350,21 @@ type job struct {
 	panicked any           // goes on in the goroutine that asked
 }
 
-// configure makes a node's configuration. A change may be for all nodes at once: a few goroutines make them one after the other, so that the many that
-// wait stay small.
-func (h *Hub) configure(v *view.View, node string, expiry time.Time, signer *policy.Signer, signed view.Signed) (c *control.Config, err error) {
+// slow is how long sending a configuration may take before others need not wait for it any more.
+const slow = 20 * time.Millisecond
+
+// configure makes a node's configuration and sends it. A change may be for all nodes at once: few configurations are there at a time, and a few goroutines
+// make them one after the other, so that the many nodes that wait cost little memory.
+func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry time.Time, signer *policy.Signer, signed view.Signed, send func(control.Event) error) error {
+	select {
+	case h.turns <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	leave := sync.OnceFunc(func() { <-h.turns })
+	defer leave()
+	var c *control.Config
+	var err error
 	j := &job{done: make(chan struct{}), do: func() {
 		c, err = v.Plan(node, expiry).Sign(signer, h.reg.Now(), h.cfg.DocumentLife, signed)
 	}}
@@ -369,7 +379,11 @@ func (h *Hub) configure(v *view.View, node string, expiry time.Time, signer *pol
 	if j.panicked != nil {
 		panic(j.panicked)
 	}
-	return c, err
+	if err != nil {
+		return err
+	}
+	defer time.AfterFunc(slow, leave).Stop()
+	return send(control.Event{Type: control.EventConfig, Config: c})
 }
 
 // work does what waits, and ends when nothing does.
