@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -98,7 +97,7 @@ nodes renew, finish.
 				plan, err := authorities(c).rotate(ctx, req)
 				if err != nil {
 					if next != nil {
-						_ = os.Remove(newKeyFile) // nobody has heard of it
+						err = unusedKey(newKeyFile, err)
 					}
 					return err
 				}
@@ -199,8 +198,7 @@ func (a *app) offlineOrganization(ctx context.Context, cmd *cobra.Command, c *Cl
 	req.Root = key.certificate()
 	o, err := c.CreateOrganization(ctx, req)
 	if err != nil {
-		_ = os.Remove(file) // it has signed nothing
-		return err
+		return unusedKey(file, err)
 	}
 	in := c.in(o.Name)
 	if err := rememberRoot(in, identity.CertificateKeyHash(root.Certificate)); err != nil {

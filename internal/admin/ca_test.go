@@ -2,6 +2,7 @@ package admin
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 
 	"sallyway/internal/control"
 	"sallyway/internal/control/agent"
+	"sallyway/internal/control/agent/link"
 	"sallyway/internal/identity"
 )
 
@@ -114,5 +116,31 @@ func TestOfflineRoot(t *testing.T) {
 	must := os.Chmod(file, 0o644)
 	if _, err := loadRootKey(file); must != nil || err == nil {
 		t.Errorf("a key that others can read: %v %v", must, err)
+	}
+}
+
+// TestRootKeyOfALostAnswer: the key of a root that the platform may have taken stays; that of one which it refused does not.
+func TestRootKeyOfALostAnswer(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		err   error
+		stays bool
+	}{
+		{"refused", &link.Problem{Problem: control.Problem{Status: 422, Code: control.CodeInvalid}}, false},
+		{"taken name", &link.Problem{Problem: control.Problem{Status: 409, Code: control.CodeConflict}}, false},
+		{"answer lost", &link.Problem{Problem: control.Problem{Status: 409, Code: "idempotency_answer_lost"}}, true},
+		{"failed there", &link.Problem{Problem: control.Problem{Status: 500}}, true},
+		{"connection lost", &link.Error{Kind: link.Broken, Reason: "lost"}, true},
+		{"interrupted", context.Canceled, true},
+	} {
+		file := filepath.Join(t.TempDir(), "root.key")
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := unusedKey(file, c.err)
+		_, gone := os.Stat(file)
+		if (gone == nil) != c.stays || strings.Contains(err.Error(), file) != c.stays {
+			t.Errorf("%s: %v, %v", c.name, gone, err)
+		}
 	}
 }

@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"sallyway/internal/control"
+	"sallyway/internal/control/agent/link"
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 	"sallyway/platform/pki"
@@ -39,6 +41,19 @@ func (k *rootKey) write(path string) error {
 		return daemon.Failf("write the root's key: %w", err)
 	}
 	return nil
+}
+
+// unusedKey removes the file of a new root that the platform refused. Where nobody knows whether it took the root, because its answer was lost, the
+// file stays: without the key nothing could be signed under that root.
+func unusedKey(path string, err error) error {
+	p, ok := errors.AsType[*link.Problem](err)
+	if ok && !p.Temporary() && (p.Status != http.StatusConflict || p.Code == control.CodeConflict) {
+		_ = os.Remove(path) // it has signed nothing
+		return err
+	}
+	why, remedy := err.Error(), link.Remedy(err)
+	return daemon.Failf("%s%s\nwhether the platform took the root is not known, so its key stays in %s: see `sallyway ca list`, and remove the file only when that root is not there",
+		why, below(remedy), path)
 }
 
 func loadRootKey(path string) (*rootKey, error) {
