@@ -251,7 +251,7 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.Is(err, database.ErrUnavailable):
 		s.cfg.Health("database", err)
 		s.log.Error("database unavailable", "error", err)
-		e = refuse(http.StatusServiceUnavailable, "storage_unavailable", "see the log of sallyway-license", "the service's database does not work: %v", err)
+		e = refuse(http.StatusServiceUnavailable, "storage_unavailable", "see the log of sallyway-license", "the service's database does not work")
 	case r.Context().Err() != nil:
 		e = refuse(http.StatusServiceUnavailable, "", "try again", "the request was interrupted")
 	default:

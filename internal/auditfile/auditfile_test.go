@@ -215,6 +215,32 @@ func TestVerifyEarlier(t *testing.T) {
 	}
 }
 
+// TestVerifyOtherCA: a CA that the root signed for certificates of nodes signs no log, neither as an intermediate nor named among the roots.
+func TestVerifyOtherCA(t *testing.T) {
+	l := newLog(t, "acme")
+	ca, err := l.root.NewIntermediate("acme", identity.Client, began)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := ca.Leaf(identity.Node{Org: "acme", Kind: identity.Policy, ID: identity.NewID(identity.Policy)}, public, began, pki.PolicyLife)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.key, l.keyID = key, identity.HashKey(public).String()
+	l.add(Key{Type: TypeKey, ID: l.keyID, Certificates: string(identity.EncodeCertificates(leaf, ca.Certificate, l.root.Certificate))})
+	l.sign()
+	if r := verify(t, l.file(), Options{Pins: []identity.KeyHash{l.pin()}}); r.OK || !strings.Contains(r.Problem, "other certificates") {
+		t.Errorf("%+v", r)
+	}
+	if known := successors([]*x509.Certificate{l.root.Certificate}, []*x509.Certificate{ca.Certificate}); len(known) != 1 {
+		t.Error("an intermediate is known as a root")
+	}
+}
+
 // TestVerifyAfterRotation: the pin of a root also vouches for the one that it signed.
 func TestVerifyAfterRotation(t *testing.T) {
 	l := newLog(t, "acme")

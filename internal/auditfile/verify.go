@@ -196,7 +196,7 @@ func successors(known, all []*x509.Certificate) []*x509.Certificate {
 	for grew := true; grew; {
 		grew = false
 		for _, r := range all {
-			if slices.ContainsFunc(known, r.Equal) {
+			if slices.ContainsFunc(known, r.Equal) || !identity.IsRoot(r) { // an intermediate is no root, whoever signed it
 				continue
 			}
 			if slices.ContainsFunc(known, func(k *x509.Certificate) bool { return r.CheckSignatureFrom(k) == nil }) {
@@ -238,13 +238,24 @@ func (v *verifier) key(b []byte) error {
 	for _, c := range certs[1:] {
 		between.AddCert(c)
 	}
-	if _, err := leaf.Verify(x509.VerifyOptions{
+	chains, err := leaf.Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}, CurrentTime: leaf.NotBefore.Add(time.Minute),
-	}); err != nil {
+	})
+	if err != nil {
 		return wrong("the certificate of key %.70s does not lead to the organization's root: %v", k.ID, err)
+	}
+	if !slices.ContainsFunc(chains, forDocuments) {
+		return wrong("the certificate of key %.70s is by a CA for other certificates than those of policies", k.ID)
 	}
 	v.keys[k.ID] = &signer{public, leaf.NotBefore, leaf.NotAfter}
 	return nil
+}
+
+// forDocuments says whether a leaf and its CA are for signing documents alone: those of nodes are for TLS.
+func forDocuments(chain []*x509.Certificate) bool {
+	return len(chain) > 1 && !slices.ContainsFunc(chain[:2], func(c *x509.Certificate) bool {
+		return len(c.ExtKeyUsage) != 0 || len(c.UnknownExtKeyUsage) != 1 || !c.UnknownExtKeyUsage[0].Equal(chain[0].UnknownExtKeyUsage[0])
+	})
 }
 
 func (v *verifier) entry(b []byte) error {

@@ -135,7 +135,7 @@ func (s *Service) rows(ctx context.Context, gateway identity.Node, fs []control.
 		for i := range fs {
 			f := &fs[i]
 			// A gateway can not put anything into another organization's log, nor name what is none.
-			if f.Peer.Org != gateway.Org || f.ID == "" || len(f.ID) > 64 || f.Started.IsZero() || f.Seen.Before(f.Started) || f.Seen.After(latest) {
+			if f.Peer.Org != gateway.Org || len(f.Peer.ID) > textMost || f.ID == "" || len(f.ID) > 64 || f.Started.IsZero() || f.Seen.Before(f.Started) || f.Seen.After(latest) {
 				continue
 			}
 			peer, err := s.node(ctx, tx, gateway.Org, f.Peer.ID)
