@@ -264,13 +264,14 @@ func (r *receiver) dial(ctx context.Context, network, hostport string) (net.Conn
 	if a, err := netip.ParseAddr(host); err == nil {
 		addrs = []netip.Addr{a}
 	} else if addrs, err = r.s.cfg.Resolve(ctx, host); err != nil {
-		return nil, err
+		return nil, unnamed(host, err)
 	}
 	d := net.Dialer{Timeout: dialTimeout}
 	err = fmt.Errorf("%s has no address", host)
 	for _, a := range addrs {
 		if !r.s.cfg.public(a) {
-			err = fmt.Errorf("%s is at %v, which is not a public address: the platform reaches such only through gateways (--through-gateways)", host, a.Unmap())
+			// Not which: what only the platform's network knows of names is not for organizations to ask for.
+			err = fmt.Errorf("%s is not a public address: the platform reaches such only through gateways (--through-gateways)", host)
 			continue
 		}
 		// The address that was looked at is the one that is dialled: a name that answers otherwise the next time changes nothing.
@@ -280,6 +281,18 @@ func (r *receiver) dial(ctx context.Context, network, hostport string) (net.Conn
 		}
 	}
 	return nil, err
+}
+
+// unnamed says why a name has no address, without naming the platform's resolver.
+func unnamed(host string, err error) error {
+	var dns *net.DNSError
+	switch {
+	case errors.As(err, &dns) && dns.IsNotFound:
+		return fmt.Errorf("%s has no address: no such host", host)
+	case errors.As(err, &dns) && dns.IsTimeout:
+		return fmt.Errorf("%s has no address: the name servers do not answer", host)
+	}
+	return fmt.Errorf("%s has no address that the platform could find", host)
 }
 
 // Sign makes the value of the header webhook-signature.
