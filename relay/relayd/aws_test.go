@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -21,6 +23,7 @@ import (
 	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 	"sallyway/platform/awsauth/ststest"
+	"sallyway/platform/pki"
 	"sallyway/platform/platformd"
 	"sallyway/relay/relayd"
 )
@@ -174,6 +177,32 @@ func TestAWSEnrolment(t *testing.T) {
 	p.stop()
 	p = start(env)
 	p.says("the platform takes this host's AWS identity")
+	p.says("Relay server started successfully")
+	p.stop()
+	// Another host of the same identity takes its place, and it takes it back: by itself, as nobody hands a token over. So it follows the roots that it
+	// knows: a platform can not give it others by refusing its key.
+	second := t.TempDir()
+	flags[slices.Index(flags, "--state")+1] = second
+	p = start(env)
+	p.says("Relay server started successfully")
+	p.stop()
+	flags[slices.Index(flags, "--state")+1] = state
+	p = start(env)
+	p.says("enrolling anew")
+	p.says("Relay server started successfully")
+	p.stop()
+	var node map[string]any
+	b, err = os.ReadFile(filepath.Join(second, "node.json"))
+	must(errors.Join(err, json.Unmarshal(b, &node)))
+	stranger, err := pki.NewRoot("default", time.Now())
+	must(err)
+	node["trust"].(map[string]any)["roots"] = string(identity.EncodeCertificates(stranger.Certificate))
+	b, err = json.Marshal(node)
+	must(errors.Join(err, os.WriteFile(filepath.Join(second, "node.json"), b, 0o600)))
+	flags[slices.Index(flags, "--state")+1] = second
+	refused(env, "do not follow")
+	flags[slices.Index(flags, "--state")+1] = state
+	p = start(env)
 	p.says("Relay server started successfully")
 	p.stop()
 	// Again at every start: who may has changed meanwhile.

@@ -214,6 +214,15 @@ func (a *Agent) enrolAWS(ctx context.Context, l *link.Link, creds *awsidentity.C
 	if err := l.Do(ctx, link.Request{Method: "POST", Path: "/api/v1/enroll/aws", JSON: req}, resp); err != nil {
 		return err
 	}
+	// Nobody handed a token over: a node that was enrolled follows the roots that it knows, and takes no others because the platform refused its key.
+	if known := a.state.Trust.Roots; known != "" {
+		if err := succeeds(known, resp.Trust); err != nil {
+			return &EnrolmentRefusedError{
+				Reason: fmt.Sprintf("the platform enrols %s anew under roots that do not follow those that it knows: %v", a.state.Name, err),
+				Remedy: fmt.Sprintf("do not trust this platform before you know why; when it was installed anew, remove %s", a.cfg.StateDir), Err: err,
+			}
+		}
+	}
 	return a.join(t, key, resp, nil)
 }
 
