@@ -55,6 +55,8 @@ var layers = []struct {
 	{folder: "internal/ssm", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/datagram", never: append([]string{"stun", "tun", "netstack"}, roles...)},
 	{folder: "internal/daemon", never: append([]string{"stun", "tun", "netstack"}, roles...)},
+	// Whoever dials or forwards asks it.
+	{folder: "internal/addrspace", never: []string{""}},
 	// Knows no table of anybody's.
 	{folder: "internal/database", never: append([]string{"stun", "tun", "netstack", "internal"}, roles...)},
 	// Whoever has something to tell uses it.

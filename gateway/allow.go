@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"strings"
 
+	"sallyway/internal/addrspace"
 	"sallyway/internal/policy"
 )
 
@@ -20,44 +21,15 @@ type allowEntry struct {
 	ports  []policy.PortRange // empty: all, and ICMP
 }
 
-// special are the addresses that only an entry which lies inside of them opens: this host, its link, clouds' metadata services, and what
-// is no unicast destination. Most clouds' metadata is link-local (169.254.169.254); the others are named.
-var special = []struct {
-	prefix netip.Prefix
-	what   string
-}{
-	{netip.MustParsePrefix("127.0.0.0/8"), "loopback"},
-	{netip.MustParsePrefix("::1/128"), "loopback"},
-	{netip.MustParsePrefix("0.0.0.0/8"), "unspecified"},
-	{netip.MustParsePrefix("::/128"), "unspecified"},
-	{netip.MustParsePrefix("169.254.0.0/16"), "link-local or metadata"},
-	{netip.MustParsePrefix("fe80::/10"), "link-local"},
-	{netip.MustParsePrefix("fec0::/10"), "site-local"},
-	{netip.MustParsePrefix("fd00:ec2::254/128"), "metadata"},
-	{netip.MustParsePrefix("fd20:ce::254/128"), "metadata"},
-	{netip.MustParsePrefix("100.100.100.200/32"), "metadata"},
-	{netip.MustParsePrefix("192.0.0.192/32"), "metadata"},
-	{netip.MustParsePrefix("168.63.129.16/32"), "metadata"},
-	{netip.MustParsePrefix("224.0.0.0/4"), "multicast"},
-	{netip.MustParsePrefix("ff00::/8"), "multicast"},
-	{netip.MustParsePrefix("240.0.0.0/4"), "reserved or broadcast"},
+// guarded says whether addresses of a class are opened by nothing but an entry that lies inside of their range: this host, its link, clouds' metadata
+// services, and what is no unicast destination.
+func guarded(c addrspace.Class) bool {
+	switch c {
+	case addrspace.Loopback, addrspace.Unspecified, addrspace.LinkLocal, addrspace.Metadata, addrspace.Multicast, addrspace.Reserved:
+		return true
+	}
+	return false
 }
-
-// embedding are IPv6 prefixes that carry an IPv4 address: 32 bits at the given byte. The address inside is judged as well, so that
-// no spelling of 127.0.0.1 is missed (RFC 4291 §2.5.5, RFC 6052 §2.1, RFC 8215 with a /96 below it, RFC 2765 §2.1, RFC 3056 §2).
-var embedding = []struct {
-	prefix netip.Prefix
-	at     int
-}{
-	{netip.MustParsePrefix("::/96"), 12},
-	{netip.MustParsePrefix("64:ff9b::/96"), 12},
-	{netip.MustParsePrefix("64:ff9b:1::/48"), 12},
-	{netip.MustParsePrefix("::ffff:0:0:0/96"), 12},
-	{netip.MustParsePrefix("2002::/16"), 2},
-}
-
-// teredo carries the client's IPv4 address inverted in its last 32 bits (RFC 4380 §4).
-var teredo = netip.MustParsePrefix("2001::/32")
 
 // ParseAllow reads entries of the form "CIDR" or "CIDR PORTS", such as "10.0.3.0/24 5432,8000-8100". own are the gateway's own sockets.
 func ParseAllow(entries []string, own ...netip.AddrPort) (*AllowList, error) {
@@ -92,11 +64,14 @@ func (l *AllowList) Check(addr netip.Addr, port uint16) error {
 			return fmt.Errorf("%v is the gateway's own socket", netip.AddrPortFrom(addr, port))
 		}
 	}
-	for _, a := range spellings(addr) {
-		for _, s := range special {
-			if s.prefix.Contains(a) && !l.opened(s.prefix, addr, port) {
-				return fmt.Errorf("%v is a %s address, which this gateway's allow list does not name", addr, s.what)
-			}
+	// The address inside of another spelling is judged as well, so that none of 127.0.0.1 is missed.
+	inside, embedded := addrspace.Canonical(addr)
+	for _, a := range [...]netip.Addr{addr, inside} {
+		if r := addrspace.Of(a); guarded(r.Class) && !l.opened(r.Prefix, addr, port) {
+			return fmt.Errorf("%v is a %s address, which this gateway's allow list does not name", addr, r.What)
+		}
+		if !embedded {
+			break
 		}
 	}
 	if len(l.entries) == 0 {
@@ -133,22 +108,4 @@ func (e *allowEntry) covers(addr netip.Addr, port uint16) bool {
 		}
 	}
 	return false
-}
-
-// spellings returns addr and the IPv4 address it carries, if any.
-func spellings(addr netip.Addr) []netip.Addr {
-	out := []netip.Addr{addr}
-	if addr.Is4() {
-		return out
-	}
-	b := addr.As16()
-	for _, e := range embedding {
-		if e.prefix.Contains(addr) && addr != netip.IPv6Unspecified() && addr != netip.IPv6Loopback() {
-			out = append(out, netip.AddrFrom4([4]byte(b[e.at:e.at+4])))
-		}
-	}
-	if teredo.Contains(addr) {
-		out = append(out, netip.AddrFrom4([4]byte{^b[12], ^b[13], ^b[14], ^b[15]}))
-	}
-	return out
 }

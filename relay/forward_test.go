@@ -405,18 +405,3 @@ func TestStreamRuns(t *testing.T) {
 	a.write([]byte{0x80, 0, 0, 0, 0, 0, 0, 0})
 	until(t, "the allocation ends with its connection", func() bool { return l.table.newest(client1) == nil })
 }
-
-func TestCanonical(t *testing.T) {
-	for _, four := range []string{"127.0.0.1", "10.1.2.3", "169.254.169.254"} {
-		for _, e := range encodings(four) {
-			if got, _ := canonical(netip.MustParseAddr(e)); got != netip.MustParseAddr(four) {
-				t.Errorf("%s means %v, want %s", e, got, four)
-			}
-		}
-	}
-	for _, same := range []string{"2001:4860::1", "::1", "::", "fe80::1"} {
-		if got, enc := canonical(netip.MustParseAddr(same)); got != netip.MustParseAddr(same) || enc {
-			t.Errorf("%s means %v", same, got)
-		}
-	}
-}

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"sallyway/internal/addrspace"
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/platform/people/oidc"
@@ -43,7 +44,7 @@ func providerClient(private bool) *http.Client {
 	if !private {
 		d.Control = func(_, address string, _ syscall.RawConn) error {
 			a, err := netip.ParseAddrPort(address)
-			if err != nil || !public(a.Addr()) {
+			if err != nil || !addrspace.Public(a.Addr()) {
 				return fmt.Errorf("%s is not a public address: a provider in a private network is set up by an administrator of the platform", address)
 			}
 			return nil
@@ -74,27 +75,6 @@ func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
 		}{io.LimitReader(resp.Body, maxAnswer), resp.Body}
 	}
 	return resp, err
-}
-
-// special are ranges that no provider of an organization has (RFC 6890), besides those that netip knows.
-var special = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("192.0.0.0/24"), netip.MustParsePrefix("198.18.0.0/15"),
-	netip.MustParsePrefix("240.0.0.0/4"), netip.MustParsePrefix("64:ff9b::/96"), netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2002::/16"),
-	netip.MustParsePrefix("2001::/32"), netip.MustParsePrefix("fec0::/10"),
-}
-
-// public says whether an address is one of the Internet.
-func public(a netip.Addr) bool {
-	a = a.Unmap()
-	if !a.IsGlobalUnicast() || a.IsPrivate() {
-		return false
-	}
-	for _, p := range special {
-		if p.Contains(a) {
-			return false
-		}
-	}
-	return true
 }
 
 // providers are the providers that were asked for their documents lately.

@@ -14,7 +14,6 @@ import (
 	"net/http"
 	"net/http/cookiejar"
 	"net/http/httptest"
-	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -471,15 +470,6 @@ func TestProviderRules(t *testing.T) {
 
 // TestProvidersOfOrganizationsArePublic: the platform is no way into its own network.
 func TestProvidersOfOrganizationsArePublic(t *testing.T) {
-	for addr, want := range map[string]bool{
-		"8.8.8.8": true, "2606:4700::1111": true, "127.0.0.1": false, "10.0.0.1": false, "172.16.5.5": false, "192.168.1.1": false, "169.254.169.254": false, "100.64.0.1": false,
-		"0.0.0.0": false, "::": false, "::1": false, "fe80::1": false, "fd00::1": false, "::ffff:127.0.0.1": false, "64:ff9b::7f00:1": false, "2002:7f00:1::": false, "224.0.0.1": false,
-		"255.255.255.255": false, "198.18.0.1": false, "fec0::1": false,
-	} {
-		if got := public(netip.MustParseAddr(addr)); got != want {
-			t.Errorf("%s: %v", addr, got)
-		}
-	}
 	s := httptest.NewServer(http.NotFoundHandler())
 	defer s.Close()
 	// By name, too: the address counts that was resolved.

@@ -35,6 +35,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"sallyway/internal/addrspace"
 	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/platform/audit"
@@ -64,7 +65,7 @@ type Config struct {
 
 	every  time.Duration           // between looks for what is due; zero is dueEvery
 	first  time.Duration           // wait after the first failure; zero is firstWait
-	public func(a netip.Addr) bool // nil is Public; tests have their receivers on loopback
+	public func(a netip.Addr) bool // nil is addrspace.Public; tests have their receivers on loopback
 	tls    *tls.Config             // nil is the system's roots
 }
 
@@ -89,7 +90,7 @@ func New(cfg Config) *Service {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 		}
 	}
-	cfg.public = cmpFunc(cfg.public, Public)
+	cfg.public = cmpFunc(cfg.public, addrspace.Public)
 	cfg.every, cfg.first = cmp.Or(cfg.every, dueEvery), cmp.Or(cfg.first, firstWait)
 	s := &Service{cfg: cfg, reg: cfg.Registry, running: make(map[string]string), sent: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sallyway_platform_webhook_deliveries_total", Help: "Requests to webhooks, by result.",
@@ -105,21 +106,6 @@ func cmpFunc(f, otherwise func(netip.Addr) bool) func(netip.Addr) bool {
 		return f
 	}
 	return otherwise
-}
-
-// special are ranges that are not the Internet's (RFC 6890), besides those that netip knows.
-var special = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("192.0.0.0/24"), netip.MustParsePrefix("192.0.2.0/24"),
-	netip.MustParsePrefix("192.88.99.0/24"), netip.MustParsePrefix("198.18.0.0/15"), netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("203.0.113.0/24"),
-	netip.MustParsePrefix("240.0.0.0/4"), netip.MustParsePrefix("::/96"), netip.MustParsePrefix("64:ff9b::/96"), netip.MustParsePrefix("64:ff9b:1::/48"),
-	netip.MustParsePrefix("100::/64"), netip.MustParsePrefix("2001::/32"), netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("2002::/16"),
-	netip.MustParsePrefix("fec0::/10"),
-}
-
-// Public says whether an address is one of the Internet: neither private, loopback, link-local (metadata services), nor one that stands for another.
-func Public(a netip.Addr) bool {
-	a = a.Unmap().WithZone("")
-	return a.IsGlobalUnicast() && !a.IsPrivate() && !slices.ContainsFunc(special, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // pattern is what events of a webhook look like: every action, those that begin with some words, or one.
