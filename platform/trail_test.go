@@ -124,6 +124,63 @@ func (l *lab) rewrite(statement string) {
 	must(l.t, err)
 }
 
+// TestAuditIsVerifiedAfterManyRoots: whoever rotates the root over and over does not end that the log can be verified, nor goes on for long.
+func TestAuditIsVerifiedAfterManyRoots(t *testing.T) {
+	t.Parallel()
+	l := start(t)
+	pins := []identity.KeyHash{l.rootPin()}
+	tries := 0
+	for ; tries < 40; tries++ {
+		if _, err := l.srv.reg.Rotate(t.Context(), "default", control.RotateAuthority{Kind: "root"}); err != nil {
+			if registry.Code(err) != control.CodeRateLimited {
+				t.Fatal(err)
+			}
+			break
+		}
+		if _, err := l.srv.reg.Rotate(t.Context(), "default", control.RotateAuthority{Kind: "root", Action: control.RotationAbort}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if tries != 20 {
+		t.Errorf("%d rotations began in a day", tries)
+	}
+	must(t, l.srv.reg.SignAudit(t.Context()))
+	r, err := auditfile.Verify(bytes.NewReader(l.export("/audit:export")), auditfile.Options{Pins: pins})
+	must(t, err)
+	if !r.OK || r.Checkpoints == 0 {
+		t.Errorf("%+v", r)
+	}
+}
+
+// TestAuditOfAnOrganizationOfTheSameName: one that was deleted leaves its chain, and no key that signs for the one that comes after it.
+func TestAuditOfAnOrganizationOfTheSameName(t *testing.T) {
+	t.Parallel()
+	l := start(t)
+	reg := l.srv.reg
+	for range 2 {
+		_, err := reg.CreateOrg(t.Context(), control.CreateOrganization{Name: "again"})
+		must(t, err)
+		must(t, reg.SignAudit(t.Context()))
+		as, err := reg.Authorities(t.Context(), "again")
+		must(t, err)
+		pin := ""
+		for _, a := range as {
+			if a.Kind == control.AuthorityRoot {
+				pin = a.Key
+			}
+		}
+		cs, err := reg.Checkpoints(t.Context(), "again", 0, 100)
+		must(t, err)
+		chain, err := identity.DecodeCertificates([]byte(cs[len(cs)-1].Certificates))
+		must(t, err)
+		if got := identity.CertificateKeyHash(chain[len(chain)-1]).String(); got != pin {
+			t.Errorf("the log is signed under the root %.16s, the organization's is %.16s", got, pin)
+		}
+		must(t, reg.DeleteOrg(t.Context(), "again"))
+		must(t, reg.SignAudit(t.Context()))
+	}
+}
+
 // TestAuditKeySurvivesANewDataKey: the key that signs the chains is sealed anew with everything else.
 func TestAuditKeySurvivesANewDataKey(t *testing.T) {
 	t.Parallel()

@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -169,7 +170,7 @@ func (v *verifier) chain(b []byte) error {
 	}
 	v.rep.Org, v.rep.Exported = c.Org, c.Exported
 	var err error
-	if v.roots, err = identity.DecodeCertificates([]byte(c.Roots)); err != nil {
+	if v.roots, err = decodeRoots(c.Roots); err != nil {
 		return wrong("the roots in the file are damaged: %v", err)
 	}
 	var known []*x509.Certificate
@@ -189,6 +190,26 @@ func (v *verifier) chain(b []byte) error {
 		v.roots, v.rep.Pinned = successors(known, v.roots), true
 	}
 	return nil
+}
+
+// decodeRoots reads all roots that an organization has had (PEM): there is no bound on how often one was followed by another.
+func decodeRoots(s string) ([]*x509.Certificate, error) {
+	var out []*x509.Certificate
+	for rest := []byte(s); ; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		c, err := identity.DecodeCertificates(pem.EncodeToMemory(block))
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, c...)
+	}
+	if len(out) == 0 {
+		return nil, errors.New("there is none")
+	}
+	return out, nil
 }
 
 // successors are the known roots, and those of all that one of them signed when the organization's root was rotated, or one that it signed did.

@@ -223,6 +223,9 @@ func (c *change) startRotation(ctx context.Context, o *rotating, req control.Rot
 	if err := c.checkCurrent(o, req); err != nil || req.Plan {
 		return err
 	}
+	if err := c.checkPace(o, req.Kind); err != nil {
+		return err
+	}
 	if err := c.bump(ctx, o.org); err != nil {
 		return err
 	}
@@ -245,6 +248,24 @@ func (c *change) startRotation(ctx context.Context, o *rotating, req control.Rot
 		}
 	}
 	return nil
+}
+
+// maxStarts is how many rotations of a CA begin in a day: what was stays on record, and every node's configuration is made from it.
+const maxStarts = 20
+
+// checkPace refuses the start of more rotations than anybody needs.
+func (c *change) checkPace(o *rotating, kind string) error {
+	n := 0
+	for _, a := range o.all {
+		if a.Kind == kind && a.Generation > 1 && c.now.Sub(a.Created) < 24*time.Hour {
+			n++
+		}
+	}
+	if n < maxStarts {
+		return nil
+	}
+	return refuse(http.StatusTooManyRequests, control.CodeRateLimited, "wait a day; see `sallyway --org "+o.org+" ca list --gone`",
+		"%d rotations of the %s CA of organization %s began in the last 24 hours, which is the most", n, kind, o.org)
 }
 
 // checkCurrent refuses what can not be followed.

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -8,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"sallyway/internal/control"
@@ -58,9 +60,13 @@ func (c *change) auditKey(ctx context.Context, org string) (id string, key ed255
 	if err != nil {
 		return "", nil, err
 	}
+	as, err := c.Authorities(ctx, org)
+	if err != nil {
+		return "", nil, err
+	}
 	var live *store.AuditKey
 	for _, k := range ks { // newest first
-		if len(k.Sealed) > 0 && c.now.Add(auditKeyMargin).Before(k.NotAfter) {
+		if len(k.Sealed) > 0 && c.now.Add(auditKeyMargin).Before(k.NotAfter) && ownKey(k, as) {
 			live = k
 			break
 		}
@@ -82,6 +88,15 @@ func (c *change) auditKey(ctx context.Context, org string) (id string, key ed255
 		return "", nil, err
 	}
 	return live.ID, ed25519.NewKeyFromSeed(b), nil
+}
+
+// ownKey says whether a key is certified under one of an organization's roots, and not under those of one of the same name that was deleted before.
+// Without CAs the organization is gone, and its key signs its last entries.
+func ownKey(k *store.AuditKey, as []*store.Authority) bool {
+	certs, err := identity.DecodeCertificates(k.Chain)
+	return len(as) == 0 || err == nil && slices.ContainsFunc(as, func(a *store.Authority) bool {
+		return a.Kind == pki.KindRoot && bytes.Equal(a.Certificate, certs[len(certs)-1].Raw)
+	})
 }
 
 func (c *change) retireAuditKeys(ctx context.Context, ks []*store.AuditKey) error {
