@@ -297,7 +297,7 @@ func TestSecretsStay(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	load := func() [2][32]byte {
 		t.Helper()
-		st, err := daemon.OpenState(dir, "gatewayd")
+		st, err := daemon.OpenState(dir, "gatewayd", "state")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -335,7 +335,7 @@ func TestSecretsStay(t *testing.T) {
 	if err := os.Mkdir(path, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	st, err := daemon.OpenState(dir, "gatewayd")
+	st, err := daemon.OpenState(dir, "gatewayd", "state")
 	if err != nil {
 		t.Fatal(err)
 	}

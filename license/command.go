@@ -358,7 +358,7 @@ func restoreCommand() *cobra.Command {
 		if err := o.where.resolve(cmd); err != nil {
 			return err
 		}
-		state, err := daemon.OpenState(o.where.home.Data, "sallyway-license")
+		state, err := daemon.OpenState(o.where.home.Data, "sallyway-license", "data")
 		if err != nil {
 			return err
 		}

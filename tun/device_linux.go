@@ -118,7 +118,7 @@ func openFD(name string) (fd, headerLen int, err error) {
 		case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 			return -1, 0, fmt.Errorf("%w: CAP_NET_ADMIN is missing: run as root, or `setcap cap_net_admin+ep` the binary, or give the container --cap-add NET_ADMIN", ErrUnavailable)
 		case errors.Is(err, unix.EBUSY):
-			return -1, 0, fmt.Errorf("interface %s is in use by another process: choose another name: %w", name, err)
+			return -1, 0, fmt.Errorf("interface %s is in use by another process: choose another name (--tun-name), or do without one (--tun off): %w", name, err)
 		}
 		return -1, 0, fmt.Errorf("create interface %s: %w", name, err)
 	}

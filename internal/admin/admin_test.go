@@ -293,6 +293,7 @@ func TestVerbs(t *testing.T) {
 			script: []exchange{{"POST", base + "/resources/db/test", `{}`, 0, untestedJSON}},
 		},
 		{args: "policy allow --group devs --resource db", script: []exchange{{"POST", base + "/policies", `{"subject":"group:devs","resource":"db"}`, 201, policyJSON}}},
+		{args: "policy allow --from person:ada@example.com --resource db", script: []exchange{{"POST", base + "/policies", `{"subject":"person:ada@example.com","resource":"db"}`, 201, policyJSON}}},
 		{args: "policy allow --resource db", code: 2, errs: []string{"who?"}},
 		{args: "policy allow --client a --group b --resource db", code: 2, errs: []string{"one subject"}},
 		{args: "policy allow --from hq --resource db", code: 2, errs: []string{`"hq" is not of the form`}},

@@ -190,16 +190,19 @@ func nodeHead(k nodeKind) string {
 
 func nodeRow(k nodeKind) func(control.NodeRecord) []any {
 	return func(n control.NodeRecord) []any {
-		row := []any{n.Name, n.State}
+		row, problems := []any{n.Name, n.State}, n.Problems
 		switch k {
 		case relays:
 			row = append(row, hostPort(n.Host, n.Port)+announced(n), roundTrip(n.RTT), n.Region)
 		case gateways:
 			row = append(row, join(n.Relays), join(n.Virtual))
+			if n.State == control.StateDegraded && len(problems) == 0 && len(n.Relays) == 0 {
+				problems = n.RelayReasons
+			}
 		default:
 			row = append(row, join(n.Virtual))
 		}
-		return append(row, shownVersion(n), ago(n.LastSeen), strings.Join(n.Problems, "; "))
+		return append(row, shownVersion(n), ago(n.LastSeen), strings.Join(problems, "; "))
 	}
 }
 

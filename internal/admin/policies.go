@@ -60,7 +60,7 @@ func (f *subjectFlags) subject() (string, error) {
 func checkSubject(s string, kinds ...string) error {
 	kind, name, ok := strings.Cut(s, ":")
 	for _, k := range kinds {
-		if ok && kind == k && identity.ValidLabel(name) {
+		if ok && kind == k && (identity.ValidLabel(name) || kind == "person" && strings.Contains(name, "@")) { // a login may be an e-mail address
 			return nil
 		}
 	}

@@ -55,17 +55,19 @@ func showTest(w io.Writer, t control.ResourceTest) {
 			head += ", by " + g.Path
 		}
 		fmt.Fprintln(w, printable(head))
-		table(w, "STEP TO MS RESULT", g.Hops, func(h control.TestHop) []any {
-			result := string(h.State)
-			if h.Detail != "" {
-				result += ": " + h.Detail
-			}
-			ms := fmt.Sprintf("%.1f", h.Millis)
-			if h.State == control.HopSkipped {
-				ms = "-"
-			}
-			return []any{h.Name, h.To, ms, result}
-		})
+		if len(g.Hops) > 0 {
+			table(w, "STEP TO MS RESULT", g.Hops, func(h control.TestHop) []any {
+				result := string(h.State)
+				if h.Detail != "" {
+					result += ": " + h.Detail
+				}
+				ms := fmt.Sprintf("%.1f", h.Millis)
+				if h.State == control.HopSkipped {
+					ms = "-"
+				}
+				return []any{h.Name, h.To, ms, result}
+			})
+		}
 		for _, s := range g.Tried {
 			fmt.Fprintln(w, "tried: "+printable(s))
 		}

@@ -235,6 +235,7 @@ func TestPeopleVerbs(t *testing.T) {
 	do(0, "user forget-factor bob", "bob")
 	do(0, "group create staff --member person:bob", "1 member")
 	do(0, "group show staff", "person:bob")
+	do(0, "group update staff --add person:ada@example.com", "2 members")
 	do(0, "user delete bob", "no more")
 	do(1, "user show bob", "no user")
 	do(0, "user create root@example.com --role owner --platform", "of the platform")

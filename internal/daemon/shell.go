@@ -111,7 +111,7 @@ func Open(spec Spec, opts *Options, w io.Writer) (*Shell, error) {
 	if err != nil {
 		return nil, err
 	}
-	state, err := openState(opts.State, spec.Name, spec.stateFlag())
+	state, err := OpenState(opts.State, spec.Name, spec.stateFlag())
 	if err != nil {
 		return nil, err
 	}

@@ -430,7 +430,7 @@ func TestStateFlag(t *testing.T) {
 	var errs bytes.Buffer
 	root.SetErr(&errs)
 	dir := t.TempDir()
-	held, err := OpenState(dir, "platformd")
+	held, err := OpenState(dir, "platformd", "data")
 	if err != nil {
 		t.Fatal(err)
 	}

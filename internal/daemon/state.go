@@ -42,11 +42,8 @@ func DefaultStateDir(name string) string {
 }
 
 // OpenState creates dir (0700) where it is missing, checks that it can be written and is nobody else's to write, and
-// takes its lock. program is who says so in errors, which are usage errors.
-func OpenState(dir, program string) (*State, error) { return openState(dir, program, "state") }
-
-// openState is OpenState; flag is the name of the flag that names the folder, for errors.
-func openState(dir, program, flag string) (*State, error) {
+// takes its lock. program and flag, the name of the flag that names the folder, are for errors, which are usage errors.
+func OpenState(dir, program, flag string) (*State, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, Usagef("state folder: %w", err)

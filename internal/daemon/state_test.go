@@ -14,7 +14,7 @@ import (
 
 func TestOpenState(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "a", "b")
-	s, err := OpenState(dir, "testd")
+	s, err := OpenState(dir, "testd", "state")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -22,7 +22,7 @@ func TestOpenState(t *testing.T) {
 	if err != nil || fi.Mode().Perm() != 0o700 {
 		t.Fatalf("mode %v, %v", fi.Mode(), err)
 	}
-	_, err = OpenState(dir, "testd")
+	_, err = OpenState(dir, "testd", "state")
 	if ExitCode(err) != ExitUsage || !strings.Contains(err.Error(), "already runs") || !strings.Contains(err.Error(), "pid ") {
 		t.Fatalf("second daemon: %v", err)
 	}
@@ -37,7 +37,7 @@ func TestOpenState(t *testing.T) {
 	if held, err := locked(dir); err != nil || held {
 		t.Fatalf("locked after Close: %v %v", held, err)
 	}
-	s, err = OpenState(dir, "testd")
+	s, err = OpenState(dir, "testd", "state")
 	if err != nil {
 		t.Fatalf("after Close: %v", err)
 	}
@@ -51,14 +51,14 @@ func TestOpenStateRefuses(t *testing.T) {
 	if err := os.Chmod(dir, 0o777); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := OpenState(dir, "testd"); ExitCode(err) != ExitUsage || !strings.Contains(err.Error(), "other users") {
+	if _, err := OpenState(dir, "testd", "state"); ExitCode(err) != ExitUsage || !strings.Contains(err.Error(), "other users") {
 		t.Fatalf("folder of everybody: %v", err)
 	}
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := OpenState(filepath.Join(file, "x"), "testd"); ExitCode(err) != ExitUsage || !strings.Contains(err.Error(), "--state") {
+	if _, err := OpenState(filepath.Join(file, "x"), "testd", "state"); ExitCode(err) != ExitUsage || !strings.Contains(err.Error(), "--state") {
 		t.Fatalf("below a file: %v", err)
 	}
 }
@@ -161,7 +161,7 @@ func TestCloseGivesFilesBack(t *testing.T) {
 	}
 	const user = 65534
 	dir := filepath.Join(t.TempDir(), "state")
-	s, err := OpenState(dir, "testd")
+	s, err := OpenState(dir, "testd", "state")
 	if err != nil {
 		t.Fatal(err)
 	}

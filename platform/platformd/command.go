@@ -402,7 +402,7 @@ func restoreCommand() *cobra.Command {
 		Short: "Put a backup in the place of the database; the platform must be stopped, a PostgreSQL empty",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			state, err := daemon.OpenState(o.data, "platformd")
+			state, err := daemon.OpenState(o.data, "platformd", "data")
 			if err != nil {
 				return err
 			}
@@ -430,7 +430,7 @@ func migrateCommand() *cobra.Command {
 		Short: "Bring the database up to date (serve does so by itself)",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			state, err := daemon.OpenState(o.data, "platformd")
+			state, err := daemon.OpenState(o.data, "platformd", "data")
 			if err != nil {
 				return err
 			}

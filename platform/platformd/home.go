@@ -125,7 +125,7 @@ After a theft of the old key use --data-keys too, with all platforms stopped: it
 				_, err = fmt.Fprintf(w, "the database opens with this master key alone; %d other(s) before\n", n)
 				return err
 			case data:
-				state, err := daemon.OpenState(o.data, "platformd")
+				state, err := daemon.OpenState(o.data, "platformd", "data")
 				if err != nil {
 					return err
 				}

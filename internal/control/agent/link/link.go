@@ -279,7 +279,7 @@ func (l *Link) noteClock(date string) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.offset = at.Sub(l.cfg.Now())
+	l.offset = at.Add(time.Second / 2).Sub(l.cfg.Now()) // the header has whole seconds, cut off
 }
 
 // problem reads an answer that is not 2xx.
