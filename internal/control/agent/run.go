@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -409,6 +411,7 @@ func (a *Agent) renewals(ctx context.Context) {
 	var b backoff
 	due := a.renewAt()
 	wait := time.Duration(0)
+	var hurried *tls.Certificate // what was renewed before its time
 	for {
 		timer := time.NewTimer(wait)
 		select {
@@ -419,7 +422,12 @@ func (a *Agent) renewals(ctx context.Context) {
 			timer.Stop()
 		case <-timer.C:
 		}
-		if left := due.Sub(a.cfg.Now()); left > 0 {
+		disowned := a.disowned()
+		hurry := disowned != nil && disowned != hurried
+		if disowned == nil {
+			hurried = nil
+		}
+		if left := due.Sub(a.cfg.Now()); left > 0 && !hurry {
 			wait = min(left, renewCheck)
 			continue
 		}
@@ -431,12 +439,33 @@ func (a *Agent) renewals(ctx context.Context) {
 			wait = b.next()
 			continue
 		}
+		if hurry {
+			a.mu.Lock()
+			hurried = a.cert // once: a platform that issues what it does not accept is not asked over and over
+			a.mu.Unlock()
+		}
 		if due, wait = a.renewAt(), 0; due.After(a.cfg.Now()) {
 			b.reset()
 			continue
 		}
 		wait = b.next() // a leaf that is due as it comes: the clocks differ
 	}
+}
+
+// disowned returns the node's own certificate when the CA that issued it is none of those any more that its organization accepts: other nodes refuse
+// it, however long it is valid. It is nil otherwise.
+func (a *Agent) disowned() *tls.Certificate {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	pins := a.trustLocked().Pins[a.state.Node.Kind]
+	if len(pins) == 0 || len(a.cert.Certificate) < 2 {
+		return nil
+	}
+	ca, err := x509.ParseCertificate(a.cert.Certificate[1])
+	if err != nil || slices.Contains(pins, identity.CertificateKeyHash(ca)) {
+		return nil
+	}
+	return a.cert
 }
 
 // renewAt is half of the leaf's life, ± a tenth of it, so that nodes enrolled together do not renew together. A platform backdates leaves

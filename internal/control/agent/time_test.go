@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/x509"
@@ -168,6 +169,31 @@ func TestRenewalAtHalfLife(t *testing.T) {
 		stop()
 		if n := read(f, &f.renewals); n < 4 || n > 7 {
 			t.Errorf("%d renewals in 63 hours", n)
+		}
+	})
+}
+
+// TestRenewalWhenTheCAIsGone: a leaf whose CA is not accepted any more is renewed within a minute, and once: a platform that issues by such a CA is
+// not asked over and over.
+func TestRenewalWhenTheCAIsGone(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fakePlatform, _ *pipeListener, cfg Config) {
+		a := open(t, cfg)
+		stop := start(t, a)
+		defer stop()
+		time.Sleep(time.Minute)
+		next := newAuthority(t, "next", f.root)
+		f.set(func() { f.nodes = next })
+		f.publish(f.configFor(a.Node(), 20))
+		time.Sleep(2 * time.Minute)
+		if c, err := a.Certificate(); err != nil || !bytes.Equal(c.Certificate[1], next.cert.Raw) || read(f, &f.renewals) != 1 {
+			t.Errorf("%d renewals, %v: the leaf is by the CA that is gone", read(f, &f.renewals), err)
+		}
+		c := f.configFor(a.Node(), 21)
+		c.Trust.Pins[identity.Gateway] = []identity.KeyHash{{1}}
+		f.publish(c)
+		time.Sleep(time.Hour)
+		if n := read(f, &f.renewals); n != 2 {
+			t.Errorf("%d renewals, want 2", n)
 		}
 	})
 }
