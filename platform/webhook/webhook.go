@@ -90,7 +90,9 @@ func New(cfg Config) *Service {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 		}
 	}
-	cfg.public = cmpFunc(cfg.public, addrspace.Public)
+	if cfg.public == nil {
+		cfg.public = addrspace.Public
+	}
 	cfg.every, cfg.first = cmp.Or(cfg.every, dueEvery), cmp.Or(cfg.first, firstWait)
 	s := &Service{cfg: cfg, reg: cfg.Registry, running: make(map[string]string), sent: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sallyway_platform_webhook_deliveries_total", Help: "Requests to webhooks, by result.",
@@ -99,13 +101,6 @@ func New(cfg Config) *Service {
 	s.sent.WithLabelValues(resultFailed)
 	cfg.Metrics.MustRegister(s.sent, &census{s})
 	return s
-}
-
-func cmpFunc(f, otherwise func(netip.Addr) bool) func(netip.Addr) bool {
-	if f != nil {
-		return f
-	}
-	return otherwise
 }
 
 // pattern is what events of a webhook look like: every action, those that begin with some words, or one.
@@ -146,6 +141,15 @@ func checkURL(s string, gateways bool) (string, error) {
 		return "", registry.Invalid("body.url", "leave out what is behind the #", "the URL has a fragment")
 	}
 	return u.String(), nil
+}
+
+// place is a URL as the audit has it, without path and query: receivers tell senders apart by secrets in these, and the audit goes to many.
+func place(s string) string {
+	u, err := url.Parse(s)
+	if err != nil {
+		return ""
+	}
+	return u.Scheme + "://" + u.Host
 }
 
 func newSecret(own string) (string, error) {
@@ -202,7 +206,7 @@ func (s *Service) Create(ctx context.Context, org string, req control.CreateWebh
 			ID: id, Org: org, Name: req.Name, URL: at, Events: events, Secret: s.reg.Seal.Seal(registry.WebhookLabel(id), []byte(secret)), Gateways: req.ThroughGateways,
 			Created: c.Now(), Next: c.Now(),
 		}
-		if err := c.Record(ctx, org, "webhook.create", "webhook/"+id, map[string]any{"name": w.Name, "url": w.URL, "events": events, "through_gateways": w.Gateways}); err != nil {
+		if err := c.Record(ctx, org, "webhook.create", "webhook/"+id, map[string]any{"name": w.Name, "url": place(w.URL), "events": events, "through_gateways": w.Gateways}); err != nil {
 			return err
 		}
 		if w.Head, _, err = c.AuditHead(ctx, org); err != nil {
@@ -302,7 +306,7 @@ func (s *Service) Update(ctx context.Context, org, name string, req control.Upda
 		}
 		if req.URL != nil {
 			w.URL = *req.URL
-			detail["url"] = w.URL
+			detail["url"] = place(w.URL)
 		}
 		if w.URL, err = checkURL(w.URL, w.Gateways); err != nil {
 			return err
@@ -356,7 +360,7 @@ func (s *Service) Delete(ctx context.Context, org, name string) error {
 		if err := c.DeleteWebhook(ctx, w.ID); err != nil {
 			return err
 		}
-		return c.Record(ctx, org, "webhook.delete", "webhook/"+w.ID, map[string]any{"name": w.Name, "url": w.URL})
+		return c.Record(ctx, org, "webhook.delete", "webhook/"+w.ID, map[string]any{"name": w.Name, "url": place(w.URL)})
 	})
 }
 

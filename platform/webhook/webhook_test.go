@@ -362,6 +362,24 @@ func TestGoneIsDisabled(t *testing.T) {
 	eventually(t, "all came", func() bool { return slices.Equal(l.rec.types(), []string{"node.a", "node.b"}) })
 }
 
+// TestAuditHasNoSecretOfAURL: what stands in the path or query of a receiver's URL is often how it knows senders.
+func TestAuditHasNoSecretOfAURL(t *testing.T) {
+	l := newLab(t)
+	s := l.service()
+	l.create(s, control.CreateWebhook{URL: "https://hooks.example/planted-secret?k=planted-secret"})
+	other := "https://hooks.example:8443/in/planted-secret"
+	_, err := s.Update(t.Context(), registry.DefaultOrg, "siem", control.UpdateWebhook{URL: &other})
+	must(t, err)
+	must(t, s.Delete(t.Context(), registry.DefaultOrg, "siem"))
+	es, err := l.reg.Audit(t.Context(), registry.DefaultOrg, 0, 1000)
+	must(t, err)
+	b, err := json.Marshal(es)
+	must(t, err)
+	if strings.Contains(string(b), "planted-secret") || !strings.Contains(string(b), "https://hooks.example:8443") {
+		t.Errorf("%s", b)
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	l := newLab(t)
 	s := l.service()
