@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyway/internal/control"
+	"sallyway/internal/daemon"
 	"sallyway/internal/database"
 	"sallyway/internal/entitlement"
 )
@@ -255,7 +256,7 @@ func WriteCredential(path string, c control.AdminCredential) error {
 	if err != nil {
 		return err
 	}
-	return writeSecret(path, append(b, '\n'))
+	return daemon.WriteFile(path, append(b, '\n'), 0o600)
 }
 
 // AdminFile is the path of the first administrator's credential (control.AdminCredential).
@@ -355,28 +356,7 @@ func (s *Server) serve(ctx context.Context, l net.Listener, h http.Handler, with
 		Handler: h, ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), TLSConfig: withTLS,
 	}
-	failed := make(chan error, 1)
-	go func() {
-		if withTLS != nil {
-			failed <- srv.ServeTLS(l, "", "")
-			return
-		}
-		failed <- srv.Serve(l)
-	}()
-	select {
-	case err := <-failed:
-		return fmt.Errorf("serve %v: %w", l.Addr(), err)
-	case <-ctx.Done():
-	}
-	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-	defer cancel()
-	if err := srv.Shutdown(stop); err != nil {
-		_ = srv.Close() // what outlives the grace is cut; Serve's error says the rest
-	}
-	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
+	return daemon.Serve(ctx, srv, l, stopTimeout)
 }
 
 // Close gives back what Open took. It is idempotent and not called while Run runs.

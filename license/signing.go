@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"sallyway/internal/daemon"
 	"sallyway/internal/database"
 	"sallyway/internal/entitlement"
 )
@@ -69,23 +70,7 @@ func writeSeeds(dir string, keys ...*entitlement.Key) error {
 	if err != nil {
 		return err
 	}
-	return writeSecret(filepath.Join(dir, signingFile), append(b, '\n'))
-}
-
-// writeSecret writes a file of mode 0600 in one step.
-func writeSecret(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
+	return daemon.WriteFile(filepath.Join(dir, signingFile), append(b, '\n'), 0o600)
 }
 
 // prepareKeys makes the first keys, and sees at every start that the file has the key that signs.

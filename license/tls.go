@@ -20,6 +20,7 @@ import (
 	"sync"
 	"time"
 
+	"sallyway/internal/daemon"
 	"sallyway/internal/identity"
 )
 
@@ -68,7 +69,7 @@ func (c *certificates) authority(path string) error {
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		if b, err = newAuthority(c.now()); err == nil {
-			err = writeSecret(path, b)
+			err = daemon.WriteFile(path, b, 0o600)
 		}
 	}
 	if err != nil {

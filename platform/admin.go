@@ -124,17 +124,3 @@ func (h Home) Migrate(ctx context.Context) (v int64, err error) {
 	defer func() { err = errors.Join(err, st.Close()) }()
 	return st.SchemaVersion(ctx)
 }
-
-// writeFile writes a secret to path (0600) by way of a synced temporary file.
-func writeFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
-}

@@ -33,6 +33,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyway/internal/control"
+	"sallyway/internal/daemon"
 	"sallyway/internal/telemetry"
 	"sallyway/platform/api"
 	"sallyway/platform/awsauth"
@@ -304,7 +305,7 @@ func writeCredential(path string, c control.AdminCredential) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(path, append(b, '\n'))
+	return daemon.WriteFile(path, append(b, '\n'), 0o600)
 }
 
 // URL is the URL under which nodes and administrators reach the platform.
@@ -439,29 +440,10 @@ func (s *Server) serve(ctx context.Context, l net.Listener, withTLS bool) error 
 			return api.Forwarded(ctx)
 		},
 	}
-	failed := make(chan error, 1)
-	go func() {
-		if withTLS {
-			srv.TLSConfig = s.certs.config()
-			failed <- srv.ServeTLS(l, "", "")
-			return
-		}
-		failed <- srv.Serve(l)
-	}()
-	select {
-	case err := <-failed:
-		return fmt.Errorf("serve %v: %w", l.Addr(), err)
-	case <-ctx.Done():
+	if withTLS {
+		srv.TLSConfig = s.certs.config()
 	}
-	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-	defer cancel()
-	if err := srv.Shutdown(stop); err != nil {
-		_ = srv.Close() // what outlives the grace is cut; Serve's error says the rest
-	}
-	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
+	return daemon.Serve(ctx, srv, l, stopTimeout)
 }
 
 // Close gives back what Open took. It is idempotent and not called while Run runs.

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -90,22 +89,7 @@ func httpServer(h http.Handler) *http.Server {
 	}
 }
 
-// serve runs srv on l until ctx ends, then closes both; requests in flight get stopTimeout.
+// serve is Serve with a short grace: what is asked here is quick.
 func serve(ctx context.Context, srv *http.Server, l net.Listener) error {
-	failed := make(chan error, 1)
-	go func() { failed <- srv.Serve(l) }()
-	select {
-	case err := <-failed:
-		return err
-	case <-ctx.Done():
-	}
-	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-	defer cancel()
-	if err := srv.Shutdown(stop); err != nil {
-		_ = srv.Close() // a request that outlives the grace is cut; Serve's error says the rest
-	}
-	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
+	return Serve(ctx, srv, l, stopTimeout)
 }
