@@ -159,6 +159,22 @@ type Request struct {
 // ParseRequest checks a request (PEM): its sender holds the key, the key is of a good kind, and it asks for nothing but one
 // identity of ours.
 func ParseRequest(b []byte) (*Request, error) {
+	r, err := proven(b)
+	if err != nil {
+		return nil, err
+	}
+	if len(r.URIs) != 1 || len(r.DNSNames)+len(r.EmailAddresses)+len(r.IPAddresses) != 0 {
+		return nil, errors.New("a certificate request names one SPIFFE URI and nothing else")
+	}
+	n, err := identity.ParseURI(r.URIs[0])
+	if err != nil {
+		return nil, fmt.Errorf("certificate request: %w", err)
+	}
+	return &Request{Node: n, Public: r.PublicKey, Key: identity.HashKey(r.PublicKey)}, nil
+}
+
+// proven reads a request (PEM) of a good kind of key, whose sender holds the key.
+func proven(b []byte) (*x509.CertificateRequest, error) {
 	if len(b) > MaxRequest {
 		return nil, fmt.Errorf("certificate request of %d bytes, limit %d", len(b), MaxRequest)
 	}
@@ -176,14 +192,7 @@ func ParseRequest(b []byte) (*Request, error) {
 	if err := r.CheckSignature(); err != nil {
 		return nil, errors.New("the signature of the certificate request is not by its key: its sender does not hold the key")
 	}
-	if len(r.URIs) != 1 || len(r.DNSNames)+len(r.EmailAddresses)+len(r.IPAddresses) != 0 {
-		return nil, errors.New("a certificate request names one SPIFFE URI and nothing else")
-	}
-	n, err := identity.ParseURI(r.URIs[0])
-	if err != nil {
-		return nil, fmt.Errorf("certificate request: %w", err)
-	}
-	return &Request{Node: n, Public: r.PublicKey, Key: identity.HashKey(r.PublicKey)}, nil
+	return r, nil
 }
 
 // Leaf issues a certificate for n and returns it; n's kind must be the one that the intermediate is for. It ends with the CA at the

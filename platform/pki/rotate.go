@@ -78,22 +78,9 @@ func IntermediateRequest(org string, k identity.Kind, generation int, key crypto
 
 // ParseIntermediateRequest checks what IntermediateRequest made: its sender holds the key, and it is for what it is said to be for.
 func ParseIntermediateRequest(b []byte, org string, k identity.Kind, generation int) (crypto.PublicKey, error) {
-	if len(b) > MaxRequest {
-		return nil, fmt.Errorf("certificate request of %d bytes, limit %d", len(b), MaxRequest)
-	}
-	block, rest := pem.Decode(b)
-	if block == nil || block.Type != "CERTIFICATE REQUEST" || len(rest) != 0 {
-		return nil, errors.New("want one PEM block of type CERTIFICATE REQUEST")
-	}
-	r, err := x509.ParseCertificateRequest(block.Bytes)
+	r, err := proven(b)
 	if err != nil {
-		return nil, errors.New("malformed certificate request")
-	}
-	if err := identity.CheckKey(r.PublicKey); err != nil {
 		return nil, err
-	}
-	if err := r.CheckSignature(); err != nil {
-		return nil, errors.New("the signature of the certificate request is not by its key")
 	}
 	if want := intermediateName(org, k, generation); r.Subject.CommonName != want || !slices.Equal(r.Subject.Organization, []string{org}) {
 		return nil, fmt.Errorf("the certificate request is for %.80q of %.80q, want %q of %q", r.Subject.CommonName, r.Subject.Organization, want, org)
