@@ -41,6 +41,7 @@ func Succession(known, shown, links []*x509.Certificate) error {
 // SuccessionError says that a root follows none that is known.
 type SuccessionError struct{ Root KeyHash }
 
+// Error implements error.
 func (e *SuccessionError) Error() string {
 	return fmt.Sprintf("the root %v is neither known nor signed by one that is", e.Root)
 }

@@ -18,15 +18,18 @@ import (
 // body is an answer with a body.
 type body[T any] struct{ Body T }
 
+// OrgPath is the part of a path that names an organization. It is exported, as those below, because huma reads embedded fields of exported types alone.
 type OrgPath struct {
 	Org string `path:"org" doc:"name of the organization" maxLength:"63"`
 }
 
+// ObjectPath names a thing of an organization.
 type ObjectPath struct {
 	OrgPath
 	Name string `path:"name" doc:"name or id" maxLength:"63"`
 }
 
+// PageQuery is what lists that come in pages take.
 type PageQuery struct {
 	Limit  int    `query:"limit" minimum:"0" maximum:"1000" doc:"entries in a page; 0 is 100"`
 	Cursor string `query:"cursor" maxLength:"256" doc:"next_cursor of the page before"`

@@ -45,6 +45,7 @@ type EnrolmentRefusedError struct {
 	Err    error // cause, may be nil
 }
 
+// Error implements error.
 func (e *EnrolmentRefusedError) Error() string {
 	if e.Remedy == "" {
 		return "enrolment refused: " + e.Reason
