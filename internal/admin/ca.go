@@ -71,8 +71,8 @@ func (a *app) caRotate() *cobra.Command {
 more that they could show), it issues; and when the last certificate by the former one has ended, that one is forgotten and its key erased. No session
 ends for it. --plan says what would happen and when, and which nodes have not heard yet, also while a rotation runs.
 
---finish takes the next step at once: nodes that have not heard refuse others until they have. After the theft of a CA's key: rotate, finish, have
-nodes renew, finish.
+--finish takes the next step at once: nodes that have not heard refuse others until they have. After the theft of a CA's key: rotate, finish,
+finish; nodes then renew what the CA that is gone issued within a minute.
 --abort takes back a next CA that issues nothing yet.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			switch {
