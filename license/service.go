@@ -481,8 +481,15 @@ func (s *Service) admin(ctx context.Context, token string) (name string, err err
 
 // fetcher is the licence key of a platform, ErrNotFound when it is none that works. It notes the use.
 func (s *Service) fetcher(ctx context.Context, token string) (k *LicenceKey, err error) {
+	find := func(tx *database.Tx) (err error) {
+		k, err = database.One(ctx, tx, scanKey, `SELECT `+keyColumns+` FROM licence_keys WHERE hash = ? AND revoked IS NULL`, hashText(token))
+		return err
+	}
+	if err := s.db.View(ctx, find); err != nil { // strangers do not get to write
+		return nil, err
+	}
 	err = s.db.Update(ctx, func(tx *database.Tx) error {
-		if k, err = database.One(ctx, tx, scanKey, `SELECT `+keyColumns+` FROM licence_keys WHERE hash = ? AND revoked IS NULL`, hashText(token)); err != nil {
+		if err := find(tx); err != nil {
 			return err
 		}
 		return tx.Exec(ctx, true, `UPDATE licence_keys SET used = ? WHERE id = ?`, database.Micros(s.now()), k.ID)
