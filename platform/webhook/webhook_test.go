@@ -312,6 +312,12 @@ func TestWhereItGoes(t *testing.T) {
 			t.Errorf("%s: %+v", h, r)
 		}
 	}
+	if r := try(strict, "https://private.example/in", false); strings.Contains(r.Problem, "10.1.2.3") {
+		t.Errorf("the platform looks names up for organizations: %+v", r)
+	}
+	if r := try(strict, "https://nowhere.example/in", false); !strings.Contains(r.Problem, "no such host") {
+		t.Errorf("a name that is none: %+v", r)
+	}
 	if r := try(strict, "https://10.0.0.1/in", true); r.OK || !strings.Contains(r.Problem, "no way through gateways") {
 		t.Errorf("without a way: %+v", r)
 	}
