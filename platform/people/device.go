@@ -49,7 +49,7 @@ func (s *Service) StartDevice(ctx context.Context, req control.StartDevice, sour
 		DeviceCode: secret(), UserCode: strings.ToUpper(words(userDigits, 4)), URL: s.reg.URL + "/device",
 		Life: int(deviceWait / time.Second), Interval: int(deviceInterval / time.Second),
 	}
-	out.URLWhole = out.URL + "?code=" + out.UserCode
+	out.URLWhole = out.URL + "?user_code=" + out.UserCode // as the page reads it
 	err := s.reg.Transact(ctx, func(c *registry.Change) error {
 		n, err := c.CountDeviceLogins(ctx, source, c.Now())
 		if err != nil {

@@ -47,7 +47,7 @@ func (q *request) slowly() func() {
 
 // webhookState is a webhook's state as people see it.
 var webhookState = map[string]stateView{
-	control.WebhookIdle:       {"Delivered", "good", "good"},
+	control.WebhookIdle:       {"Nothing waits", "good", "good"},
 	control.WebhookDelivering: {"Delivering", "wait", "wait"},
 	control.WebhookFailing:    {"Failing", "bad", "bad"},
 	control.WebhookDisabled:   {"Disabled", "off", "idle"},

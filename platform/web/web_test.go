@@ -190,6 +190,11 @@ func TestFirstRun(t *testing.T) {
 	if a := b.post("/setup", "", "code", code, "login", "ada", "password", password, "password2", password); a.path != "/orgs/default/overview" {
 		t.Fatalf("the owner lands at %s (%d): %.400s", a.path, a.status, a.body)
 	}
+	d, err := s.svc.StartDevice(t.Context(), control.StartDevice{Client: "a test"}, "198.51.100.1")
+	must(t, err)
+	if _, query, _ := strings.Cut(d.URLWhole, "?"); !strings.Contains(b.get("/device?"+query).body, `value="`+d.UserCode+`"`) {
+		t.Errorf("the page at %s does not have the code", d.URLWhole)
+	}
 	other := s.browser()
 	if a := other.get("/setup"); !strings.HasPrefix(a.path, "/login") {
 		t.Errorf("a second first run shows %s", a.path)

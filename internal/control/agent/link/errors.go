@@ -138,7 +138,7 @@ func (l *Link) explain(ctx context.Context, err error) error {
 		}
 		return &Error{Kind: Clock, Reason: why, Remedy: "check this host's clock (timedatectl set-ntp true); if it is right, renew the platform's certificate", Err: err}
 	case errors.As(err, &unknown):
-		return &Error{Kind: TLS, Reason: fmt.Sprintf("the certificate of %s is signed by an authority that this host does not know", host), Remedy: "give the platform's CA pin (it stands in its admin.token and in every enrolment token), or add its CA to the system's roots", Err: err}
+		return &Error{Kind: TLS, Reason: fmt.Sprintf("the certificate of %s is signed by an authority that this host does not know", host), Remedy: "give the platform's CA pin with --ca-pin (it stands in its admin.token and in every enrolment token), or add its CA to the system's roots", Err: err}
 	case errors.As(err, &name):
 		return &Error{Kind: TLS, Reason: fmt.Sprintf("the certificate of the platform is not for %s: %v", l.base.Hostname(), name), Remedy: "use the URL that the platform advertises (platformd serve --advertise-url), or give it a certificate for this name", Err: err}
 	case errors.As(err, &record), strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
