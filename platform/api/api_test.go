@@ -7,6 +7,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -220,4 +221,33 @@ func same(t *testing.T, file string, want []byte) {
 	if !bytes.Equal(got, want) {
 		t.Errorf("%s is not current: run go generate ./platform/api ./internal/platformapi", file)
 	}
+}
+
+// words are the methods of an item of the document.
+func words(item *huma.PathItem) map[string]*huma.Operation {
+	all := map[string]*huma.Operation{"GET": item.Get, "PUT": item.Put, "POST": item.Post, "PATCH": item.Patch, "DELETE": item.Delete}
+	maps.DeleteFunc(all, func(_ string, op *huma.Operation) bool { return op == nil })
+	return all
+}
+
+// check holds the document against what is served: every route is described.
+func (s *server) check() error {
+	for _, pattern := range s.mux.patterns {
+		method, path, ok := strings.Cut(pattern, " ")
+		if !ok {
+			continue // the answer to what there is not
+		}
+		if path != "/api/v1/openapi.json" && documents[path].render != nil {
+			continue // the same in another form
+		}
+		item := s.api.OpenAPI().Paths[path]
+		if item == nil || words(item)[method] == nil {
+			return fmt.Errorf("%s is served and not described: add it with route, or describe it", pattern)
+		}
+		op := words(item)[method]
+		if op.Summary == "" || op.OperationID == "" || len(op.Tags) == 0 || len(op.Responses) < 2 && documents[path].render == nil {
+			return fmt.Errorf("%s is described without summary, id, tag or problems", pattern)
+		}
+	}
+	return nil
 }

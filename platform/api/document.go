@@ -5,8 +5,6 @@ package api
 import (
 	"cmp"
 	"encoding/json"
-	"fmt"
-	"maps"
 	"net/http"
 	"net/netip"
 	"reflect"
@@ -311,33 +309,4 @@ var examples = map[string]any{
 		Name: "acme", Range: []netip.Prefix{netip.MustParsePrefix("100.112.0.0/12"), netip.MustParsePrefix("fd5a:11::/48")}, Created: exampleTime,
 	},
 	"AuditVerification": control.AuditVerification{OK: true, Entries: 4711},
-}
-
-// words are the methods of an item of the document, for tests and tools that walk it.
-func words(item *huma.PathItem) map[string]*huma.Operation {
-	all := map[string]*huma.Operation{"GET": item.Get, "PUT": item.Put, "POST": item.Post, "PATCH": item.Patch, "DELETE": item.Delete}
-	maps.DeleteFunc(all, func(_ string, op *huma.Operation) bool { return op == nil })
-	return all
-}
-
-// check holds the document against what is served: every route is described.
-func (s *server) check() error {
-	for _, pattern := range s.mux.patterns {
-		method, path, ok := strings.Cut(pattern, " ")
-		if !ok {
-			continue // the answer to what there is not
-		}
-		if path != "/api/v1/openapi.json" && documents[path].render != nil {
-			continue // the same in another form
-		}
-		item := s.api.OpenAPI().Paths[path]
-		if item == nil || words(item)[method] == nil {
-			return fmt.Errorf("%s is served and not described: add it with route, or describe it", pattern)
-		}
-		op := words(item)[method]
-		if op.Summary == "" || op.OperationID == "" || len(op.Tags) == 0 || len(op.Responses) < 2 && documents[path].render == nil {
-			return fmt.Errorf("%s is described without summary, id, tag or problems", pattern)
-		}
-	}
-	return nil
 }
