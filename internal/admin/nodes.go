@@ -66,7 +66,7 @@ func (a *app) node(k nodeKind) *cobra.Command {
 		verbs = append(verbs, a.gatewayExplain())
 	}
 	if k == relays {
-		verbs = append(verbs, a.nodeAction(k, "drain", "Move everybody off a relay, without a break", "draining"), a.relayCredential())
+		verbs = append(verbs, a.nodeAction(k, "drain", "Move everybody off a relay, without a break where they have another; then its relayd ends", "draining"), a.relayCredential())
 	}
 	cmd := group(k.name, k.short, k.example, verbs...)
 	if k == relays {

@@ -41,7 +41,12 @@ func (a *app) stun() *cobra.Command {
 whether the NAT gives every destination the same one. RELAY is HOST[:PORT], or the name of a relay of the organization.`,
 		Example: `  sallyway stun relay.example relay2.example:5349
   sallyway stun fra-1 ams-2`,
-		Args: cobra.RangeArgs(1, 4),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 || len(args) > 4 {
+				return fmt.Errorf("name one relay, or two (four at most): %s", cmd.UseLine())
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var servers []netip.AddrPort
 			for _, arg := range args {
