@@ -82,16 +82,16 @@ const (
 
 // NodeRecord is a relay, gateway or client.
 type NodeRecord struct {
-	ID       string            `json:"id"`
-	Name     string            `json:"name"`
-	Kind     identity.Kind     `json:"kind"`
-	State    NodeState         `json:"state"`
-	Created  time.Time         `json:"created"`
-	Enrolled *time.Time        `json:"enrolled,omitempty"`
-	LastSeen *time.Time        `json:"last_seen,omitempty"`
-	Version  string            `json:"version,omitempty"`
+	ID       string        `json:"id"`
+	Name     string        `json:"name"`
+	Kind     identity.Kind `json:"kind"`
+	State    NodeState     `json:"state"`
+	Created  time.Time     `json:"created"`
+	Enrolled *time.Time    `json:"enrolled,omitempty"`
+	LastSeen *time.Time    `json:"last_seen,omitempty"`
+	Version  string        `json:"version,omitempty"`
 	// Outdated says that the node's software is of an older release than the platform's, or of one that is not known.
-	Outdated bool `json:"outdated,omitempty"`
+	Outdated bool              `json:"outdated,omitempty"`
 	Key      *identity.KeyHash `json:"key,omitempty"`
 	NotAfter *time.Time        `json:"not_after,omitempty"` // of its newest leaf
 	Virtual  []netip.Addr      `json:"virtual,omitempty"`

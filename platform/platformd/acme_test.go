@@ -120,7 +120,9 @@ func TestACME(t *testing.T) {
 		}
 		client := &http.Client{Transport: &http.Transport{
 			TLSClientConfig: &tls.Config{RootCAs: a.roots}, DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", listen) },
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, "tcp", listen)
+			},
 		}}
 		ready := func() bool {
 			resp, err := client.Get(srv.URL() + "/readyz")
