@@ -69,7 +69,7 @@ everything but this host itself, its links and metadata services.`,
 	f := up.Flags()
 	o.aws.Register(f)
 	f.StringVar(&o.tun, "tun", "auto", "TUN device: auto, on or off")
-	f.StringVar(&o.tunName, "tun-name", "", "name of the TUN device (default sally0)")
+	f.StringVar(&o.tunName, "tun-name", "", "name of the TUN device (default sally0, or the next that is free)")
 	f.IntVar(&o.mtu, "mtu", 0, "MTU of the TUN device in bytes (default 1500)")
 	f.StringVar(&o.routes, "routes", "auto", "routes into the TUN device: auto or off")
 	f.StringVar(&o.dns, "dns", "auto", "split DNS on this host: auto or off")

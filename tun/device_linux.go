@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -58,13 +59,18 @@ type Device struct {
 }
 
 // Open makes the device, or takes over a persistent one of that name, sets its MTU and brings it up, in the network
-// namespace of the calling thread. Without /dev/net/tun or CAP_NET_ADMIN the error is an ErrUnavailable.
+// namespace of the calling thread. Without a name in c it takes the first of sally0, sally1 … that no other process has. Without /dev/net/tun or CAP_NET_ADMIN the error is an ErrUnavailable.
 func Open(c Config) (*Device, error) {
+	named := c.Name != ""
 	c = c.withDefaults()
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
 	fd, headerLen, err := openFD(c.Name)
+	for i := 1; !named && i < defaultNames && errors.Is(err, unix.EBUSY); i++ {
+		c.Name = defaultPrefix + strconv.Itoa(i)
+		fd, headerLen, err = openFD(c.Name)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -116,6 +116,23 @@ func TestOpen(t *testing.T) {
 	})
 }
 
+// TestNextFreeName: two daemons of one host that were given no name do not meet; a name that was given is taken as it is.
+func TestNextFreeName(t *testing.T) {
+	inNamespace(t, func() {
+		for _, want := range []string{"sally0", "sally1", "sally2"} {
+			d, err := Open(Config{})
+			if err != nil || d.Name() != want {
+				t.Errorf("opened %v, %v; want %s", d, err, want)
+				return
+			}
+			defer d.Close()
+		}
+		if _, err := Open(Config{Name: DefaultName}); !errors.Is(err, unix.EBUSY) {
+			t.Errorf("a name that was given and is taken: %v", err)
+		}
+	})
+}
+
 func TestOpenWithoutCapability(t *testing.T) {
 	inNamespace(t, func() {
 		// Drop CAP_NET_ADMIN from this thread alone; it ends with the test.

@@ -27,7 +27,7 @@ var ErrUnavailable = errors.New("no TUN device")
 
 const (
 	// DefaultName is the interface name where Config has none.
-	DefaultName = "sally0"
+	DefaultName = defaultPrefix + "0"
 	// DefaultMTU is the MTU in bytes where Config has none: what apps expect, and what DNS over UDP and QUIC are built for.
 	DefaultMTU = 1500
 	// MinMTU is the smallest MTU in bytes that IPv6 allows (RFC 8200 section 5).
@@ -35,13 +35,16 @@ const (
 	// MaxMTU leaves a vnet header of room in the largest IP packet.
 	MaxMTU = 65500
 
+	defaultPrefix = "sally"
+	defaultNames  = 16 // sally0 to sally15 are tried
+
 	// maxNameLen is IFNAMSIZ without its terminating zero.
 	maxNameLen = 15
 )
 
 // Config says what device to make. The zero value is sally0 with MTU 1500.
 type Config struct {
-	Name string // interface name; DefaultName where empty
+	Name string // interface name; where empty, DefaultName or the next free one: sally1 and so on
 	MTU  int    // bytes; DefaultMTU where 0
 }
 
