@@ -246,6 +246,19 @@ func TestVerbs(t *testing.T) {
 				"why":"not reached from outside by STUN 5349/udp (no answer in 3s)","checks":[{"name":"STUN 5349/udp","ok":false,"detail":"no answer in 3s"}]}}`}},
 		},
 		{args: "relay drain fra-1", script: []exchange{{"POST", base + "/relays/fra-1/drain", "", 0, relayJSON}}, out: []string{"draining"}},
+		{
+			args: "relay enable fra-1", out: []string{"relay fra-1 enabled\nit still drains", "systemctl start sallyway-relay"},
+			script: []exchange{
+				{"GET", base + "/relays/fra-1", "", 0, strings.Replace(relayJSON, "healthy", "draining", 1)}, {"POST", base + "/relays/fra-1/enable", "", 0, relayJSON},
+			},
+		},
+		{
+			args: "relay enable fra-1", out: []string{"relay fra-1 enabled\nit is not connected", "systemctl start sallyway-relay"},
+			script: []exchange{
+				{"GET", base + "/relays/fra-1", "", 0, strings.Replace(relayJSON, "healthy", "unreachable", 1)},
+				{"POST", base + "/relays/fra-1/enable", "", 0, strings.Replace(relayJSON, "healthy", "unreachable", 1)},
+			},
+		},
 		{args: "relay create eu-1 --shared --host eu.example", script: []exchange{{"POST", "/api/v1/shared/relays", `{"name":"eu-1","host":"eu.example"}`, 201, createdJSON}}, out: []string{"swe1.secret"}},
 		{args: "--org platform.shared relay token eu-1", script: []exchange{{"POST", "/api/v1/shared/relays/eu-1/token", "", 201, createdJSON}}, out: []string{"swe1.secret"}},
 		{args: "gateway list --shared", code: 2, errs: []string{"unknown flag: --shared"}},
@@ -325,7 +338,7 @@ func TestVerbs(t *testing.T) {
 
 		{args: "status", script: []exchange{{"GET", base + "/status", "", 0, statusJSON}}, out: []string{"1 resource, 2 policies, 3 sessions", "fra-1", "office", "no clients yet: sallyway client create NAME"}},
 		{args: "session list", script: []exchange{{"GET", base + "/sessions?limit=200", "", 0, list1(sessionJSON)}}, out: []string{"laptop", "2.0 KiB", "5 B"}},
-		{args: "session list --gateway hq", script: []exchange{{"GET", base + "/sessions?limit=200", "", 0, list1(sessionJSON)}}, errs: []string{"no session"}},
+		{args: "session list --gateway hq", script: []exchange{{"GET", base + "/sessions?limit=200", "", 0, list1(sessionJSON)}}, errs: []string{"no session is open (gateways report every 10 s)\n"}},
 		{args: "session kill laptop", script: []exchange{{"DELETE", base + "/sessions/laptop", "", 204, ""}}, out: []string{"end"}},
 		{args: "audit tail", script: []exchange{{"GET", base + "/audit?limit=200", "", 0, list1(auditJSON)}}, out: []string{"node.create", "gateway office", "a=x?[31m b=1"}},
 		{args: "audit verify", script: []exchange{{"GET", base + "/audit:verify", "", 0, `{"ok":true,"entries":7}`}}, out: []string{"whole: 7"}},

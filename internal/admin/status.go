@@ -81,7 +81,7 @@ func (a *app) session() *cobra.Command {
 					}
 					items = kept
 				}
-				return list(a, cmd, items, "no session is open", "PEER GATEWAY RELAY SINCE FLOWS SENT RECEIVED", func(s control.SessionRecord) []any {
+				return list(a, cmd, items, fmt.Sprintf("no session is open (gateways report every %.0f s)", control.HeartbeatInterval.Seconds()), "PEER GATEWAY RELAY SINCE FLOWS SENT RECEIVED", func(s control.SessionRecord) []any {
 					return []any{s.Peer, s.Gateway, s.Relay, ago(&s.Since), s.Flows, size(s.SentBytes), size(s.RecvBytes)}
 				})
 			})
