@@ -3,6 +3,8 @@ package presence
 
 import (
 	"maps"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,6 +33,10 @@ type Board struct {
 	mu      sync.Mutex
 	beats   map[string]Beat            // by node id; guarded by mu
 	outside map[string]control.Outside // by relay id; guarded by mu; the map is replaced, never changed
+	began   map[string]time.Time       // of beats: when the node's present start was, by the platform's clock where that is known; guarded by mu
+
+	returned map[string]struct{} // relays that were heard anew since they were last taken; guarded by mu; nil while nobody wants them
+	anew     chan struct{}       // made by Returning; guarded by mu
 }
 
 // OutsideLife is how long what was found from outside counts: whoever looks does so every half minute.
@@ -43,12 +49,32 @@ func (b *Board) SetOutside(found map[string]control.Outside) {
 	b.outside = found
 }
 
-// Outside is what was found of a relay from outside, false when it was not tried lately.
+// Outside is what was found of a relay from outside, false when it was not tried lately, or not since it was started.
 func (b *Board) Outside(id string, now time.Time) (control.Outside, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	o, ok := b.outside[id]
-	return o, ok && now.Sub(o.At) < OutsideLife
+	return o, ok && now.Sub(o.At) < OutsideLife && !o.At.Before(b.began[id])
+}
+
+// Returning tells when relays are heard for the first time, after a start of theirs, or after a silence: TakeReturned then says which. From the
+// first call on they are kept, so whoever calls takes them.
+func (b *Board) Returning() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.returned == nil {
+		b.returned, b.anew = make(map[string]struct{}), make(chan struct{}, 1)
+	}
+	return b.anew
+}
+
+// TakeReturned are the ids of the relays that returned since it was last called, sorted.
+func (b *Board) TakeReturned() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	ids := slices.Sorted(maps.Keys(b.returned))
+	clear(b.returned)
+	return ids
 }
 
 // Doubt is why a relay may be of no use although its heartbeats arrive, and what helps; "" is none.
@@ -64,10 +90,28 @@ func (b *Board) Put(id string, beat Beat) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.beats == nil {
-		b.beats = make(map[string]Beat)
+		b.beats, b.began = make(map[string]Beat), make(map[string]time.Time)
 	}
+	before, known := b.beats[id]
 	b.beats[id] = beat
+	started := !before.Started.Equal(beat.Started)
+	switch {
+	case !known && beat.Started.Before(beat.At):
+		b.began[id] = beat.Started
+	case !known, started:
+		b.began[id] = beat.At // not later, and no clock but ours says so
+	}
+	if b.returned != nil && strings.HasPrefix(id, relayPrefix) && (!known || started || beat.At.Sub(before.At) >= Timeout) {
+		b.returned[id] = struct{}{}
+		select {
+		case b.anew <- struct{}{}:
+		default: // told already
+		}
+	}
 }
+
+// relayPrefix begins the ids of relays (identity.NewID).
+const relayPrefix = "r-"
 
 // Get returns a node's newest heartbeat.
 func (b *Board) Get(id string) (Beat, bool) {
@@ -82,6 +126,8 @@ func (b *Board) Drop(id string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	delete(b.beats, id)
+	delete(b.began, id)
+	delete(b.returned, id)
 }
 
 // Passed reports whether some node's newest heartbeat reached one of ages after from and by to: whether silence may have changed

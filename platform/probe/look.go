@@ -28,6 +28,7 @@ type look struct {
 	unnamed error  // its name has no address
 	checks  []check
 	rtt     time.Duration
+	at      time.Time // when it began: what is found later may be older than it seems
 }
 
 // check is one port.
@@ -256,8 +257,8 @@ func isTimeout(err error) bool {
 }
 
 // outcome is what is shown of a look.
-func (l *look) outcome(t *registry.RelayTarget, now time.Time) control.Outside {
-	o := control.Outside{At: now, RTT: l.rtt}
+func (l *look) outcome(t *registry.RelayTarget) control.Outside {
+	o := control.Outside{At: l.at, RTT: l.rtt}
 	switch {
 	case l.why != "":
 		o.State, o.Why = control.OutsideNotProbed, l.why

@@ -15,6 +15,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -51,6 +52,7 @@ type Config struct {
 	Metrics  prometheus.Registerer // nil is none
 
 	interval, spread, refresh, patience, again time.Duration // zero are the constants; for tests
+	first                                      time.Duration // until the first round, besides; for tests
 	// gate sees every address right before something is sent there, and may refuse; nil judges it once more.
 	gate func(netip.AddrPort) error
 }
@@ -107,8 +109,10 @@ func (p *Prober) Run(ctx context.Context) error {
 	}
 	read := time.NewTicker(p.cfg.refresh)
 	defer read.Stop()
-	look := time.NewTimer(rand.N(p.cfg.spread + 1))
+	look := time.NewTimer(p.cfg.first + rand.N(p.cfg.spread+1))
 	defer look.Stop()
+	returning := p.cfg.Registry.Board.Returning()
+	var gathered <-chan time.Time // those that return together are looked at together
 	p.note(ctx, "read what was found of relays", p.cfg.Registry.LoadOutside(ctx))
 	for {
 		select {
@@ -117,6 +121,15 @@ func (p *Prober) Run(ctx context.Context) error {
 		case <-read.C:
 			if !p.cfg.Leads() { // who looks knows already
 				p.note(ctx, "read what was found of relays", p.cfg.Registry.LoadOutside(ctx))
+			}
+		case <-returning:
+			if gathered == nil {
+				gathered = time.After(p.cfg.again)
+			}
+		case <-gathered:
+			gathered = nil
+			if ids := p.cfg.Registry.Board.TakeReturned(); p.cfg.Leads() {
+				p.back(ctx, ids)
 			}
 		case <-look.C:
 			if p.cfg.Leads() {
@@ -140,18 +153,56 @@ func (p *Prober) round(ctx context.Context) {
 		p.note(ctx, "list relays to look at", err)
 		return
 	}
+	// A relay that was well is looked at once more before it is called otherwise: it may just start anew.
+	now := p.cfg.Registry.Now()
+	found := p.examine(ctx, targets, p.cfg.spread, func(relay string) bool {
+		was, ok := p.cfg.Registry.Board.Outside(relay, now)
+		return ok && was.State == control.OutsideReached
+	})
+	if ctx.Err() != nil {
+		return // what was found says more about this platform than about relays
+	}
+	p.forgive(found)
+	p.write(ctx, targets, found, p.cfg.Registry.FoundOutside)
+}
+
+// back looks at relays that are heard anew, without waiting for the next round.
+func (p *Prober) back(ctx context.Context, ids []string) {
+	targets, err := p.cfg.Registry.RelayTargets(ctx)
+	if err != nil {
+		p.note(ctx, "list relays to look at", err)
+		return
+	}
+	targets = slices.DeleteFunc(targets, func(t registry.RelayTarget) bool { return !slices.Contains(ids, t.Node.ID) })
+	if len(targets) == 0 {
+		return
+	}
+	found := p.examine(ctx, targets, 0, func(string) bool { return true })
+	if ctx.Err() != nil {
+		return
+	}
+	for i := range found {
+		for k := range found[i].checks {
+			if c := &found[i].checks[k]; p.warned[c.kind] { // in the last round, which saw all
+				c.forgiven = c.err != nil
+			}
+		}
+	}
+	p.write(ctx, targets, found, p.cfg.Registry.FoundOutsideOf)
+}
+
+// examine looks at targets, and a while later once more at those that it did not reach and that again says yes to.
+func (p *Prober) examine(ctx context.Context, targets []registry.RelayTarget, spread time.Duration, again func(relay string) bool) []look {
 	found := make([]look, len(targets))
 	everything := make([]int, len(targets))
 	for i := range everything {
 		everything[i] = i
 	}
-	p.pass(ctx, targets, found, everything)
-	// A relay that was well is looked at once more before it is called otherwise: it may just start anew.
+	p.pass(ctx, targets, found, everything, spread)
 	var lost []int
-	now := p.cfg.Registry.Now()
 	for i := range targets {
-		was, ok := p.cfg.Registry.Board.Outside(targets[i].Node.ID, now)
-		if is := found[i].outcome(&targets[i], now); ok && was.State == control.OutsideReached && is.State != control.OutsideReached {
+		s := found[i].outcome(&targets[i]).State
+		if s != control.OutsideReached && s != control.OutsideNotProbed && again(targets[i].Node.ID) {
 			lost = append(lost, i)
 		}
 	}
@@ -160,26 +211,25 @@ func (p *Prober) round(ctx context.Context) {
 		case <-ctx.Done():
 		case <-time.After(p.cfg.spread):
 		}
-		p.pass(ctx, targets, found, lost)
+		p.pass(ctx, targets, found, lost, spread)
 	}
-	if ctx.Err() != nil {
-		return // what was found says more about this platform than about relays
-	}
-	p.forgive(found)
-	now = p.cfg.Registry.Now()
+	return found
+}
+
+func (p *Prober) write(ctx context.Context, targets []registry.RelayTarget, found []look, to func(context.Context, map[string]control.Outside) error) {
 	out := make(map[string]control.Outside, len(targets))
 	for i := range targets {
-		o := found[i].outcome(&targets[i], now)
+		o := found[i].outcome(&targets[i])
 		out[targets[i].Node.ID] = o
 		p.looks.WithLabelValues(string(o.State)).Inc()
 	}
 	ctx, cancel := context.WithTimeout(ctx, writing)
 	defer cancel()
-	p.note(ctx, "write down what was found of relays", p.cfg.Registry.FoundOutside(ctx, out))
+	p.note(ctx, "write down what was found of relays", to(ctx, out))
 }
 
-// pass looks at some of the targets, by their place, and puts what it found there.
-func (p *Prober) pass(ctx context.Context, targets []registry.RelayTarget, found []look, which []int) {
+// pass looks at some of the targets, by their place, within spread, and puts what it found there.
+func (p *Prober) pass(ctx context.Context, targets []registry.RelayTarget, found []look, which []int, spread time.Duration) {
 	slots := make(chan struct{}, abreast)
 	var wg sync.WaitGroup
 	for _, i := range which {
@@ -187,11 +237,13 @@ func (p *Prober) pass(ctx context.Context, targets []registry.RelayTarget, found
 			select {
 			case <-ctx.Done():
 				return
-			case <-time.After(rand.N(p.cfg.spread + 1)):
+			case <-time.After(rand.N(spread + 1)):
 			}
 			slots <- struct{}{}
 			defer func() { <-slots }()
+			at := p.cfg.Registry.Now()
 			found[i] = p.look(ctx, &targets[i])
+			found[i].at = at
 		})
 	}
 	wg.Wait()

@@ -119,7 +119,7 @@ func TestRebinding(t *testing.T) {
 		if !slices.Equal(dialled, want.dialled) || l.why != want.why || resolver.asked != i+1 {
 			t.Errorf("look %d: dialled %v, %q after %d questions; want %v, %q", i, dialled, l.why, resolver.asked, want.dialled, want.why)
 		}
-		if o := l.outcome(target, time.Now()); want.dialled == nil && (o.State != control.OutsideNotProbed || len(o.Checks) > 0) {
+		if o := l.outcome(target); want.dialled == nil && (o.State != control.OutsideNotProbed || len(o.Checks) > 0) {
 			t.Errorf("look %d: %+v", i, o)
 		}
 	}
@@ -273,7 +273,7 @@ func TestLook(t *testing.T) {
 	} {
 		target := a.target(me, tc.host)
 		l := p.look(t.Context(), target)
-		o := l.outcome(target, time.Now())
+		o := l.outcome(target)
 		bad := 0
 		for _, c := range o.Checks {
 			if !c.OK {
@@ -313,7 +313,7 @@ func TestOwnNetwork(t *testing.T) {
 		p := New(quick(&registry.Registry{}, Auto))
 		p.forgive(tc.looks)
 		for i := range tc.looks {
-			if o := tc.looks[i].outcome(target, time.Now()); o.State != tc.want[i] {
+			if o := tc.looks[i].outcome(target); o.State != tc.want[i] {
 				t.Errorf("%s: relay %d is %s, want %s", name, i, o.State, tc.want[i])
 			}
 		}
@@ -435,7 +435,7 @@ func TestNotProbed(t *testing.T) {
 	for _, h := range []string{"127.0.0.1", "10.10.0.1", "169.254.169.254", "fd00::7", "::1"} {
 		target.Host = h
 		l := p.look(t.Context(), target)
-		if o := l.outcome(target, time.Now()); o.State != control.OutsideNotProbed || !strings.HasSuffix(o.Why, "address") {
+		if o := l.outcome(target); o.State != control.OutsideNotProbed || !strings.HasSuffix(o.Why, "address") {
 			t.Errorf("%s: %+v", h, o)
 		}
 	}
@@ -476,5 +476,59 @@ func TestBlink(t *testing.T) {
 	o, ok := reg.Board.Outside(relay.ID, time.Now())
 	if !ok || o.State != control.OutsideReached || refused != 8 {
 		t.Errorf("%+v after %d refusals", o, refused)
+	}
+}
+
+// TestReturn: what was found before a relay's present start counts no more, and a relay that returns is looked at at once, not with the next round.
+func TestReturn(t *testing.T) {
+	t.Parallel()
+	reg := bed(t)
+	relay, cert := enrolled(t, reg)
+	h := open(t, cert, true, true)
+	_, err := reg.UpdateNode(t.Context(), "default", identity.Relay, "fra-1", control.UpdateNode{Port: &h.udp, SSHPort: &h.ssh, TLSPort: &h.rung})
+	must(t, err)
+	beat := func(started time.Time) {
+		reg.Board.Put(relay.ID, presence.Beat{At: time.Now(), Heartbeat: control.Heartbeat{State: "ready", Started: started}})
+	}
+	state := func() control.NodeState {
+		t.Helper()
+		n, err := reg.Node(t.Context(), "default", identity.Relay, "fra-1")
+		must(t, err)
+		return n.State
+	}
+	other, err := reg.CreateNode(t.Context(), "default", identity.Relay, control.CreateNode{Name: "ams-1", Host: "127.0.0.1"})
+	must(t, err)
+	beat(time.Now().Add(-time.Hour))
+	must(t, reg.FoundOutside(t.Context(), map[string]control.Outside{
+		relay.ID: {State: control.OutsideUnreached, At: time.Now(), Why: "not reached from outside", Remedy: "open the firewall"}, other.ID: {State: control.OutsideReached, At: time.Now()},
+	}))
+	if s := state(); s != control.StateDegraded {
+		t.Fatalf("unreached, and %s", s)
+	}
+	reg.Board.Returning() // as Run does
+	beat(time.Now())
+	if s := state(); s != control.StateHealthy {
+		t.Errorf("started anew, and %s for what was found before", s)
+	}
+
+	cfg := quick(reg, Private)
+	cfg.first = time.Hour // no round comes in this test
+	p := New(cfg)
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { _ = p.Run(ctx) })
+	defer running.Wait()
+	defer cancel()
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		if o, ok := reg.Board.Outside(relay.ID, time.Now()); ok && o.State == control.OutsideReached {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the relay that returned was not looked at")
+		}
+		time.Sleep(10 * time.Millisecond) // between two looks at what is waited for
+	}
+	if _, ok := reg.Board.Outside(other.ID, time.Now()); !ok {
+		t.Error("a look at one relay made another's forgotten")
 	}
 }

@@ -100,8 +100,17 @@ func relayTrust(ctx context.Context, tx store.Tx, org string) (roots []*x509.Cer
 	return roots, pins, nil
 }
 
-// FoundOutside writes down what was found of relays, by id, audits what changed, and shows it.
+// FoundOutside writes down what was found of all relays, by id, audits what changed, and shows it. Relays that are not in it are forgotten.
 func (r *Registry) FoundOutside(ctx context.Context, found map[string]control.Outside) error {
+	return r.foundOutside(ctx, found, true)
+}
+
+// FoundOutsideOf is FoundOutside of some relays: what is known of others stays.
+func (r *Registry) FoundOutsideOf(ctx context.Context, found map[string]control.Outside) error {
+	return r.foundOutside(ctx, found, false)
+}
+
+func (r *Registry) foundOutside(ctx context.Context, found map[string]control.Outside, whole bool) error {
 	now := r.Now()
 	all := make(map[string]control.Outside, len(found))
 	err := r.update(ctx, func(c *change) error {
@@ -117,6 +126,12 @@ func (r *Registry) FoundOutside(ctx context.Context, found map[string]control.Ou
 				before[p.Relay] = o
 			}
 			if _, still := found[p.Relay]; !still {
+				if !whole {
+					if was, ok := before[p.Relay]; ok {
+						all[p.Relay] = was
+					}
+					continue
+				}
 				if err := c.DropRelayProbe(ctx, p.Relay); err != nil {
 					return err
 				}
