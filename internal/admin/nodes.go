@@ -53,10 +53,14 @@ func (f *relayFlags) register(cmd *cobra.Command) {
 }
 
 func (a *app) node(k nodeKind) *cobra.Command {
+	enable := "Let a disabled NODE work again"
+	if k == relays {
+		enable = "Let a disabled or drained relay work again; the relayd of a drained one has ended, start it after this"
+	}
 	verbs := []*cobra.Command{
 		a.nodeCreate(k), a.nodeList(k), a.nodeShow(k), a.nodeUpdate(k), a.nodeDelete(k), a.nodeToken(k),
 		a.nodeAction(k, "disable", "Refuse the NODE until it is enabled again", "disabled"),
-		a.nodeAction(k, "enable", "Let a disabled NODE work again", "enabled"),
+		a.nodeAction(k, "enable", enable, "enabled"),
 		a.nodeAction(k, "revoke", "Deny the NODE's key: its sessions end within seconds, and it needs a new token", "revoked"),
 	}
 	if k == clients {
@@ -406,14 +410,35 @@ func (a *app) nodeAction(k nodeKind, verb, short, done string) *cobra.Command {
 		Use: verb + " NAME", Short: strings.ReplaceAll(short, "NODE", k.name), Args: one("the " + k.name + "'s name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.do(cmd, verb+" "+k.name+" "+args[0], func(ctx context.Context, c *Client) error {
-				n, err := k.of(c).verbs[verb](ctx, args[0])
+				calls := k.of(c)
+				var before control.NodeRecord
+				if k == relays && verb == "enable" {
+					before, _ = calls.show(ctx, args[0]) // for what is said afterwards alone: whoever may not read may enable
+				}
+				n, err := calls.verbs[verb](ctx, args[0])
 				if err != nil {
 					return err
 				}
-				return a.show(cmd, n, func(w io.Writer) { fmt.Fprintf(w, "%s %s %s\n", k.name, args[0], done) })
+				return a.show(cmd, n, func(w io.Writer) {
+					fmt.Fprintf(w, "%s %s %s\n", k.name, args[0], done)
+					if verb == "enable" {
+						fmt.Fprint(w, afterDrain(before.State, n.State))
+					}
+				})
 			})
 		},
 	})
+}
+
+// afterDrain says what enabling a relay does not do: a relayd that was told to drain ends, and nothing but its host starts it again.
+func afterDrain(before, now control.NodeState) string {
+	switch {
+	case before == control.StateDraining || now == control.StateDraining:
+		return "it still drains, and its relayd ends by that: when it has, start it on its host: sudo systemctl start sallyway-relay\n"
+	case before == control.StateUnreachable && now == control.StateUnreachable:
+		return "it is not connected: one that has drained has ended, start it on its host: sudo systemctl start sallyway-relay\n"
+	}
+	return ""
 }
 
 func (a *app) relayCredential() *cobra.Command {

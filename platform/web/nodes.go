@@ -306,6 +306,9 @@ func (q *request) nodeVerb(k kindView) error {
 	case "enable":
 		n, err = q.s.reg.EnableNode(q.ctx, q.org, k.Kind, name)
 		said = "is enabled"
+		if n != nil && n.Kind == identity.Relay && n.State == control.StateDraining {
+			said = "is enabled. It still drains, and its relayd ends by that: start it on its host when it has"
+		}
 	case "revoke":
 		n, err = q.s.reg.RevokeNode(q.ctx, q.org, k.Kind, name)
 		said = "is revoked: its open sessions end within 5 seconds, and its key is never trusted again"
