@@ -99,9 +99,8 @@ func TestFlowLog(t *testing.T) {
 		}
 		return fmt.Errorf("%w: %s", err, r.Stderr)
 	}))
-	must(s.Sallyway(within(t, 10*time.Second), "webhook", "create", "direct", "--url", "https://"+at(lab.WebAddr, webPort)+"/in"))(t)
-	if r, err := s.Sallyway(within(t, 30*time.Second), "webhook", "test", "direct"); err == nil || !strings.Contains(r.Stderr, "not a public address") {
-		t.Errorf("a webhook that dials a private address itself: %v %s", err, r.Stderr)
+	if r, err := s.Sallyway(within(t, 10*time.Second), "webhook", "create", "direct", "--url", "https://"+at(lab.WebAddr, webPort)+"/in"); err == nil || !strings.Contains(r.Stderr, "not a public address") {
+		t.Errorf("a webhook to a private address that no gateway dials: %v %s", err, r.Stderr)
 	}
 	r := must(s.Sallyway(within(t, 10*time.Second), "flow", "export", "--resource", "vault"))(t)
 	if strings.TrimSpace(r.Stdout) != "" {

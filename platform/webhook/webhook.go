@@ -143,6 +143,19 @@ func checkURL(s string, gateways bool) (string, error) {
 	return u.String(), nil
 }
 
+// checkLiteral refuses an address that is never dialled. Names are looked at when they are dialled.
+func (s *Service) checkLiteral(at string, gateways bool) error {
+	u, err := url.Parse(at)
+	if err != nil || gateways {
+		return err
+	}
+	if a, err := netip.ParseAddr(u.Hostname()); err == nil && !s.cfg.public(a) {
+		return registry.Invalid("body.url", "have it dialled by a gateway, as a policy allows the platform: --through-gateways (through_gateways: true)",
+			"%v is not a public address: the platform reaches such only through gateways", a)
+	}
+	return nil
+}
+
 // place is a URL as the audit has it, without path and query: receivers tell senders apart by secrets in these, and the audit goes to many.
 func place(s string) string {
 	u, err := url.Parse(s)
@@ -179,6 +192,9 @@ func (s *Service) Create(ctx context.Context, org string, req control.CreateWebh
 	}
 	at, err := checkURL(req.URL, req.ThroughGateways)
 	if err != nil {
+		return nil, err
+	}
+	if err := s.checkLiteral(at, req.ThroughGateways); err != nil {
 		return nil, err
 	}
 	events, err := checkEvents(req.Events)
@@ -311,6 +327,11 @@ func (s *Service) Update(ctx context.Context, org, name string, req control.Upda
 		if w.URL, err = checkURL(w.URL, w.Gateways); err != nil {
 			return err
 		}
+		if req.URL != nil || req.ThroughGateways != nil { // one of before can still be disabled or renamed
+			if err := s.checkLiteral(w.URL, w.Gateways); err != nil {
+				return err
+			}
+		}
 		if req.Events != nil {
 			if w.Events, err = checkEvents(*req.Events); err != nil {
 				return err
@@ -397,7 +418,7 @@ func (s *Service) Test(ctx context.Context, org, name string) (*control.WebhookT
 
 // problem is an error as people read it, bounded.
 func problem(err error) string {
-	const most = 300
+	const most = 500
 	var u *url.Error
 	if errors.As(err, &u) {
 		err = u.Err // without method and URL

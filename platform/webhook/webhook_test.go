@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -303,11 +304,37 @@ func TestWhereItGoes(t *testing.T) {
 		must(t, s.Delete(t.Context(), registry.DefaultOrg, "x"))
 		return r
 	}
-	hosts := []string{"127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254"}
-	for h := range names {
-		hosts = append(hosts, h)
+	for _, h := range []string{"127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254", "[fe80::1%25eth0]"} {
+		u := "https://" + h + ":" + at.Port() + "/in"
+		_, err := strict.Create(t.Context(), registry.DefaultOrg, control.CreateWebhook{Name: "x", URL: u})
+		if e, ok := errors.AsType[*registry.Error](err); !ok || e.Problem.Status != http.StatusUnprocessableEntity || !strings.Contains(e.Problem.Remedy, "--through-gateways") {
+			t.Errorf("%s: %v", h, err)
+		}
+		l.create(strict, control.CreateWebhook{Name: "x", URL: u, ThroughGateways: true})
+		no, direct := false, "https://siem.example/in"
+		for what, req := range map[string]control.UpdateWebhook{"taken from the gateways": {ThroughGateways: &no}, "both": {URL: &u, ThroughGateways: &no}} {
+			if _, err := strict.Update(t.Context(), registry.DefaultOrg, "x", req); registry.Code(err) != control.CodeInvalid {
+				t.Errorf("%s, %s: %v", h, what, err)
+			}
+		}
+		_, err = strict.Update(t.Context(), registry.DefaultOrg, "x", control.UpdateWebhook{URL: &direct, ThroughGateways: &no})
+		must(t, err)
+		if _, err := strict.Update(t.Context(), registry.DefaultOrg, "x", control.UpdateWebhook{URL: &u}); registry.Code(err) != control.CodeInvalid {
+			t.Errorf("%s: %v", h, err)
+		}
+		must(t, strict.Delete(t.Context(), registry.DefaultOrg, "x"))
 	}
-	for _, h := range hosts {
+	// One that was made before such were refused says so when it is tried, once, and can be changed otherwise.
+	l.create(l.service(), control.CreateWebhook{Name: "old", URL: "https://10.0.0.1/in"})
+	r, err := strict.Test(t.Context(), registry.DefaultOrg, "old")
+	must(t, err)
+	if r.OK || !strings.Contains(r.Problem, "--through-gateways") || strings.Count(r.Problem, "10.0.0.1") != 1 {
+		t.Errorf("%+v", r)
+	}
+	yes := true
+	_, err = strict.Update(t.Context(), registry.DefaultOrg, "old", control.UpdateWebhook{Disabled: &yes})
+	must(t, err)
+	for h := range names {
 		if r := try(strict, "https://"+h+":"+at.Port()+"/in", false); r.OK || !strings.Contains(r.Problem, "not a public address") || !strings.Contains(r.Problem, "--through-gateways") {
 			t.Errorf("%s: %+v", h, r)
 		}
