@@ -257,7 +257,7 @@ func (d *Dialler) dial(ctx context.Context, org, hostport string) (net.Conn, err
 	if err != nil {
 		return nil, err
 	}
-	var errs []error
+	var errs failedDials
 	for i, g := range way.Gateways {
 		// With another gateway to go to, one that is not there does not get all the time.
 		gctx, cancel := share(ctx, len(way.Gateways)-i)
@@ -266,12 +266,47 @@ func (d *Dialler) dial(ctx context.Context, org, hostport string) (net.Conn, err
 		if err == nil {
 			return c, nil
 		}
-		errs = append(errs, fmt.Errorf("gateway %s: %w", g.Name, err))
+		errs.add(g.Name, err)
 		if ctx.Err() != nil {
 			break
 		}
 	}
-	return nil, errors.Join(errs...)
+	return nil, errs.join()
+}
+
+// failedDials are why no gateway of a resource was reached. A relay that is not dialled for its address is named once, for all rungs and gateways.
+type failedDials struct {
+	errs    []error
+	refused map[identity.Node]bool // relays
+}
+
+func (f *failedDials) add(gateway string, err error) {
+	var left []error
+	for _, e := range flatten(err) {
+		s, isStep := errors.AsType[*stepError](e)
+		if _, ok := errors.AsType[*addressError](e); !ok || !isStep {
+			left = append(left, e)
+			continue
+		}
+		if relay := s.way.ref; !f.refused[relay.Node] {
+			if f.refused == nil {
+				f.refused = make(map[identity.Node]bool)
+			}
+			f.refused[relay.Node] = true
+			left = append(left, fmt.Errorf("relay %s: %w", relay.Name, s.err))
+		}
+	}
+	if len(left) > 0 {
+		f.errs = append(f.errs, fmt.Errorf("gateway %s: %w", gateway, errors.Join(left...)))
+	}
+}
+
+func (f *failedDials) join() error {
+	err := errors.Join(f.errs...)
+	if len(f.refused) > 0 {
+		err = fmt.Errorf("%w: %s", err, addressRemedy)
+	}
+	return err
 }
 
 // share bounds a try by its part of the time that is left.

@@ -168,3 +168,34 @@ func TestVerdicts(t *testing.T) {
 		}
 	}
 }
+
+// TestRefusedAddressIsSaidOnce: of rungs and gateways by a relay that is not dialled, and with what to do about it.
+func TestRefusedAddressIsSaidOnce(t *testing.T) {
+	relay := func(name string) control.RelayRef {
+		return control.RelayRef{Node: identity.Node{Org: "acme", Kind: identity.Relay, ID: name}, Name: name, Port: 5349, TLSPort: 8443}
+	}
+	private := func(ref control.RelayRef) error {
+		var errs []error
+		for _, w := range ways([]control.RelayRef{ref}) {
+			errs = append(errs, &stepError{w, control.StepRelay, &addressError{errors.New("its address 10.0.3.5 is private")}})
+		}
+		return errors.Join(errs...)
+	}
+	silent := &stepError{way{relay("ams-1"), leg.UDP}, control.StepBinding, errors.New("no answer")}
+	var f failedDials
+	f.add("office", private(relay("fra-1")))
+	f.add("second", private(relay("fra-1")))
+	want := "gateway office: relay fra-1: its address 10.0.3.5 is private: " + addressRemedy
+	if got := f.join(); got.Error() != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	f.add("third", errors.Join(private(relay("fra-1")), silent))
+	if got := f.join(); !strings.Contains(got.Error(), "gateway third: ams-1 udp: no answer") || strings.Count(got.Error(), "10.0.3.5") != 1 || !errors.Is(got, silent.err) {
+		t.Errorf("%q", got)
+	}
+	f = failedDials{}
+	f.add("office", silent)
+	if got := f.join().Error(); got != "gateway office: ams-1 udp: no answer" {
+		t.Errorf("%q", got)
+	}
+}

@@ -311,8 +311,7 @@ func (t *run) unreached(g view.RouteGateway, err error) (verdict, remedy string)
 	}
 	for _, s := range steps {
 		if e, ok := errors.AsType[*addressError](s.err); ok {
-			return fmt.Sprintf("the platform does not dial relay %s (%s): %v", s.way.ref.Name, s.way.ref.Host, e),
-				"use a relay with a public address; the platform's operator may allow private ones: platformd serve --probe-relays private"
+			return fmt.Sprintf("the platform does not dial relay %s (%s): %v", s.way.ref.Name, s.way.ref.Host, e), addressRemedy
 		}
 	}
 	reached := map[string]bool{} // relays of which some rung works
@@ -353,6 +352,8 @@ func (t *run) unreached(g view.RouteGateway, err error) (verdict, remedy string)
 	return fmt.Sprintf("the platform does not reach relay %s (%s) by %s: %v", ref.Name, ref.Host, strings.Join(rungs, ", "), steps[0].err),
 		fmt.Sprintf("see that the relay runs (sallyway relay show %s) and that platformd's host may send to %s: UDP and TCP %d, TCP %d", ref.Name, ref.Host, ref.Port, ref.TLSPort)
 }
+
+const addressRemedy = "use a relay with a public address; the platform's operator may allow private ones: platformd serve --probe-relays private"
 
 const gatewayRemedy = "on the gateway's host: gatewayd status; gatewayd doctor; journalctl -u sallyway-gateway"
 
