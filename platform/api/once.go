@@ -123,8 +123,9 @@ func (o *once) look(ctx context.Context) (*answered, error) {
 		return nil, err
 	}
 	clear, err := o.s.reg.Seal.Open(o.label(), kept.Sealed)
-	if err != nil {
-		return nil, err
+	if err != nil { // answers live a day, and are not sealed anew when data keys change
+		o.s.log.Warn("a kept answer to a request with an idempotency key does not open", "error", err)
+		return nil, o.lost("its answer does not open any more: the platform's data keys were changed since")
 	}
 	var a answered
 	if err := json.Unmarshal(clear, &a); err != nil {
@@ -139,8 +140,13 @@ func (o *once) look(ctx context.Context) (*answered, error) {
 	case now.Sub(kept.Created) < answerWait:
 		return nil, registry.Refuse(http.StatusConflict, CodeInProgress, "repeat the request with the same key in a second", "the first request with this %s is being carried out", keyHeader)
 	}
-	return nil, registry.Refuse(http.StatusConflict, CodeAnswerLost, "look at what it made; where the answer held a secret, make a fresh one; for anything new, send a fresh key",
-		"the request with this %s was carried out, and its answer was lost with the platform that gave it", keyHeader)
+	return nil, o.lost("its answer was lost with the platform that gave it")
+}
+
+// lost refuses a request that was carried out and whose answer can not be given again.
+func (o *once) lost(why string) error {
+	return registry.Refuse(http.StatusConflict, CodeAnswerLost, "look at what it made; where the answer held a secret, make a fresh one; for anything new, send a fresh key",
+		"the request with this %s was carried out, and %s", keyHeader, why)
 }
 
 // keep stores the answer: of a request that was carried out, or of one that had nothing to carry out. A caller that has gone meanwhile will ask for it.
