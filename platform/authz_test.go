@@ -257,6 +257,8 @@ func TestBadInput(t *testing.T) {
 		{"/policies", control.CreatePolicy{Subject: "laptop", Resource: "web"}, 422, "names nobody"},
 		{"/policies", control.CreatePolicy{Subject: "client:nobody", Resource: "web"}, 404, "no client"},
 		{"/policies", control.CreatePolicy{Subject: "client:laptop", Resource: "web"}, 409, "already allows"},
+		{"/policies", control.CreatePolicy{Subject: "person:ada@example.com", Resource: "web"}, 404, "sallyway --org default user create ada@example.com --role member"},
+		{"/policies", control.CreatePolicy{Subject: "person:$(reboot)", Resource: "web"}, 404, "user create LOGIN --role member"},
 		{"/groups", control.CreateGroup{Name: "g", Members: []string{"group:g"}}, 404, "no group"},
 		{"/relays/relay-1/credential", control.CreateTURNCredential{Client: "laptop", TTL: 90_000}, 422, "90000"},
 		{"/gateways/gw/drain", nil, 422, "only relays"},

@@ -3,6 +3,8 @@ package registry
 import (
 	"context"
 	"errors"
+	"fmt"
+	"regexp"
 	"strings"
 
 	"sallyway/platform/store"
@@ -41,7 +43,7 @@ func ownerOf(ctx context.Context, tx store.Tx, node string) (string, error) {
 func findPerson(ctx context.Context, tx store.Tx, org, name string) (*store.Person, error) {
 	p, err := tx.FindPerson(ctx, strings.ToLower(name))
 	if err != nil {
-		return nil, notFound(err, "user", name, org)
+		return nil, noPerson(err, name, org)
 	}
 	roles, err := tx.PersonRoles(ctx, p.ID)
 	if err != nil {
@@ -52,8 +54,26 @@ func findPerson(ctx context.Context, tx store.Tx, org, name string) (*store.Pers
 			return p, nil
 		}
 	}
-	return nil, notFound(store.ErrNotFound, "user", name, org)
+	return nil, noPerson(store.ErrNotFound, name, org)
 }
+
+// noPerson words ErrNotFound, of people who have a role elsewhere as of nobody; other errors pass.
+func noPerson(err error, name, org string) error {
+	if !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	if !shellWord.MatchString(name) {
+		name = "LOGIN"
+	}
+	refusal := notFound(err, "user", name, org)
+	if e, ok := errors.AsType[*Error](refusal); ok {
+		e.Problem.Remedy = fmt.Sprintf("give the person a role there first: sallyway --org %s user create %s --role member", org, name)
+	}
+	return refusal
+}
+
+// shellWord is a login that can stand in a command as it is.
+var shellWord = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+@-]{0,252}$`)
 
 // ForgetPerson takes a person out of the policies and groups of org (empty: of every organization).
 func (c *Change) ForgetPerson(ctx context.Context, person, org string) error {
