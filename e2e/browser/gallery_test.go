@@ -319,7 +319,7 @@ func TestGallery(t *testing.T) {
 	press("t")
 	b.until(step, "g t goes to the topology", `location.pathname.endsWith("/topology") && document.readyState === "complete"`)
 	press("?")
-	b.until(step, "? shows the shortcuts", `document.getElementById("shortcuts").open`)
+	b.until(step, "? shows the shortcuts", `document.getElementById("shortcuts").open && document.getElementById("shortcuts").checkVisibility()`)
 	for _, theme := range []string{"dark", "light", ""} {
 		eval[bool](b, `window.here = true`)
 		eval[any](b, `document.querySelector("form[action='/theme'] button").click()`)

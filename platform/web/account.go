@@ -277,6 +277,16 @@ type accountData struct {
 	Picture  *qr
 	Codes    []string // recovery codes, shown once
 	Token    string   // shown once
+	CLI      string   // the command that logs in
+}
+
+// commandLine is the command by which a person logs in to this platform, with the pin of its CA where it has its own.
+func (q *request) commandLine() string {
+	line := "sallyway login --url " + q.s.reg.URL
+	if q.s.reg.Pin != "" {
+		line += " --ca-pin " + q.s.reg.Pin
+	}
+	return line
 }
 
 func (q *request) account() error { return q.accountPage(http.StatusOK, accountData{}) }
@@ -287,7 +297,7 @@ func (q *request) accountPage(status int, d accountData) error {
 	if err != nil {
 		return err
 	}
-	d.Me = me.Person
+	d.Me, d.CLI = me.Person, q.commandLine()
 	if d.Sessions, err = svc.Sessions(q.ctx, q.who); err != nil {
 		return err
 	}

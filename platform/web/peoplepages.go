@@ -300,7 +300,8 @@ func (q *request) minePage(status int, f *form) error {
 		Devices []device
 		Form    *form
 		URL     string
-	}{devices, f, q.url("my")}})
+		CLI     string
+	}{devices, f, q.url("my"), q.commandLine()}})
 }
 
 // clients is the kind of what a person has.

@@ -579,6 +579,40 @@ func TestAccountPage(t *testing.T) {
 	}
 }
 
+// TestCommandLine: a person finds the line that logs them in, with the pin of the platform's own CA where there is one.
+func TestCommandLine(t *testing.T) {
+	s := newSite(t)
+	s.owner()
+	b := s.browser().logIn("ada")
+	for _, pin := range []string{"", strings.Repeat("5e", 32)} {
+		s.reg.Pin = pin
+		want := `<pre id="cli" tabindex="0">sallyway login --url https://platform.example</pre>`
+		if pin != "" {
+			want = strings.Replace(want, "</pre>", " --ca-pin "+pin+"</pre>", 1)
+		}
+		for _, path := range []string{"/account", "/orgs/default/my"} {
+			if a := b.get(path); !strings.Contains(a.body, want) || !strings.Contains(a.body, `data-copy="cli"`) || !strings.Contains(a.body, "--device") {
+				t.Errorf("%s with the pin %q has no line to log in: %d", path, pin, a.status)
+			}
+		}
+	}
+}
+
+// TestHiddenWithoutSheet: what only a script or a narrow screen shows is hidden by the page itself, so that a reader without the style sheet does
+// not come upon it.
+func TestHiddenWithoutSheet(t *testing.T) {
+	s := newSite(t)
+	s.owner()
+	body := s.browser().logIn("ada").get("/account").body
+	for _, part := range []string{`<dialog id="shortcuts"`, `<div class="close"`, `<a class="ghost menu"`, `<button type="button" class="ghost hide-s" data-shortcuts`} {
+		_, rest, found := strings.Cut(body, part)
+		tag, _, _ := strings.Cut(rest, ">")
+		if !found || !strings.HasSuffix(tag, " hidden") || strings.Contains(tag, " open") {
+			t.Errorf("%s is not hidden: %q", part, tag)
+		}
+	}
+}
+
 // TestAuthentication edits how a relay enrols: by token, or by the AWS identity of its host.
 func TestAuthentication(t *testing.T) {
 	s := newSite(t)
