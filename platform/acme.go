@@ -38,10 +38,11 @@ type ACME struct {
 // On says whether certificates are obtained.
 func (a *ACME) On() bool { return len(a.Domains) > 0 }
 
-// How often a certificate that could not be obtained is tried again: authorities count failures by the hour.
+// How often a certificate that could not be obtained is tried again: authorities count failures by the hour. What obtains them remembers a
+// failure for a minute, so the first pause is longer.
 const (
 	acmeTimeout   = 2 * time.Minute
-	acmeFirst     = time.Minute
+	acmeFirst     = 65 * time.Second
 	acmeLongest   = time.Hour
 	acmeCondition = "certificate"
 )
@@ -138,10 +139,7 @@ func (s *Server) obtainAll(ctx context.Context) error {
 	for _, d := range s.cfg.ACME.Domains {
 		got := make(chan error, 1)
 		go func() {
-			_, err := s.certs.obtainer.GetCertificate(&tls.ClientHelloInfo{
-				ServerName: d, SupportedVersions: []uint16{tls.VersionTLS13}, CipherSuites: []uint16{tls.TLS_AES_128_GCM_SHA256},
-				SignatureSchemes: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256}, SupportedCurves: []tls.CurveID{tls.CurveP256},
-			})
+			_, err := s.certs.obtainer.GetCertificate(modern(d))
 			got <- err
 		}()
 		select {
@@ -156,6 +154,16 @@ func (s *Server) obtainAll(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// modern is what a client of today asks for a name. Everybody is answered as such a one: an RSA certificate beside the one that all understand would be
+// obtained at the same time, and either's challenge fail by the other's.
+func modern(name string) *tls.ClientHelloInfo {
+	return &tls.ClientHelloInfo{
+		ServerName: name, SupportedVersions: []uint16{tls.VersionTLS13, tls.VersionTLS12},
+		CipherSuites:     []uint16{tls.TLS_AES_128_GCM_SHA256, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256},
+		SignatureSchemes: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256}, SupportedCurves: []tls.CurveID{tls.CurveP256},
+	}
 }
 
 // acmeMeta is where the database keeps account, certificates and open challenges.

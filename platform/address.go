@@ -1,6 +1,7 @@
 package platform
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -92,10 +93,11 @@ func (c *certificates) config() *tls.Config {
 	if c.obtainer != nil {
 		cfg.NextProtos = append(cfg.NextProtos, acme.ALPNProto)
 		cfg.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-			if hello.ServerName == "" { // a load balancer's probe, or an address instead of a name
-				hello.ServerName = c.domains[0]
+			if slices.Equal(hello.SupportedProtos, []string{acme.ALPNProto}) { // the authority looks
+				return c.obtainer.GetCertificate(hello)
 			}
-			return c.obtainer.GetCertificate(hello)
+			// Without a name comes a load balancer's probe, or who has an address instead.
+			return c.obtainer.GetCertificate(modern(cmp.Or(hello.ServerName, c.domains[0])))
 		}
 	}
 	return cfg

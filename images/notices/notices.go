@@ -6,6 +6,7 @@ package notices
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"debug/buildinfo"
 	"encoding/json"
 	"fmt"
@@ -40,24 +41,30 @@ func From(program, goRoot, modCache string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", program, err)
 	}
-	var b bytes.Buffer
-	if err := add(&b, "The Go distribution, "+info.GoVersion, goRoot); err != nil {
+	b := book{known: make(map[[sha256.Size]byte]string)}
+	if err := b.add("The Go distribution, "+info.GoVersion, goRoot); err != nil {
 		return nil, err
 	}
 	for _, m := range info.Deps {
 		if m.Replace != nil {
 			m = m.Replace
 		}
-		if err := add(&b, m.Path+" "+m.Version, Folder(modCache, m.Path, m.Version)); err != nil {
+		if err := b.add(m.Path+" "+m.Version, Folder(modCache, m.Path, m.Version)); err != nil {
 			return nil, err
 		}
 	}
-	return b.Bytes(), nil
+	return b.text.Bytes(), nil
+}
+
+// book is what was gathered. A text that stands in it already is named and not repeated: many modules have the same.
+type book struct {
+	text  bytes.Buffer
+	known map[[sha256.Size]byte]string // where a text stands, by its hash
 }
 
 // add appends what dir has.
-func add(b *bytes.Buffer, name, dir string) error {
-	n := b.Len()
+func (b *book) add(name, dir string) error {
+	n := b.text.Len()
 	for _, pattern := range patterns {
 		found, err := filepath.Glob(filepath.Join(dir, pattern))
 		if err != nil {
@@ -72,10 +79,17 @@ func add(b *bytes.Buffer, name, dir string) error {
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(b, "==== %s, %s\n\n%s\n\n", name, filepath.Base(path), bytes.TrimSpace(text))
+			text = bytes.TrimSpace(text)
+			what, sum := name+", "+filepath.Base(path), sha256.Sum256(text)
+			if at, again := b.known[sum]; again {
+				text = []byte("The same text as above: " + at)
+			} else {
+				b.known[sum] = what
+			}
+			fmt.Fprintf(&b.text, "==== %s\n\n%s\n\n", what, text)
 		}
 	}
-	if b.Len() == n {
+	if b.text.Len() == n {
 		return fmt.Errorf("no licence of %s in %s", name, dir)
 	}
 	return nil

@@ -2,6 +2,7 @@ package notices
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"debug/buildinfo"
 	"fmt"
 	"os"
@@ -39,8 +40,8 @@ func TestAddWantsALicence(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	var b bytes.Buffer
-	if err := add(&b, "m v1", dir); err == nil || !strings.Contains(err.Error(), "no licence of m v1") {
+	b := book{known: make(map[[sha256.Size]byte]string)}
+	if err := b.add("m v1", dir); err == nil || !strings.Contains(err.Error(), "no licence of m v1") {
 		t.Fatalf("a module without a licence: %v", err)
 	}
 	for name, text := range map[string]string{"LICENSE.md": "the licence", "LICENSES/MIT.txt": "another", "NOTICE": "a notice", "README": "no licence"} {
@@ -48,12 +49,19 @@ func TestAddWantsALicence(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := add(&b, "m v1", dir); err != nil {
+	if err := b.add("m v1", dir); err != nil {
 		t.Fatal(err)
 	}
 	want := "==== m v1, LICENSE.md\n\nthe licence\n\n==== m v1, NOTICE\n\na notice\n\n==== m v1, MIT.txt\n\nanother\n\n"
-	if b.String() != want {
-		t.Errorf("%q, want %q", b.String(), want)
+	if b.text.String() != want {
+		t.Errorf("%q, want %q", b.text.String(), want)
+	}
+	b.text.Reset()
+	if err := b.add("m v2", dir); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.text.String(); !strings.HasPrefix(got, "==== m v2, LICENSE.md\n\nThe same text as above: m v1, LICENSE.md\n\n") {
+		t.Errorf("a text that is known: %q", got)
 	}
 }
 

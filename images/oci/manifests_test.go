@@ -200,9 +200,10 @@ func TestKubernetes(t *testing.T) {
 							ReadOnly     bool  `yaml:"readOnlyRootFilesystem"`
 							Capabilities struct{ Drop []string }
 						} `yaml:"securityContext"`
-						Startup  probe `yaml:"startupProbe"`
-						Liveness probe `yaml:"livenessProbe"`
-						Mounts   []struct {
+						Startup   probe `yaml:"startupProbe"`
+						Readiness probe `yaml:"readinessProbe"`
+						Liveness  probe `yaml:"livenessProbe"`
+						Mounts    []struct {
 							Name string
 							Path string `yaml:"mountPath"`
 						} `yaml:"volumeMounts"`
@@ -251,8 +252,9 @@ func TestKubernetes(t *testing.T) {
 		t.Errorf("image %s", c.Image)
 	}
 	check := append([]string{p.Path()}, p.Health...)
-	if !slices.Equal(c.Startup.Exec.Command, check) || !slices.Equal(c.Liveness.Exec.Command, check) {
-		t.Errorf("probes %q and %q, want %q", c.Startup.Exec.Command, c.Liveness.Exec.Command, check)
+	// It is started anew when it does not live, and not while it merely waits for the platform or a relay.
+	if live := append(slices.Clone(check), "--live"); !slices.Equal(c.Startup.Exec.Command, check) || !slices.Equal(c.Readiness.Exec.Command, check) || !slices.Equal(c.Liveness.Exec.Command, live) {
+		t.Errorf("probes %q, %q and %q, want %q and for the last --live", c.Startup.Exec.Command, c.Readiness.Exec.Command, c.Liveness.Exec.Command, check)
 	}
 	env := map[string]string{}
 	for _, e := range c.Env {

@@ -44,6 +44,19 @@ func (p *platform) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	next(w, r)
 }
 
+// requests are those that came, and sent their bodies.
+func (p *platform) requests() []*http.Request {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.seen)
+}
+
+func (p *platform) sent() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.bodies)
+}
+
 func serve(t *testing.T, answers ...http.HandlerFunc) (*Client, *platform) {
 	t.Helper()
 	p := &platform{t: t, answers: answers}
@@ -90,17 +103,17 @@ func TestLostConnection(t *testing.T) {
 	if err != nil || got.Token != "t" {
 		t.Fatalf("%+v, %v", got, err)
 	}
-	first := p.seen[0].Header.Get("Idempotency-Key")
-	for i, r := range p.seen {
-		if key := r.Header.Get("Idempotency-Key"); key != first || len(key) < 20 || p.bodies[i] != p.bodies[0] {
-			t.Errorf("try %d: key %q, body %s", i, key, p.bodies[i])
+	first := p.requests()[0].Header.Get("Idempotency-Key")
+	for i, r := range p.requests() {
+		if key := r.Header.Get("Idempotency-Key"); key != first || len(key) < 20 || p.sent()[i] != p.sent()[0] {
+			t.Errorf("try %d: key %q, body %s", i, key, p.sent()[i])
 		}
 		if r.URL.Path != "/api/v1/orgs/default/gateways" || r.Header.Get("Authorization") != "Bearer secret" || r.Header.Get("X-Edit") != "yes" {
 			t.Errorf("%s %v", r.URL, r.Header)
 		}
 	}
 	c, p = serve(t, answer(201, made))
-	if _, err := c.CreateGateway(t.Context(), "default", control.CreateNode{}); err != nil || p.seen[0].Header.Get("Idempotency-Key") == first {
+	if _, err := c.CreateGateway(t.Context(), "default", control.CreateNode{}); err != nil || p.requests()[0].Header.Get("Idempotency-Key") == first {
 		t.Errorf("another request has the same key (%v)", err)
 	}
 	// A deletion whose answer was lost finds nothing at the second try: it was done. At the first try nothing is nothing.
@@ -115,13 +128,13 @@ func TestLostConnection(t *testing.T) {
 	// A login has nobody whom a key could belong to: its code is shown once.
 	c, p = serve(t, lose)
 	var lost *link.Error
-	if _, err := c.TakeLoginToken(t.Context(), control.TakeToken{}); !errors.As(err, &lost) || lost.Kind != link.Broken || p.seen[0].Header.Get("Idempotency-Key") != "" {
-		t.Errorf("%v, %v", err, p.seen[0].Header)
+	if _, err := c.TakeLoginToken(t.Context(), control.TakeToken{}); !errors.As(err, &lost) || lost.Kind != link.Broken || p.requests()[0].Header.Get("Idempotency-Key") != "" {
+		t.Errorf("%v, %v", err, p.requests()[0].Header)
 	}
 	// Somewhere it ends.
 	c, p = serve(t, lose, lose, lose, lose)
-	if _, err := c.Me(t.Context()); !errors.As(err, &lost) || len(p.seen) != tries {
-		t.Errorf("%v after %d tries", err, len(p.seen))
+	if _, err := c.Me(t.Context()); !errors.As(err, &lost) || len(p.requests()) != tries {
+		t.Errorf("%v after %d tries", err, len(p.requests()))
 	}
 }
 
@@ -137,8 +150,8 @@ func TestTooManyRequests(t *testing.T) {
 	for _, after := range []string{"60", "", "-1"} {
 		c, p := serve(t, busy(after))
 		var refused *link.Problem
-		if _, err := c.Me(t.Context()); !errors.As(err, &refused) || refused.Code != control.CodeRateLimited || len(p.seen) != 1 {
-			t.Errorf("Retry-After %q: %v after %d tries", after, err, len(p.seen))
+		if _, err := c.Me(t.Context()); !errors.As(err, &refused) || refused.Code != control.CodeRateLimited || len(p.requests()) != 1 {
+			t.Errorf("Retry-After %q: %v after %d tries", after, err, len(p.requests()))
 		}
 	}
 	// A caller that gives up is not kept.
@@ -168,12 +181,12 @@ func TestPages(t *testing.T) {
 	if err != nil || !slices.Equal(names, []string{"a", "b", "c"}) {
 		t.Errorf("%v, %v", names, err)
 	}
-	if p.seen[0].URL.EscapedPath() != "/api/v1/orgs/a%2Fb/relays" || p.seen[0].URL.RawQuery != "limit=200" || p.seen[1].URL.RawQuery != "cursor=one&limit=200" {
-		t.Errorf("%s, %s", p.seen[0].URL, p.seen[1].URL)
+	if p.requests()[0].URL.EscapedPath() != "/api/v1/orgs/a%2Fb/relays" || p.requests()[0].URL.RawQuery != "limit=200" || p.requests()[1].URL.RawQuery != "cursor=one&limit=200" {
+		t.Errorf("%s, %s", p.requests()[0].URL, p.requests()[1].URL)
 	}
 	c, p = serve(t, list("one", "a"), answer(500, control.Problem{}))
-	if _, err := Collect(c.AllRelays(t.Context(), "..")); err == nil || p.seen[0].URL.EscapedPath() != "/api/v1/orgs/%2E%2E/relays" {
-		t.Errorf("%v at %s", err, p.seen[0].URL)
+	if _, err := Collect(c.AllRelays(t.Context(), "..")); err == nil || p.requests()[0].URL.EscapedPath() != "/api/v1/orgs/%2E%2E/relays" {
+		t.Errorf("%v at %s", err, p.requests()[0].URL)
 	}
 	c, _ = serve(t, list("one", "a", "b"))
 	for n, err := range c.AllRelays(t.Context(), "default") {
@@ -196,7 +209,7 @@ func TestEntityTags(t *testing.T) {
 	if !errors.As(err, &refused) || refused.Code != "precondition_failed" || !strings.Contains(err.Error(), "it was changed") {
 		t.Error(err)
 	}
-	if h := p.seen[1].Header; h.Get("If-Match") != etag || h.Get("Idempotency-Key") != "mine" {
+	if h := p.requests()[1].Header; h.Get("If-Match") != etag || h.Get("Idempotency-Key") != "mine" {
 		t.Errorf("%v", h)
 	}
 }

@@ -107,7 +107,7 @@ func TestACME(t *testing.T) {
 		var cert *x509.Certificate
 		for deadline := time.Now().Add(time.Minute); cert == nil; time.Sleep(50 * time.Millisecond) {
 			if cert, err = shown("platform.example"); err != nil && time.Now().After(deadline) {
-				t.Fatal(err)
+				t.Fatal(err, srv.Conditions())
 			}
 		}
 		if got := cert.SerialNumber.String(); round == 0 {
