@@ -64,7 +64,8 @@ func (l *lab) authorities(state control.AuthorityState) map[string]control.Autho
 
 func (l *lab) advanceAuthorities() {
 	l.t.Helper()
-	must(l.t, l.srv.Registry().AdvanceAuthorities(l.t.Context()))
+	_, err := l.srv.Registry().AdvanceAuthorities(l.t.Context())
+	must(l.t, err)
 }
 
 func roots(t *testing.T, c *control.Config) int {
@@ -360,7 +361,7 @@ func TestRotationAtOnce(t *testing.T) {
 	}
 	for range many {
 		wg.Go(func() {
-			if err := reg.AdvanceAuthorities(t.Context()); err != nil {
+			if _, err := reg.AdvanceAuthorities(t.Context()); err != nil {
 				t.Error(err)
 			}
 		})

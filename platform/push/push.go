@@ -81,6 +81,7 @@ type Hub struct {
 	started time.Time
 	kick    chan struct{} // capacity 1: something changed that may move relays
 	moves   atomic.Bool   // another platform may have announced a relay's new address
+	news    atomic.Bool   // something changed, for all that is known a rotation of CAs began
 
 	mu      sync.Mutex
 	orgs    map[string]*org    // guarded by mu
@@ -173,6 +174,7 @@ func (h *Hub) invalidateLocked(name string, version uint64) {
 	o.version = max(o.version, version)
 	o.generation++
 	o.view = nil
+	h.news.Store(true)
 	close(o.changed)
 	o.changed = make(chan struct{})
 }
@@ -434,7 +436,8 @@ func (h *Hub) Run(ctx context.Context) error {
 	kick, rest := h.kick, time.NewTimer(0)
 	defer rest.Stop()
 	led := false
-	var rotateFrom time.Time // when rotations of CAs are looked at again
+	rotating := true         // a rotation of CAs is under way, or may be
+	var rotateFrom time.Time // when rotations are looked at again
 	// leads says whether the work below is this platform's, and begins it when that has just become so.
 	leads := func() bool {
 		now := h.cfg.Peers.Leads()
@@ -482,9 +485,11 @@ func (h *Hub) Run(ctx context.Context) error {
 			if h.moves.Swap(false) || h.reg.MoveDue(now) {
 				h.moveRelays(ctx)
 			}
-			// A rotation asks for all nodes of its organization: with very many of them less often.
-			if began := time.Now(); began.After(rotateFrom) {
-				h.note(ctx, "rotate CAs", h.reg.AdvanceAuthorities(ctx))
+			// A rotation begins with a change. It asks for all nodes of its organization: with very many of them less often.
+			if began := time.Now(); began.After(rotateFrom) && (h.news.Swap(false) || rotating) {
+				var err error
+				rotating, err = h.reg.AdvanceAuthorities(ctx)
+				h.note(ctx, "rotate CAs", err)
 				rotateFrom = time.Now().Add(rotateRest * time.Since(began))
 			}
 		case <-flush.C:
@@ -494,6 +499,7 @@ func (h *Hub) Run(ctx context.Context) error {
 				continue
 			}
 			h.note(ctx, "housekeeping", h.reg.Housekeeping(ctx))
+			rotating = true
 			h.warnExpiring(ctx)
 			h.rotate(ctx)
 			h.moveRelays(ctx)

@@ -48,8 +48,9 @@ func (c *change) retire(ctx context.Context, o *rotating, a *store.Authority, ea
 	return c.bump(ctx, o.org)
 }
 
-// AdvanceAuthorities takes the steps of rotations that are due. One replica calls it; that several do harms nobody.
-func (r *Registry) AdvanceAuthorities(ctx context.Context) error {
+// AdvanceAuthorities takes the steps of rotations that are due, and says whether any rotation is under way. One replica calls it; that several do harms
+// nobody.
+func (r *Registry) AdvanceAuthorities(ctx context.Context) (underWay bool, err error) {
 	var orgs []string
 	if err := r.Store.View(ctx, func(tx store.Tx) error {
 		orgs = nil
@@ -57,6 +58,7 @@ func (r *Registry) AdvanceAuthorities(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		underWay = len(moving) > 0
 		for _, a := range moving {
 			if slices.Contains(orgs, a.Org) {
 				continue
@@ -76,7 +78,7 @@ func (r *Registry) AdvanceAuthorities(ctx context.Context) error {
 		}
 		return nil
 	}); err != nil {
-		return err
+		return true, err
 	}
 	var errs []error
 	for _, org := range orgs {
@@ -101,7 +103,7 @@ func (r *Registry) AdvanceAuthorities(ctx context.Context) error {
 			return nil
 		}))
 	}
-	return errors.Join(errs...)
+	return underWay, errors.Join(errs...)
 }
 
 // due are the CAs whose next step is due: intermediates before their root.
