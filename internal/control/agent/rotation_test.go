@@ -93,7 +93,7 @@ func TestSleptThroughRotations(t *testing.T) {
 		}
 		for range 4 {
 			c.advance(control.LeafLife + time.Hour)
-			if err := reg.AdvanceAuthorities(t.Context()); err != nil {
+			if _, err := reg.AdvanceAuthorities(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}
