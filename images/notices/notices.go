@@ -18,8 +18,8 @@ import (
 	"unicode"
 )
 
-// patterns are how modules name what has to go with them.
-var patterns = []string{"LICEN[CS]E*", "COPYING*", "NOTICE*", "PATENTS", "LICENSES/*"}
+// patterns are how modules name what has to go with them, in letters of either case.
+var patterns = []string{"[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Cc][Oo][Pp][Yy][Ii][Nn][Gg]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "PATENTS", "LICENSES/*"}
 
 // Of returns the licences of the Go distribution and of every module in a program, which the module cache of goCommand has, since the program
 // was built by it. A module without a licence is an error.
