@@ -106,7 +106,7 @@ var heavy = map[string][]string{
 	"modernc.org/sqlite":                  {"internal/database"},
 	"github.com/pressly/goose":            {"internal/database"},
 	"github.com/jackc/pgx":                {"internal/database"},
-	"github.com/redis/go-redis":           {"platform/replica"},
+	"github.com/gomodule/redigo":          {"platform/replica"},
 	"rsc.io/qr":                           {"platform/web"},
 	"github.com/danielgtaylor/huma":       {"platform/api"},
 	"golang.org/x/crypto/ssh":             {"relay/reverse", "relay/fallback", "platform/pki"},

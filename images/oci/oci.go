@@ -35,9 +35,8 @@ const (
 	StateRoot = "/var/lib/sallyway"
 	// DefaultRepository begins the images' names. It is no registry, so an image that was not loaded is not fetched from a stranger's.
 	DefaultRepository = "localhost/sallyway"
-	// MaxSize is the most bytes that an image may have, compressed, with its configuration. The platform's is the largest: it holds the drivers of
-	// two databases and of Redis, and the session by which it tests resources.
-	MaxSize = 16_000_000
+	// MaxSize is the most bytes that an image may have, compressed, with its configuration.
+	MaxSize = 15_000_000
 )
 
 // Timing of the health check. The check asks the daemon over its control socket and costs a few milliseconds.

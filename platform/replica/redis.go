@@ -4,65 +4,129 @@ package replica
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"sync"
+	"net"
+	"net/url"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
-	"github.com/redis/go-redis/v9"
-	"github.com/redis/go-redis/v9/maintnotifications"
+	"github.com/gomodule/redigo/redis"
 )
 
 // Limits of what goes through Redis.
 const (
 	redisAgain = 500 * time.Millisecond // between tries to reach it
-	quiet      = 5 * time.Second        // without a message the connection is asked whether it lives
+	quiet      = 5 * time.Second        // the connection that hears is asked whether it lives; one that says nothing for twice that does not
+	idleTrust  = time.Second            // a connection that lay unused for longer is asked before it is used
+	idleMost   = 4                      // unused connections that are kept
 	messageMax = 1000                   // events in one message
 	sealLabel  = "replica"              // under which messages are sealed
 )
 
 // redisLink is the connection to Redis.
 type redisLink struct {
-	client *redis.Client
+	client *redis.Pool
 	prefix string        // of keys and channels; set before use
 	up     atomic.Bool   // the channel is heard
 	turned chan struct{} // up has changed; capacity 1
 }
 
-// silence drops what go-redis would write to standard error: this package says when Redis comes and goes.
-type silence struct{}
-
-// Printf implements the logger of go-redis.
-func (silence) Printf(context.Context, string, ...any) {}
-
-var silenced sync.Once
-
-// CheckURL says what is wrong with the URL of a Redis, without its password.
-func CheckURL(url string) error {
-	_, err := redis.ParseURL(url)
-	if err != nil {
-		return errors.New("a Redis URL is of the form redis://HOST:6379/0, rediss:// with TLS, or unix:///PATH")
-	}
-	return nil
+// place is where a Redis is and who asks it.
+type place struct {
+	network, address string
+	options          []redis.DialOption
 }
 
-func openRedis(url string) (*redisLink, error) {
-	silenced.Do(func() { redis.SetLogger(silence{}) })
-	if err := CheckURL(url); err != nil {
+// CheckURL says what is wrong with the URL of a Redis, without its password.
+func CheckURL(text string) error {
+	_, err := parseURL(text)
+	return err
+}
+
+// parseURL reads redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], the same with rediss for TLS, and unix://[[USER]:PASSWORD@]/PATH[?db=DATABASE].
+func parseURL(text string) (*place, error) {
+	bad := errors.New("a Redis URL is of the form redis://HOST:6379/0, rediss:// with TLS, or unix:///PATH")
+	u, err := url.Parse(text)
+	if err != nil || u.Opaque != "" || u.Fragment != "" {
+		return nil, bad
+	}
+	query, err := url.ParseQuery(u.RawQuery)
+	if err != nil {
+		return nil, bad
+	}
+	p := &place{network: "tcp"}
+	database := query.Get("db")
+	query.Del("db")
+	switch u.Scheme {
+	case "redis", "rediss":
+		if u.Hostname() == "" {
+			return nil, bad
+		}
+		port := u.Port()
+		if port == "" {
+			port = "6379"
+		}
+		p.address = net.JoinHostPort(u.Hostname(), port)
+		if in := strings.Trim(u.Path, "/"); in != "" {
+			database = in
+		}
+		if u.Scheme == "rediss" {
+			p.options = append(p.options, redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12, ServerName: u.Hostname()}))
+		}
+	case "unix":
+		if p.network, p.address = "unix", u.Path; u.Host != "" || u.Path == "" {
+			return nil, bad
+		}
+	default:
+		return nil, bad
+	}
+	n, err := strconv.Atoi("0" + database)
+	if err != nil || len(query) > 0 {
+		return nil, bad
+	}
+	password, has := u.User.Password()
+	if !has {
+		password = u.User.Username() // as redis-cli takes it
+	} else {
+		p.options = append(p.options, redis.DialUsername(u.User.Username()))
+	}
+	p.options = append(p.options, redis.DialDatabase(n), redis.DialPassword(password), redis.DialClientName("platformd"), redis.DialConnectTimeout(redisTimeout),
+		redis.DialTLSHandshakeTimeout(redisTimeout), redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout))
+	return p, nil
+}
+
+func openRedis(text string) (*redisLink, error) {
+	p, err := parseURL(text)
+	if err != nil {
 		return nil, err
 	}
-	o, err := redis.ParseURL(url)
+	return &redisLink{turned: make(chan struct{}, 1), client: &redis.Pool{
+		MaxIdle: idleMost,
+		DialContext: func(ctx context.Context) (redis.Conn, error) {
+			return redis.DialContext(ctx, p.network, p.address, p.options...)
+		},
+		TestOnBorrowContext: func(ctx context.Context, c redis.Conn, last time.Time) error {
+			if time.Since(last) < idleTrust {
+				return nil
+			}
+			_, err := redis.DoContext(c, ctx, "PING")
+			return err
+		},
+	}}, nil
+}
+
+// with does something on a connection of the pool. Who calls tries again, or goes on without.
+func (l *redisLink) with(ctx context.Context, do func(redis.Conn) error) error {
+	c, err := l.client.GetContext(ctx)
 	if err != nil {
-		return nil, CheckURL(url)
+		return err
 	}
-	o.ClientName = "platformd"
-	o.DialTimeout, o.ReadTimeout, o.WriteTimeout = redisTimeout, redisTimeout, redisTimeout
-	o.MaxRetries = -1 // who calls tries again, or goes on without
-	o.DisableIdentity = true
-	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
-	return &redisLink{client: redis.NewClient(o), turned: make(chan struct{}, 1)}, nil
+	return errors.Join(do(c), c.Close()) // closing gives it back, or ends one that failed
 }
 
 func (l *redisLink) set(up bool) (was bool) {
@@ -77,20 +141,27 @@ func (l *redisLink) set(up bool) (was bool) {
 }
 
 // takeLease keeps a lease that is the caller's, or takes one that nobody has.
-var takeLease = redis.NewScript(`
+var takeLease = redis.NewScript(1, `
 if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end
 if redis.call('set', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
 return 0`)
 
 // dropLease gives back a lease that is the caller's.
-var dropLease = redis.NewScript(`if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0`)
+var dropLease = redis.NewScript(1, `if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0`)
 
-func (l *redisLink) lease(ctx context.Context, name, holder string, life time.Duration) (bool, error) {
-	return takeLease.Run(ctx, l.client, []string{l.prefix + "lease:" + name}, holder, life.Milliseconds()).Bool()
+func (l *redisLink) lease(ctx context.Context, name, holder string, life time.Duration) (mine bool, err error) {
+	err = l.with(ctx, func(c redis.Conn) error {
+		mine, err = redis.Bool(takeLease.DoContext(ctx, c, l.prefix+"lease:"+name, holder, life.Milliseconds()))
+		return err
+	})
+	return mine, err
 }
 
 func (l *redisLink) drop(ctx context.Context, name, holder string) error {
-	return dropLease.Run(ctx, l.client, []string{l.prefix + "lease:" + name}, holder).Err()
+	return l.with(ctx, func(c redis.Conn) error {
+		_, err := dropLease.DoContext(ctx, c, l.prefix+"lease:"+name, holder)
+		return err
+	})
 }
 
 // receive hears the others, until ctx ends. It notices when Redis goes and comes.
@@ -115,12 +186,19 @@ func (g *Group) receive(ctx context.Context) error {
 
 // hearAll subscribes and hears until something fails.
 func (g *Group) hearAll(ctx context.Context) error {
-	// The subscription comes first, and then what others left: nothing falls between.
-	sub := g.redis.client.Subscribe(ctx, g.redis.prefix+"events")
+	c, err := g.redis.client.DialContext(ctx) // its own: what hears can do nothing else
+	if err != nil {
+		return err
+	}
+	sub := redis.PubSubConn{Conn: c}
 	defer sub.Close()
 	// Reading does not heed ctx: closing ends it.
 	defer context.AfterFunc(ctx, func() { _ = sub.Close() })()
-	if _, err := sub.ReceiveTimeout(ctx, redisTimeout); err != nil {
+	// The subscription comes first, and then what others left: nothing falls between.
+	if err := sub.Subscribe(g.redis.prefix + "events"); err != nil {
+		return err
+	}
+	if err, bad := sub.ReceiveWithTimeout(redisTimeout).(error); bad {
 		return err
 	}
 	if err := g.readBeats(ctx); err != nil {
@@ -128,23 +206,16 @@ func (g *Group) hearAll(ctx context.Context) error {
 	}
 	g.redis.set(true)
 	g.cfg.Log.Info("replicas talk through Redis", "replica", g.id)
-	asked := false
+	ask := time.AfterFunc(quiet, func() { _ = sub.Ping("") }) // what fails here fails below
+	defer ask.Stop()
 	for ctx.Err() == nil {
-		m, err := sub.ReceiveTimeout(ctx, quiet)
-		var slow interface{ Timeout() bool }
-		switch {
-		case errors.As(err, &slow) && slow.Timeout() && !asked:
-			asked = true
-			if err := sub.Ping(ctx); err != nil {
-				return err
-			}
-			continue
-		case err != nil:
-			return err
-		}
-		asked = false
-		if m, ok := m.(*redis.Message); ok {
-			g.open(m.Payload)
+		switch m := sub.ReceiveWithTimeout(2 * quiet).(type) {
+		case error:
+			return m
+		case redis.Message:
+			g.open(string(m.Data))
+		case redis.Pong:
+			ask.Reset(quiet)
 		}
 	}
 	return ctx.Err()
@@ -170,11 +241,14 @@ func (g *Group) open(sealed string) {
 func (g *Group) readBeats(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*redisTimeout)
 	defer cancel()
-	all, err := g.redis.client.HGetAll(ctx, g.redis.prefix+"beats").Result()
-	if err != nil {
+	var all map[string]string
+	if err := g.redis.with(ctx, func(c redis.Conn) (err error) {
+		all, err = redis.StringMap(redis.DoContext(c, ctx, "HGETALL", g.redis.prefix+"beats"))
+		return err
+	}); err != nil {
 		return err
 	}
-	var old []string
+	old := []any{g.redis.prefix + "beats"}
 	for node, sealed := range all {
 		var e event
 		b, err := g.cfg.Seal.Open(sealLabel+" "+node, []byte(sealed))
@@ -187,10 +261,13 @@ func (g *Group) readBeats(ctx context.Context) error {
 		}
 		g.hear(e)
 	}
-	if len(old) > 0 {
-		return g.redis.client.HDel(ctx, g.redis.prefix+"beats", old...).Err()
+	if len(old) == 1 {
+		return nil
 	}
-	return nil
+	return g.redis.with(ctx, func(c redis.Conn) error {
+		_, err := redis.DoContext(c, ctx, "HDEL", old...)
+		return err
+	})
 }
 
 // send tells the others what waits, until ctx ends. What can not be sent is dropped: the database tells it.
@@ -221,21 +298,21 @@ func (g *Group) publish(ctx context.Context, events, beats []event) error {
 	if err != nil {
 		return fmt.Errorf("encode events: %w", err)
 	}
-	_, err = g.redis.client.Pipelined(ctx, func(p redis.Pipeliner) error {
-		var left []any
-		for _, e := range beats {
-			b, err := json.Marshal(e)
-			if err != nil {
+	left := []any{g.redis.prefix + "beats"}
+	for _, e := range beats {
+		b, err := json.Marshal(e)
+		if err != nil {
+			return fmt.Errorf("encode a heartbeat: %w", err)
+		}
+		left = append(left, e.Name, g.cfg.Seal.Seal(sealLabel+" "+e.Name, b))
+	}
+	return g.redis.with(ctx, func(c redis.Conn) error {
+		if len(beats) > 0 { // they go with what follows
+			if err := errors.Join(c.Send("HSET", left...), c.Send("EXPIRE", left[0], int(purgeAfter.Seconds()))); err != nil {
 				return err
 			}
-			left = append(left, e.Name, g.cfg.Seal.Seal(sealLabel+" "+e.Name, b))
 		}
-		if len(left) > 0 {
-			p.HSet(ctx, g.redis.prefix+"beats", left...)
-			p.Expire(ctx, g.redis.prefix+"beats", purgeAfter)
-		}
-		p.Publish(ctx, g.redis.prefix+"events", g.cfg.Seal.Seal(sealLabel, b))
-		return nil
+		_, err := redis.DoContext(c, ctx, "PUBLISH", g.redis.prefix+"events", g.cfg.Seal.Seal(sealLabel, b))
+		return err
 	})
-	return err
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyway/internal/backing"
@@ -106,17 +107,14 @@ func TestForeignMessages(t *testing.T) {
 	a, _ := join(t, st, rd.URL(), sealer(t, 1))
 	_, heard := join(t, st, rd.URL(), sealer(t, 1))
 	channel, beats := a.redis.prefix+"events", a.redis.prefix+"beats"
-	sub := a.redis.client.Subscribe(t.Context(), channel)
-	defer sub.Close()
-	if _, err := sub.Receive(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	c := a.redis.client.Get()
+	defer c.Close()
 	plain, err := json.Marshal(message{From: "somebody", Events: []event{{Kind: dropped, Name: "victim"}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, m := range [][]byte{plain, sealer(t, 2).Seal(sealLabel, plain), sealer(t, 1).Seal("another label", plain), nil, []byte("junk")} {
-		if err := a.redis.client.Publish(t.Context(), channel, m).Err(); err != nil {
+		if _, err := c.Do("PUBLISH", channel, m); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -125,7 +123,7 @@ func TestForeignMessages(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := a.redis.client.HSet(t.Context(), beats, "n-2", sealer(t, 1).Seal(sealLabel+" n-1", moved)).Err(); err != nil {
+	if _, err := c.Do("HSET", beats, "n-2", sealer(t, 1).Seal(sealLabel+" n-1", moved)); err != nil {
 		t.Fatal(err)
 	}
 	a.Beat("n-3", presence.Beat{At: time.Now(), Heartbeat: control.Heartbeat{State: "secretly"}})
@@ -139,7 +137,7 @@ func TestForeignMessages(t *testing.T) {
 	if late.has("beat n-1 forged") || late.has("beat n-2 forged") {
 		t.Error("a heartbeat in the place of another was believed")
 	}
-	all, err := a.redis.client.HGetAll(t.Context(), beats).Result()
+	all, err := redis.StringMap(c.Do("HGETALL", beats))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -169,4 +167,37 @@ func TestOneLeads(t *testing.T) {
 	rd.Stop(t)
 	until(t, "Redis is away", func() bool { return !gs[0].Connected() && !gs[1].Connected() && !gs[2].Connected() })
 	until(t, "one leads without Redis", func() bool { return leaders() == 1 })
+}
+
+func TestURL(t *testing.T) {
+	for text, want := range map[string]string{
+		"redis://db.example":                  "tcp db.example:6379",
+		"redis://db.example:7000/3":           "tcp db.example:7000",
+		"rediss://ada:sesame@[2001:db8::1]/0": "tcp [2001:db8::1]:6379",
+		"redis://:sesame@db.example?db=2":     "tcp db.example:6379",
+		"unix:///run/redis.sock?db=1":         "unix /run/redis.sock",
+		"unix://:sesame@/run/redis.sock":      "unix /run/redis.sock",
+		"memcached://db.example":              "",
+		"redis://":                            "",
+		"redis://:sesame@db.example:port":     "",
+		"redis://db.example/sesame":           "",
+		"redis://db.example/-1":               "",
+		"redis://db.example?skip_verify=true": "",
+		"redis:db.example":                    "",
+		"unix://db.example/run/redis.sock":    "",
+		"unix://":                             "",
+		"redis://db.example/1#sesame":         "",
+		"":                                    "",
+	} {
+		p, err := parseURL(text)
+		got := ""
+		if err == nil {
+			got = p.network + " " + p.address
+		} else if strings.Contains(err.Error(), "sesame") || !strings.Contains(err.Error(), "rediss://") {
+			t.Errorf("%s: %v", text, err)
+		}
+		if got != want {
+			t.Errorf("%s: %q, want %q", text, got, want)
+		}
+	}
 }
