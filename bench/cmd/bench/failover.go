@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,7 +11,6 @@ import (
 
 	"sallyway/bench"
 	"sallyway/internal/daemon"
-	"sallyway/internal/lab"
 )
 
 // failoverOptions are the flags of bench failover.
@@ -74,12 +74,9 @@ func (o *failoverOptions) run(cmd *cobra.Command) error {
 		return err
 	}
 	o.cfg.Bin = filepath.Dir(exe)
-	if o.out == "" {
-		root, err := lab.SourceRoot()
-		if err != nil {
-			return daemon.Usagef("%w\nname a folder for the results with --out", err)
-		}
-		o.out = filepath.Join(root, "bench", "results")
+	o.out, err = resultsFolder(o.out)
+	if err != nil {
+		return err
 	}
 	// What was found before something failed is kept.
 	res, failed := bench.RunFailover(cmd.Context(), o.cfg, cmd.ErrOrStderr())
@@ -89,13 +86,5 @@ func (o *failoverOptions) run(cmd *cobra.Command) error {
 	if len(res.Tries) == 0 {
 		return failed
 	}
-	paths, err := res.Write(o.out)
-	if err != nil {
-		return err
-	}
-	fmt.Fprint(cmd.OutOrStdout(), res.Markdown())
-	for _, p := range paths {
-		fmt.Fprintln(cmd.ErrOrStderr(), "wrote", p)
-	}
-	return failed
+	return errors.Join(failed, keep(cmd, res, o.out))
 }

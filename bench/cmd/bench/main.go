@@ -12,7 +12,6 @@ import (
 
 	"sallyway/bench"
 	"sallyway/internal/daemon"
-	"sallyway/internal/lab"
 )
 
 func main() { os.Exit(daemon.Main(new(options).command())) }
@@ -97,12 +96,9 @@ func (o *options) run(cmd *cobra.Command) error {
 		}
 		return nil
 	}
-	if o.out == "" {
-		root, err := lab.SourceRoot()
-		if err != nil {
-			return daemon.Usagef("%w\nname a folder for the results with --out", err)
-		}
-		o.out = filepath.Join(root, "bench", "results")
+	o.out, err = resultsFolder(o.out)
+	if err != nil {
+		return err
 	}
 	// What was found before something failed is kept.
 	res, failed := o.measure(cmd, cfg)

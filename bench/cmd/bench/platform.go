@@ -1,7 +1,7 @@
 package main
 
 import (
-	"fmt"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,7 +10,6 @@ import (
 
 	"sallyway/bench"
 	"sallyway/internal/daemon"
-	"sallyway/internal/lab"
 )
 
 // platformCommand measures the control plane under many nodes.
@@ -29,27 +28,16 @@ Both share the cores of this machine, and the result tells the CPU seconds of ea
 				return err
 			}
 			cfg.Bin = filepath.Dir(exe)
-			if out == "" {
-				root, err := lab.SourceRoot()
-				if err != nil {
-					return daemon.Usagef("%w\nname a folder for the results with --out", err)
-				}
-				out = filepath.Join(root, "bench", "results")
+			out, err = resultsFolder(out)
+			if err != nil {
+				return err
 			}
 			// What was found before something failed is kept.
 			res, failed := bench.RunPlatform(cmd.Context(), cfg, cmd.ErrOrStderr())
 			if res == nil {
 				return daemon.Usagef("%w", failed)
 			}
-			paths, err := res.Write(out)
-			if err != nil {
-				return err
-			}
-			fmt.Fprint(cmd.OutOrStdout(), res.Markdown())
-			for _, p := range paths {
-				fmt.Fprintln(cmd.ErrOrStderr(), "wrote", p)
-			}
-			return failed
+			return errors.Join(failed, keep(cmd, res, out))
 		},
 	}
 	f := cmd.Flags()

@@ -1,7 +1,7 @@
 package main
 
 import (
-	"fmt"
+	"errors"
 	"os"
 	"path/filepath"
 	"time"
@@ -9,8 +9,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyway/bench"
-	"sallyway/internal/daemon"
-	"sallyway/internal/lab"
 )
 
 // soakCommand loads a session for long and counts what it should not do.
@@ -26,26 +24,15 @@ func soakCommand() *cobra.Command {
 				return err
 			}
 			cfg.Bin = filepath.Dir(exe)
-			if out == "" {
-				root, err := lab.SourceRoot()
-				if err != nil {
-					return daemon.Usagef("%w\nname a folder for the results with --out", err)
-				}
-				out = filepath.Join(root, "bench", "results")
+			out, err = resultsFolder(out)
+			if err != nil {
+				return err
 			}
 			res, failed := bench.RunSoak(cmd.Context(), cfg, cmd.ErrOrStderr())
 			if res == nil {
 				return failed
 			}
-			paths, err := res.Write(out)
-			if err != nil {
-				return err
-			}
-			fmt.Fprint(cmd.OutOrStdout(), res.Markdown())
-			for _, p := range paths {
-				fmt.Fprintln(cmd.ErrOrStderr(), "wrote", p)
-			}
-			return failed
+			return errors.Join(failed, keep(cmd, res, out))
 		},
 	}
 	cmd.Flags().DurationVar(&cfg.For, "for", cfg.For, "how long")
