@@ -1,11 +1,15 @@
 package platform
 
 import (
+	"context"
 	"crypto/x509"
+	"io"
 	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -447,4 +451,47 @@ func TestOneStreamForEachNode(t *testing.T) {
 	if resp.StatusCode != http.StatusUnauthorized {
 		t.Errorf("without a token: %d", resp.StatusCode)
 	}
+}
+
+// TestStreamsOfOneNode opens many at once: the newest stays, and those that never began are told why, not that the platform failed.
+func TestStreamsOfOneNode(t *testing.T) {
+	t.Parallel()
+	l := start(t)
+	n := l.create(identity.Client, "laptop").join()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	const streams = 60
+	var replaced, over atomic.Int32
+	for range streams {
+		wg.Go(func() {
+			defer over.Add(1)
+			req, err := http.NewRequestWithContext(ctx, "GET", l.at()+"/api/v1/node/control", nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			req.Header.Set("Authorization", "Bearer "+n.bearer)
+			resp, err := l.http.Do(req)
+			if err != nil {
+				return // the test is over
+			}
+			defer resp.Body.Close()
+			b, _ := io.ReadAll(resp.Body) // until it is replaced, or the test is over
+			switch resp.StatusCode {
+			case http.StatusOK:
+			case http.StatusConflict:
+				replaced.Add(1)
+				if !strings.Contains(string(b), "newer stream") || !strings.Contains(string(b), "remedy") {
+					t.Errorf("%s", b)
+				}
+			default:
+				t.Errorf("%d %s", resp.StatusCode, b)
+			}
+		})
+	}
+	eventually(t, "one stream is left", func() bool { return over.Load() == streams-1 })
+	n.stream().wait("its configuration", always)
+	cancel()
+	wg.Wait()
+	t.Logf("%d were replaced before they began", replaced.Load())
 }

@@ -51,7 +51,7 @@ var Codes = []Code{
 	{people.CodeUnverified, []int{403}, "page", "the provider does not say that the e-mail address is verified"},
 	{people.CodeProvider, []int{403, 502}, "api page", "the provider of single sign-on can not be reached, or said no"},
 	{control.CodeNotFound, []int{404}, "api node", "there is no such object, or the caller does not see its organization"},
-	{control.CodeConflict, []int{409}, "api", "the name is taken, or something still uses the object"},
+	{control.CodeConflict, []int{409}, "api node", "the name is taken, or something still uses the object; for a node: it has opened a newer control stream"},
 	{people.CodeNotFirst, []int{409}, "page", "the platform has its first owner already"},
 	{people.CodeNoPassword, []int{409}, "page", "the account has no password"},
 	{CodeInProgress, []int{409}, "api", "the first request with this Idempotency-Key is being carried out: try again"},

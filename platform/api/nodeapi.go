@@ -263,6 +263,13 @@ func (s *server) control(w http.ResponseWriter, r *http.Request) {
 		}
 		return rc.Flush()
 	})
+	if !sent && errors.Is(err, push.ErrReplaced) {
+		write(w, &control.Problem{
+			Status: http.StatusConflict, Code: control.CodeConflict, Detail: "this stream was " + push.ErrReplaced.Error() + " before it began",
+			Remedy: "nothing, where the node has just started again; otherwise two hosts run with the same key: enrol each with a token of its own",
+		})
+		return
+	}
 	if !sent && !errors.Is(err, context.Canceled) {
 		if errors.Is(err, push.ErrDropped) {
 			if _, err = s.who(r); err == nil {
