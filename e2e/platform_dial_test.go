@@ -34,6 +34,9 @@ func TestPlatformReachesAResource(t *testing.T) {
 	s, err := l.Build(within(t, 2*time.Minute), lab.SiteConfig{NoBranch: true, NoClient: true, PlatformArgs: []string{"--probe-relays", "private"}}, nil)
 	check(t, err)
 	servePrivate(t, s, "platform")
+	for _, relay := range []string{s.RelayA.Name, s.RelayB.Name} { // before, the gateway is not connected, and the answer says so
+		must(s.GatewayA.Log.Wait(within(t, 10*time.Second), 0, `leg up.* relay=`+relay+` `))(t)
+	}
 	admin := func(args ...string) { t.Helper(); must(l.Sallyway(within(t, 20*time.Second), args...))(t) }
 	must(s.Private.Web(at(lab.DBAddr, webPort), page))(t)
 	admin("resource", "create", "shut", "--gateway", lab.Office, "--address", lab.WebAddr.String(), "--tcp", fmt.Sprint(lab.ClosedPort))

@@ -59,9 +59,9 @@ func TestStandardTURNClient(t *testing.T) {
 			}
 		})
 		t.Run(transport.name+" with a channel", func(t *testing.T) {
-			// This client takes any number from 0x4000 to 0x7fff for its channel. RFC 8656 §12 has left 0x4000 to 0x4fff, the
-			// others are refused with 400, and it then ends: on average every fourth run has a good number.
-			for range 60 {
+			// This client takes any number from 0x4000 to 0x7fff for each of its two channels. RFC 8656 §12 has left 0x4000 to
+			// 0x4fff, the others are refused with 400, and it then ends: on average every sixteenth run has two good numbers.
+			for range 400 {
 				out, err := turn(t, s, uclient, fresh(), s.Relay1, peer, transport.args...)
 				if strings.Contains(out, "channel bind: error 400") {
 					continue
@@ -71,7 +71,7 @@ func TestStandardTURNClient(t *testing.T) {
 				}
 				return
 			}
-			t.Error("no channel number was good")
+			t.Error("no pair of channel numbers was good")
 		})
 	}
 	t.Run("another peer", func(t *testing.T) {
