@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -12,9 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/big"
-	"strings"
 	"sync"
 	"time"
 	"unique"
@@ -39,19 +38,27 @@ type Signer struct {
 	Chain []*x509.Certificate
 
 	mu    sync.Mutex
-	heads map[string]string // protected headers by typ, encoded: all documents of a type have the same; guarded by mu
+	heads map[string]unique.Handle[string] // protected headers by typ, encoded: all documents of a type have the same; guarded by mu
 }
 
 // SignSnapshot returns the signed form of s.
 func (g *Signer) SignSnapshot(s *Snapshot) (string, error) {
-	jws, _, err := g.sign(typeSnapshot, s)
-	return jws, err
+	payload, err := json.Marshal(s)
+	if err != nil {
+		return "", fmt.Errorf("encode %s: %w", typeSnapshot, err)
+	}
+	jws, _, err := g.sign(nil, typeSnapshot, payload)
+	return string(jws), err
 }
 
 // SignGrant returns the signed form of gr.
 func (g *Signer) SignGrant(gr *Grant) (string, error) {
-	jws, _, err := g.sign(typeGrant, gr)
-	return jws, err
+	untimed, err := Untimed(gr)
+	if err != nil {
+		return "", err
+	}
+	jws, _, err := g.AppendGrant(nil, untimed, gr.Issued, gr.NotAfter, Kept{})
+	return string(jws), err
 }
 
 // Kept is what is kept of a signed grant, in few bytes: from it and the grant the signed form is made again without signing. The zero Kept is none.
@@ -62,37 +69,56 @@ type Kept struct {
 	issued, notAfter int64 // Unix seconds
 }
 
-// SignGrantAgain returns the signed form of gr and what to keep of it. Where this signer signed it before, as kept tells, and nothing but its times
-// is another, it is that signed form, with the times that it had.
-func (g *Signer) SignGrantAgain(gr *Grant, kept Kept) (string, Kept, error) {
+// untimed is where the times of a grant begin in its JSON, when they are zero.
+const untimed = `"issued":"0001-01-01T00:00:00Z","not_after":"0001-01-01T00:00:00Z"}`
+
+// Untimed is a grant as JSON up to its times, which come last.
+func Untimed(gr *Grant) ([]byte, error) {
+	copied := *gr
+	copied.Issued, copied.NotAfter = time.Time{}, time.Time{}
+	b, err := json.Marshal(&copied)
+	if err != nil {
+		return nil, fmt.Errorf("encode %s: %w", typeGrant, err)
+	}
+	b, ok := bytes.CutSuffix(b, []byte(untimed))
+	if !ok {
+		return nil, fmt.Errorf("encode %s: its times do not come last", typeGrant)
+	}
+	return b, nil
+}
+
+// AppendGrant appends the signed form of a grant to b, and returns what to keep of it, too. The grant is given as Untimed makes it, and may be written behind;
+// its times are whole seconds. Where this signer signed it before, as kept tells, and nothing but its times is another, it is that signed form, with the
+// times that it had. Grants are signed by the thousand when policies change: nothing is allocated for one that was signed before.
+func (g *Signer) AppendGrant(b, untimed []byte, issued, notAfter time.Time, kept Kept) ([]byte, Kept, error) {
 	head, err := g.head(typeGrant)
 	if err != nil {
-		return "", Kept{}, err
+		return b, Kept{}, err
 	}
-	if kept.head == unique.Make(head) {
-		old := *gr
-		old.Issued, old.NotAfter = time.Unix(kept.issued, 0).UTC(), time.Unix(kept.notAfter, 0).UTC()
-		payload, err := json.Marshal(&old)
-		if err != nil {
-			return "", Kept{}, fmt.Errorf("encode %s: %w", typeGrant, err)
-		}
+	timed := func(issued, notAfter time.Time) []byte {
+		p := issued.UTC().AppendFormat(append(untimed, `"issued":"`...), time.RFC3339)
+		p = notAfter.UTC().AppendFormat(append(p, `","not_after":"`...), time.RFC3339)
+		return append(p, `"}`...)
+	}
+	if kept.head == head {
+		payload := timed(time.Unix(kept.issued, 0), time.Unix(kept.notAfter, 0))
 		if sha256.Sum256(payload) == kept.payload {
-			return serialize(head, payload, kept.signature[:]), kept, nil
+			return appendPart(appendPart(append(b, head.Value()...), payload), kept.signature[:]), kept, nil
 		}
 	}
-	jws, k, err := g.sign(typeGrant, gr)
-	k.issued, k.notAfter = gr.Issued.Unix(), gr.NotAfter.Unix()
-	return jws, k, err
+	b, kept, err = g.sign(b, typeGrant, timed(issued, notAfter))
+	kept.issued, kept.notAfter = issued.Unix(), notAfter.Unix()
+	return b, kept, err
 }
 
 // signatureSize is that of ES256 (RFC 7518 §3.4): two numbers of 32 bytes.
 const signatureSize = 64
 
 // head is the protected header of documents of a type.
-func (g *Signer) head(typ string) (string, error) {
+func (g *Signer) head(typ string) (unique.Handle[string], error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if h := g.heads[typ]; h != "" {
+	if h, ok := g.heads[typ]; ok {
 		return h, nil
 	}
 	chain := make([]string, len(g.Chain))
@@ -101,66 +127,42 @@ func (g *Signer) head(typ string) (string, error) {
 	}
 	b, err := json.Marshal(map[string]any{"alg": jose.ES256, "typ": typ, "x5c": chain})
 	if err != nil {
-		return "", fmt.Errorf("encode the header of %s: %w", typ, err)
+		return unique.Handle[string]{}, fmt.Errorf("encode the header of %s: %w", typ, err)
 	}
 	if g.heads == nil {
-		g.heads = make(map[string]string)
+		g.heads = make(map[string]unique.Handle[string])
 	}
-	g.heads[typ] = base64.RawURLEncoding.EncodeToString(b)
+	g.heads[typ] = unique.Make(base64.RawURLEncoding.EncodeToString(b))
 	return g.heads[typ], nil
 }
 
-// serialize is a JWS in compact form (RFC 7515 §7.1), or the part of it that is signed when there is no signature yet. There are thousands of them when
-// policies change, of 2 KiB each, so none is copied.
-func serialize(head string, payload, signature []byte) string {
-	enc := base64.RawURLEncoding
-	var b strings.Builder
-	b.Grow(len(head) + enc.EncodedLen(len(payload)) + enc.EncodedLen(len(signature)) + len(".."))
-	b.WriteString(head)
-	var text [512]byte
-	part := func(raw []byte) {
-		b.WriteByte('.')
-		for len(raw) > 0 {
-			n := min(len(raw), len(text)/4*3)
-			enc.Encode(text[:], raw[:n])
-			b.Write(text[:enc.EncodedLen(n)])
-			raw = raw[n:]
-		}
-	}
-	part(payload)
-	if signature != nil {
-		part(signature)
-	}
-	return b.String()
-}
+// appendPart appends a part of a JWS in compact form (RFC 7515 §7.1) that is not the first.
+func appendPart(b, raw []byte) []byte { return base64.RawURLEncoding.AppendEncode(append(b, '.'), raw) }
 
-// sign makes a JWS in compact form. Documents are signed by the thousand, and a library's signer encodes the chain for each.
-func (g *Signer) sign(typ string, doc any) (string, Kept, error) {
-	payload, err := json.Marshal(doc)
-	if err != nil {
-		return "", Kept{}, fmt.Errorf("encode %s: %w", typ, err)
-	}
+// sign appends a JWS in compact form to b, and returns what to keep of it but for times. A library's signer encodes the chain for each.
+func (g *Signer) sign(b []byte, typ string, payload []byte) ([]byte, Kept, error) {
 	head, err := g.head(typ)
 	if err != nil {
-		return "", Kept{}, err
+		return b, Kept{}, err
 	}
 	if key, ok := g.Key.Public().(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
-		return "", Kept{}, fmt.Errorf("sign %s: the key is not on P-256", typ)
+		return b, Kept{}, fmt.Errorf("sign %s: the key is not on P-256", typ)
 	}
-	h := sha256.New()
-	_, _ = io.WriteString(h, serialize(head, payload, nil)) // a hash never fails
-	der, err := g.Key.Sign(rand.Reader, h.Sum(nil), crypto.SHA256)
+	start := len(b)
+	b = appendPart(append(b, head.Value()...), payload)
+	digest := sha256.Sum256(b[start:])
+	der, err := g.Key.Sign(rand.Reader, digest[:], crypto.SHA256)
 	if err != nil {
-		return "", Kept{}, fmt.Errorf("sign %s: %w", typ, err)
+		return b, Kept{}, fmt.Errorf("sign %s: %w", typ, err)
 	}
 	var sig struct{ R, S *big.Int }
 	if rest, err := asn1.Unmarshal(der, &sig); err != nil || len(rest) > 0 {
-		return "", Kept{}, fmt.Errorf("sign %s: the key answers no signature of ECDSA", typ)
+		return b, Kept{}, fmt.Errorf("sign %s: the key answers no signature of ECDSA", typ)
 	}
-	kept := Kept{head: unique.Make(head), payload: sha256.Sum256(payload)}
+	kept := Kept{head: head, payload: sha256.Sum256(payload)}
 	sig.R.FillBytes(kept.signature[:signatureSize/2])
 	sig.S.FillBytes(kept.signature[signatureSize/2:])
-	return serialize(head, payload, kept.signature[:]), kept, nil
+	return appendPart(b, kept.signature[:]), kept, nil
 }
 
 // OpenSnapshot checks a signed snapshot for the gateway audience against the organization's trust. It does not look at

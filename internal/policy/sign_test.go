@@ -123,8 +123,8 @@ func FuzzOpenSnapshot(f *testing.F) {
 	})
 }
 
-// TestSignGrantAgain: a grant whose content is the same goes out again as it was signed, and any other is signed.
-func TestSignGrantAgain(t *testing.T) {
+// TestAppendGrant: a grant whose content is the same goes out again as it was signed, and any other is signed.
+func TestAppendGrant(t *testing.T) {
 	ca := newAuthority(t)
 	by := identity.Node{Org: "acme", Kind: identity.Policy, ID: "p-1"}
 	signer, trust := ca.signer(t, by), ca.trust()
@@ -133,27 +133,39 @@ func TestSignGrantAgain(t *testing.T) {
 	grant := func(later time.Duration) *Grant {
 		return &Grant{Org: "acme", Node: node, Gateway: gateway, Pins: []identity.KeyHash{{1}}, Issued: at.Add(later), NotAfter: at.Add(later + time.Hour)}
 	}
-	first, kept, err := signer.SignGrantAgain(grant(0), Kept{})
+	again := func(s *Signer, gr *Grant, kept Kept) (string, Kept, error) {
+		untimed, err := Untimed(gr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, kept, err := s.AppendGrant([]byte("before "), untimed, gr.Issued, gr.NotAfter, kept)
+		jws, ok := strings.CutPrefix(string(b), "before ")
+		if !ok {
+			t.Errorf("%.20s", b)
+		}
+		return jws, kept, err
+	}
+	first, kept, err := again(signer, grant(0), Kept{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, kept2, err := signer.SignGrantAgain(grant(time.Minute), kept)
-	if err != nil || again != first || kept2 != kept {
-		t.Errorf("the same grant a minute later: %v\n%s\n%s", err, first, again)
+	second, kept2, err := again(signer, grant(time.Minute), kept)
+	if err != nil || second != first || kept2 != kept {
+		t.Errorf("the same grant a minute later: %v\n%s\n%s", err, first, second)
 	}
-	if g, err := OpenGrant(again, trust, node); err != nil || !g.Issued.Equal(at) {
+	if g, err := OpenGrant(second, trust, node); err != nil || !g.Issued.Equal(at) {
 		t.Errorf("%+v, %v", g, err)
 	}
 	other := grant(time.Minute)
 	other.Pins = append(other.Pins, identity.KeyHash{2})
-	changed, _, err := signer.SignGrantAgain(other, kept)
+	changed, _, err := again(signer, other, kept)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if g, err := OpenGrant(changed, trust, node); err != nil || len(g.Pins) != 2 || !g.Issued.Equal(other.Issued) {
 		t.Errorf("another grant: %+v, %v", g, err)
 	}
-	if anew, _, err := ca.signer(t, by).SignGrantAgain(grant(0), kept); err != nil || anew == first {
+	if anew, _, err := again(ca.signer(t, by), grant(0), kept); err != nil || anew == first {
 		t.Errorf("another signer gives out what the first one signed: %v", err)
 	}
 }

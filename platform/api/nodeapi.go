@@ -245,9 +245,8 @@ func (s *server) control(w http.ResponseWriter, r *http.Request) {
 	rc := http.NewResponseController(w)
 	// The server's read timeout is for requests: this one ends when either side wants.
 	_ = rc.SetReadDeadline(time.Time{})
-	enc := json.NewEncoder(w)
 	sent := false
-	err = s.hub.Serve(r.Context(), who, func(ev control.Event) error {
+	err = s.hub.Serve(r.Context(), who, func(line []byte) error {
 		if err := rc.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil && !errors.Is(err, http.ErrNotSupported) {
 			return err
 		}
@@ -258,7 +257,7 @@ func (s *server) control(w http.ResponseWriter, r *http.Request) {
 			sent = true
 			s.log.Info("node connected", "node", who.Node.String())
 		}
-		if err := enc.Encode(ev); err != nil {
+		if _, err := w.Write(line); err != nil {
 			return err
 		}
 		return rc.Flush()

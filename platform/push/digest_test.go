@@ -1,6 +1,9 @@
 package push
 
 import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
 	"reflect"
 	"slices"
 	"strings"
@@ -12,6 +15,7 @@ import (
 	"sallyway/internal/policy"
 	"sallyway/platform/store"
 	"sallyway/platform/view"
+	"sallyway/relay/wire"
 )
 
 // TestDigest: whatever changes what a node is told changes its digest, and what does not concern a node leaves its digest as it was.
@@ -64,18 +68,16 @@ func TestDigest(t *testing.T) {
 		}))
 		out := map[string]told{}
 		for name, n := range nodes {
-			p := v.Plan(n.ID, time.Time{})
+			c := b.tell(v, n)
 			d, there, err := v.Digest(n.ID, time.Time{})
 			must(t, err)
-			if (p == nil) == there {
-				t.Fatalf("%s: a plan or a digest, not both", name)
+			if (c == nil) == there {
+				t.Fatalf("%s: a configuration or a digest, not both", name)
 			}
-			if p == nil {
+			if c == nil {
 				continue
 			}
-			h, err := p.Hash()
-			must(t, err)
-			out[name] = told{h, d}
+			out[name] = told{b.content(c), d}
 		}
 		return out
 	}
@@ -130,6 +132,9 @@ func TestDigest(t *testing.T) {
 		{"the last rung", direct(func(tx store.Tx) error {
 			return tx.PutRelayRungs(ctx, &store.RelayRungs{Relay: nodes["r2"].ID, SSHPort: 22, TLSPort: 443})
 		}), "c3 r1"},
+		{"a client wishes for another order", direct(func(tx store.Tx) error {
+			return tx.PutWishes(ctx, &store.Wishes{Node: nodes["c1"].ID, Prefer: []string{nodes["r2"].ID}})
+		}), "c2 c3 g1 g2 g3 r1 r2"},
 		{"a leaf was renewed", direct(func(tx store.Tx) error {
 			all, err := tx.Keys(ctx, nodes["c1"].ID)
 			if err != nil {
@@ -168,6 +173,117 @@ func TestDigest(t *testing.T) {
 		}
 		before = after
 	}
+}
+
+// tell makes what a node is told; nil when the view does not have it. The text is what encoding/json makes of its content, relays have credentials that
+// they take, and grants are for the node, its key and those relays.
+func (b *bench) tell(v *view.View, node identity.Node) *control.Config {
+	b.t.Helper()
+	signer, err := b.reg.Signer(b.t.Context(), node.Org)
+	must(b.t, err)
+	line, err := v.AppendEvent([]byte("before "), node.ID, time.Time{}, view.Signing{Signer: signer, Now: time.Now(), Life: time.Hour})
+	if err != nil {
+		if !strings.Contains(err.Error(), "is not one of organization") {
+			b.t.Error(err)
+		}
+		return nil
+	}
+	line, _ = bytes.CutPrefix(line, []byte("before "))
+	var ev control.Event
+	must(b.t, json.Unmarshal(line, &ev))
+	same, err := json.Marshal(ev)
+	must(b.t, err)
+	if same = append(same, '\n'); !bytes.Equal(line, same) {
+		b.t.Errorf("%v is told\n%s, which is not\n%s", node, line, same)
+	}
+	c := ev.Config
+	if ev.Type != control.EventConfig || c.Node != node || c.Version != v.Org.Version || c.Trust.Roots != v.Trust.Roots {
+		b.t.Errorf("%v is told %s", node, line)
+	}
+	if c.Dialling == nil {
+		return c
+	}
+	as := node
+	if as.Kind == identity.Gateway {
+		as.Kind = identity.Site
+	}
+	trust, err := c.Trust.For(identity.Policy)
+	must(b.t, err)
+	for _, g := range c.Dialling.Gateways {
+		b.credentials(v, as, g.Relays)
+		grant, err := policy.OpenGrant(g.Grant, trust, as)
+		must(b.t, err)
+		var relays []identity.Node
+		for _, r := range g.Relays {
+			relays = append(relays, r.Node)
+		}
+		if !v.Speaks(node.ID, grant.Key) && grant.Key != (identity.KeyHash{}) || grant.Gateway != g.Node || !slices.Equal(grant.Relays, relays) || !slices.Equal(grant.Pins, c.Trust.Pins[identity.Gateway]) {
+			b.t.Errorf("%v is granted %+v for %+v", node, grant, g)
+		}
+	}
+	if c.Gateway != nil {
+		b.credentials(v, node, c.Gateway.Relays)
+	}
+	return c
+}
+
+// credentials looks at a node's credentials for relays.
+func (b *bench) credentials(v *view.View, as identity.Node, relays []control.RelayRef) {
+	b.t.Helper()
+	for _, r := range relays {
+		var own []*store.Key
+		var keys []control.RelayKey
+		must(b.t, b.reg.Store.View(b.t.Context(), func(tx store.Tx) (err error) {
+			if own, err = tx.Keys(b.t.Context(), as.ID); err == nil {
+				keys, err = view.RelayKeys(b.t.Context(), tx, b.reg.Seal, r.Node.ID)
+			}
+			return err
+		}))
+		good := slices.ContainsFunc(own, func(k *store.Key) bool { return v.Speaks(as.ID, k.Hash) })
+		if !good || len(keys) == 0 {
+			if r.Username != "" || r.Password != "" {
+				b.t.Errorf("%v has the credential %q although it has no key, or %v has none", as, r.Username, r.Node)
+			}
+			continue
+		}
+		u, err := wire.ParseUsername(r.Username)
+		must(b.t, err)
+		if u.Node != as || !u.Expiry.After(time.Now()) || r.Password != wire.Password(keys[0].Secret, r.Username) {
+			b.t.Errorf("%v has the credential %+v at %v", as, u, r.Node)
+		}
+	}
+}
+
+// content is a hash over what a node is told without the version, signatures, and their times.
+func (b *bench) content(c *control.Config) [sha256.Size]byte {
+	b.t.Helper()
+	trust, err := c.Trust.For(identity.Policy)
+	must(b.t, err)
+	documents := []any{}
+	if c.Gateway != nil {
+		s, err := policy.OpenSnapshot(c.Gateway.Snapshot, trust, c.Node)
+		must(b.t, err)
+		s.Version, s.Issued, s.NotAfter = 0, time.Time{}, time.Time{}
+		c.Gateway.Snapshot = ""
+		documents = append(documents, s)
+	}
+	if c.Dialling != nil {
+		as := c.Node
+		if as.Kind == identity.Gateway {
+			as.Kind = identity.Site
+		}
+		for i, g := range c.Dialling.Gateways {
+			grant, err := policy.OpenGrant(g.Grant, trust, as)
+			must(b.t, err)
+			grant.Issued, grant.NotAfter = time.Time{}, time.Time{}
+			c.Dialling.Gateways[i].Grant = ""
+			documents = append(documents, grant)
+		}
+	}
+	c.Version = 0
+	text, err := json.Marshal([]any{c, documents})
+	must(b.t, err)
+	return sha256.Sum256(text)
 }
 
 // TestDigestKnowsEverything fails when something new is told to nodes: view.Digest has to hash it, and TestDigest to change it.

@@ -5,6 +5,7 @@ package push
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"math/rand/v2"
@@ -88,6 +89,7 @@ type Hub struct {
 	streams map[string]*stream // newest stream, by node id; guarded by mu
 
 	turns chan struct{} // holds one for each configuration that is made or sent
+	lines sync.Pool     // of *[]byte: configurations
 
 	jobs    sync.Mutex
 	queue   []*job // that wait; guarded by jobs
@@ -140,6 +142,7 @@ func New(cfg Config, metricsTo prometheus.Registerer) *Hub {
 	h := &Hub{
 		cfg: cfg, reg: cfg.Registry, started: cfg.Registry.Now(), kick: make(chan struct{}, 1),
 		orgs: make(map[string]*org), streams: make(map[string]*stream), turns: make(chan struct{}, 4*runtime.GOMAXPROCS(0)),
+		lines: sync.Pool{New: func() any { return new([]byte) }},
 		metrics: metrics{
 			pushes:  prometheus.NewCounter(prometheus.CounterOpts{Name: "sallyway_platform_config_pushes_total", Help: "Configurations sent to nodes."}),
 			streams: prometheus.NewGauge(prometheus.GaugeOpts{Name: "sallyway_platform_control_streams", Help: "Nodes with an open control stream."}),
@@ -261,8 +264,8 @@ func (h *Hub) current(ctx context.Context, name string) (*view.View, *policy.Sig
 }
 
 // Serve runs a node's control stream until ctx ends, the node loses its rights, a newer stream takes its place, or send fails. send is
-// called from this goroutine alone and returns when the event is written.
-func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(control.Event) error) error {
+// called from this goroutine alone, with an event (control.Event) as a line of JSON, and returns when it is written; it does not keep the line.
+func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(line []byte) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	s := &stream{cancel: cancel, since: time.Now()}
@@ -318,7 +321,11 @@ func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(contro
 			case <-ctx.Done():
 				return context.Cause(ctx)
 			case <-ping.C:
-				if err := send(control.Event{Type: control.EventPing, Version: has}); err != nil {
+				line, err := json.Marshal(control.Event{Type: control.EventPing, Version: has})
+				if err == nil {
+					err = send(append(line, '\n'))
+				}
+				if err != nil {
 					return err
 				}
 			case <-refresh.C:
@@ -357,7 +364,7 @@ const slow = 20 * time.Millisecond
 
 // configure makes a node's configuration and sends it. A change may be for all nodes at once: few configurations are there at a time, and a few goroutines
 // make them one after the other, so that the many nodes that wait cost little memory.
-func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry time.Time, signer *policy.Signer, signed view.Signed, send func(control.Event) error) error {
+func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry time.Time, signer *policy.Signer, signed view.Signed, send func([]byte) error) error {
 	select {
 	case h.turns <- struct{}{}:
 	case <-ctx.Done():
@@ -365,10 +372,11 @@ func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry t
 	}
 	leave := sync.OnceFunc(func() { <-h.turns })
 	defer leave()
-	var c *control.Config
+	line := h.lines.Get().(*[]byte)
+	defer h.lines.Put(line)
 	var err error
 	j := &job{done: make(chan struct{}), do: func() {
-		c, err = v.Plan(node, expiry).Sign(signer, h.reg.Now(), h.cfg.DocumentLife, signed)
+		*line, err = v.AppendEvent((*line)[:0], node, expiry, view.Signing{Signer: signer, Now: h.reg.Now(), Life: h.cfg.DocumentLife, Kept: signed})
 	}}
 	h.jobs.Lock()
 	h.queue = append(h.queue, j)
@@ -385,7 +393,7 @@ func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry t
 		return err
 	}
 	defer time.AfterFunc(slow, leave).Stop()
-	return send(control.Event{Type: control.EventConfig, Config: c})
+	return send(*line)
 }
 
 // work does what waits, and ends when nothing does.

@@ -3,6 +3,7 @@ package push
 import (
 	"context"
 	"crypto"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"path/filepath"
@@ -52,6 +53,17 @@ func must(t *testing.T, err error) {
 	}
 }
 
+// eachEvent has f called with what a stream is sent.
+func eachEvent(f func(control.Event) error) func([]byte) error {
+	return func(line []byte) error {
+		var ev control.Event
+		if err := json.Unmarshal(line, &ev); err != nil {
+			return err
+		}
+		return f(ev)
+	}
+}
+
 // join makes and enrols a node.
 func (b *bench) join(kind identity.Kind, name string) (*registry.Session, crypto.Signer, *control.EnrolResponse) {
 	b.t.Helper()
@@ -83,7 +95,7 @@ func TestPingAndRefresh(t *testing.T) {
 		done := make(chan error, 1)
 		last, longest := time.Now(), time.Duration(0)
 		go func() {
-			done <- b.hub.Serve(ctx, who, func(ev control.Event) error {
+			done <- b.hub.Serve(ctx, who, eachEvent(func(ev control.Event) error {
 				longest, last = max(longest, time.Since(last)), time.Now()
 				if ev.Type == control.EventPing {
 					pings++
@@ -91,7 +103,7 @@ func TestPingAndRefresh(t *testing.T) {
 					configs = append(configs, ev.Config)
 				}
 				return nil
-			})
+			}))
 		}()
 		const hours = 13
 		time.Sleep(hours*time.Hour + time.Minute)
@@ -131,12 +143,12 @@ func TestShortDocuments(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		n, done := 0, make(chan error, 1)
 		go func() {
-			done <- b.hub.Serve(ctx, who, func(ev control.Event) error {
+			done <- b.hub.Serve(ctx, who, eachEvent(func(ev control.Event) error {
 				if ev.Type == control.EventConfig {
 					n++
 				}
 				return nil
-			})
+			}))
 		}()
 		time.Sleep(time.Hour)
 		synctest.Wait()
@@ -165,7 +177,7 @@ func TestShortCredentials(t *testing.T) {
 		done := make(chan error, 2)
 		go func() { done <- b.hub.Run(ctx) }()
 		go func() {
-			done <- b.hub.Serve(ctx, who, func(ev control.Event) error {
+			done <- b.hub.Serve(ctx, who, eachEvent(func(ev control.Event) error {
 				if ev.Type != control.EventConfig || len(ev.Config.Gateway.Relays) == 0 || ev.Config.Gateway.Relays[0].Username == "" {
 					return nil
 				}
@@ -182,7 +194,7 @@ func TestShortCredentials(t *testing.T) {
 				}
 				expiry = u.Expiry
 				return nil
-			})
+			}))
 		}()
 		time.Sleep(20 * time.Minute)
 		synctest.Wait()
@@ -207,7 +219,7 @@ func TestKeysRotateAndDenialsEnd(t *testing.T) {
 		done := make(chan error, 2)
 		go func() { done <- b.hub.Run(ctx) }()
 		go func() {
-			done <- b.hub.Serve(ctx, relay, func(ev control.Event) error {
+			done <- b.hub.Serve(ctx, relay, eachEvent(func(ev control.Event) error {
 				if ev.Type == control.EventConfig {
 					now = ev.Config
 					for _, k := range now.Relay.Keys {
@@ -215,7 +227,7 @@ func TestKeysRotateAndDenialsEnd(t *testing.T) {
 					}
 				}
 				return nil
-			})
+			}))
 		}()
 		time.Sleep(time.Second)
 		must(t, b.reg.DeleteNode(t.Context(), "default", identity.Client, "victim"))

@@ -44,7 +44,7 @@ func TestSharedKeysRotate(t *testing.T) {
 		done := make(chan error, 3)
 		go func() { done <- b.hub.Run(ctx) }()
 		go func() {
-			done <- b.hub.Serve(ctx, relay, func(ev control.Event) error {
+			done <- b.hub.Serve(ctx, relay, eachEvent(func(ev control.Event) error {
 				mu.Lock()
 				defer mu.Unlock()
 				if ev.Type == control.EventConfig {
@@ -56,10 +56,10 @@ func TestSharedKeysRotate(t *testing.T) {
 					}
 				}
 				return nil
-			})
+			}))
 		}()
 		go func() {
-			done <- b.hub.Serve(ctx, gw, func(ev control.Event) error {
+			done <- b.hub.Serve(ctx, gw, eachEvent(func(ev control.Event) error {
 				mu.Lock()
 				defer mu.Unlock()
 				if ev.Type == control.EventConfig && len(ev.Config.Gateway.Relays) > 0 {
@@ -67,7 +67,7 @@ func TestSharedKeysRotate(t *testing.T) {
 					held[last.Password] = true
 				}
 				return nil
-			})
+			}))
 		}()
 		alive := func(ref control.RelayRef) bool {
 			return slices.ContainsFunc(told.Relay.Keys, func(k control.RelayKey) bool { return wire.Password(k.Secret, ref.Username) == ref.Password })

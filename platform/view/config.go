@@ -1,11 +1,8 @@
 package view
 
 import (
-	"crypto/sha256"
-	"encoding/json"
 	"fmt"
 	"net/netip"
-	"slices"
 	"time"
 
 	"sallyway/internal/control"
@@ -15,91 +12,51 @@ import (
 	"sallyway/relay/wire"
 )
 
-// Plan is what a node is to be told, before signatures and times: two plans with the same Hash need no second push.
-type Plan struct {
-	Config   control.Config
-	Snapshot *policy.Snapshot // for gateways; Issued and NotAfter are zero
-	Grants   []policy.Grant   // as Config.Dialling.Gateways, in their order
+// Signed are the grants of a node that were signed last, by the gateway's id, in few bytes. The zero value is none.
+type Signed map[string]policy.Kept
+
+// Signing is how documents are signed that a node is told: from Now for Life.
+type Signing struct {
+	Signer *policy.Signer
+	Now    time.Time
+	Life   time.Duration
+	// Kept are the grants that were signed before: those whose content is the same go out again as they are. It is left holding the new ones. A nil
+	// map has all signed.
+	Kept Signed
 }
 
-// Hash is over the content; the version, which changes for everybody, is not content.
-func (p *Plan) Hash() ([sha256.Size]byte, error) {
-	q := *p
-	q.Config.Version = 0
-	if q.Snapshot != nil {
-		s := *q.Snapshot
-		s.Version = 0
-		q.Snapshot = &s
-	}
-	b, err := json.Marshal(q)
-	if err != nil {
-		return [sha256.Size]byte{}, fmt.Errorf("encode plan of %v: %w", p.Config.Node, err)
-	}
-	return sha256.Sum256(b), nil
-}
-
-// Signed are the grants of a node that were signed last, by gateway, in few bytes. The zero value is none.
-type Signed map[identity.Node]policy.Kept
-
-// Sign fills in the signed documents, valid from now for life, and returns the configuration to send. Grants that were signed before and whose content is
-// the same go out again as they are; old are these, and is left holding the new ones. A nil map has all signed.
-func (p *Plan) Sign(signer *policy.Signer, now time.Time, life time.Duration, old Signed) (*control.Config, error) {
-	c := p.Config
-	now = now.UTC().Truncate(time.Second)
-	if p.Snapshot != nil {
-		s := *p.Snapshot
-		s.Issued, s.NotAfter = now, now.Add(life)
-		signed, err := signer.SignSnapshot(&s)
-		if err != nil {
-			return nil, err
-		}
-		g := *c.Gateway
-		g.Snapshot = signed
-		c.Gateway = &g
-	}
-	if c.Dialling != nil && len(p.Grants) > 0 {
-		d := *c.Dialling
-		d.Gateways = slices.Clone(d.Gateways)
-		for i, gr := range p.Grants {
-			gr.Issued, gr.NotAfter = now, now.Add(life)
-			signed, kept, err := signer.SignGrantAgain(&gr, old[gr.Gateway])
-			if err != nil {
-				return nil, err
-			}
-			d.Gateways[i].Grant = signed
-			if old != nil {
-				old[gr.Gateway] = kept
-			}
-		}
-		c.Dialling = &d
-	}
-	return &c, nil
-}
-
-// Plan makes the plan of a live node; nil when the view has no such node. Its credentials for relays end at expiry, and in an outage of the
-// platform with the node's leaf; with the leaf in every case when that is earlier, or expiry is zero.
-func (v *View) Plan(id string, expiry time.Time) *Plan {
+// AppendEvent appends to b the event of the control stream (control.Event), as a line of JSON, that brings a live node its whole configuration. Its
+// credentials for relays end at expiry, and in an outage of the platform with the node's leaf; with the leaf in every case when that is earlier, or expiry
+// is zero.
+func (v *View) AppendEvent(b []byte, id string, expiry time.Time, s Signing) ([]byte, error) {
 	n := v.nodes[id]
 	if n == nil {
-		return nil
+		return b, fmt.Errorf("node %s is not one of organization %s", id, v.Org.Name)
 	}
-	p := &Plan{Config: control.Config{Version: v.Org.Version, Node: n.Identity(), Name: n.Name, Trust: v.Trust}}
+	v.once.Do(v.prepare)
+	if v.told.err != nil {
+		return b, v.cannotTell(v.told.err)
+	}
+	s.Now = s.Now.UTC().Truncate(time.Second)
+	c := control.Config{Version: v.Org.Version, Node: n.Identity(), Name: n.Name}
 	switch n.Kind {
 	case identity.Relay:
-		p.Config.Relay = v.relayConfig(n)
+		c.Relay = v.relayConfig(n)
 	case identity.Gateway:
-		p.Snapshot = v.Snapshot(n)
-		p.Config.Gateway = v.gatewayConfig(n, expiry)
-		v.dialling(p, n, expiry)
-	case identity.Client:
-		v.dialling(p, n, expiry)
+		c.Gateway = v.gatewayConfig(n, expiry)
+		doc := v.snapshot(n)
+		doc.Issued, doc.NotAfter = s.Now, s.Now.Add(s.Life)
+		var err error
+		if c.Gateway.Snapshot, err = s.Signer.SignSnapshot(doc); err != nil {
+			return b, err
+		}
 	}
-	return p
+	return v.appendEvent(b, n, &c, expiry, &s)
 }
 
 // gatewayConfig is a gateway's share without its snapshot.
 func (v *View) gatewayConfig(n *store.Node, expiry time.Time) *control.Gateway {
-	return &control.Gateway{Relays: v.relayRefs(n, n.ID, n.Identity(), expiry), Probe: v.probes(), EndSessions: v.endSessions(), FlowLog: v.flowLog}
+	return &control.Gateway{Relays: v.refs(n.ID, v.credential(n, n.Identity(), expiry)), Probe: v.probes(), EndSessions: v.endSessions(), FlowLog: v.flowLog}
 }
 
 func (v *View) relayConfig(n *store.Node) *control.Relay {
@@ -130,9 +87,9 @@ func (v *View) endSessions() []control.EndSession {
 	return out
 }
 
-// Snapshot is what a gateway enforces: its resources, who may use them, and every other gateway of the organization as a peer, so that
+// snapshot is what a gateway enforces, without times: its resources, who may use them, and every other gateway of the organization as a peer, so that
 // gateways reach each other.
-func (v *View) Snapshot(g *store.Node) *policy.Snapshot {
+func (v *View) snapshot(g *store.Node) *policy.Snapshot {
 	s := &policy.Snapshot{
 		Org: v.Org.Name, Audience: g.Identity(), Version: v.Org.Version, Denied: v.Trust.Denied,
 		Peers: []policy.Peer{}, Resource: []policy.Resource{}, Rules: []policy.Rule{},
@@ -167,37 +124,6 @@ func (v *View) emptyDialling() *control.Dialling {
 	return &control.Dialling{
 		Range: append(d4(v.Org), v.Org.Range6), Gateways: []control.GatewayRef{}, Resources: []control.ReachableResource{},
 		Direct: control.Direct{On: v.Org.Direct, Private: v.Org.DirectPrivate},
-	}
-}
-
-// dialling fills in what n, a client or a gateway, may reach. What is added here belongs into Digest, too.
-func (v *View) dialling(p *Plan, n *store.Node, expiry time.Time) {
-	d := v.emptyDialling()
-	d.Virtual = Addresses(v.Org, n.Address)
-	p.Config.Dialling = d
-	for _, r := range v.usableBy(n) {
-		d.Resources = append(d.Resources, r.told)
-	}
-	key := v.keys[n.ID]
-	for _, g := range v.dialledBy(n) {
-		if g.ID == n.ID {
-			continue
-		}
-		ref := control.GatewayRef{
-			Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: v.digests.virtual[g.ID], Relays: v.arrange(n, v.relayRefs(n, g.ID, dialler(n), expiry)),
-		}
-		grant := policy.Grant{Org: v.Org.Name, Node: n.Identity(), Gateway: g.Identity(), Pins: v.Trust.Pins[identity.Gateway]}
-		if n.Kind == identity.Gateway {
-			grant.Node = site(grant.Node)
-		}
-		if key != nil {
-			grant.Key = key.Hash
-		}
-		for _, r := range ref.Relays {
-			grant.Relays = append(grant.Relays, r.Node)
-		}
-		d.Gateways = append(d.Gateways, ref)
-		p.Grants = append(p.Grants, grant)
 	}
 }
 
@@ -242,17 +168,40 @@ func (v *View) probes() []control.ProbeRelay {
 	return out
 }
 
-// relayRefs are the relays of a gateway with credentials for n under the identity as, active first. See Plan for expiry.
-func (v *View) relayRefs(n *store.Node, gateway string, as identity.Node, expiry time.Time) []control.RelayRef {
-	k := v.keys[n.ID]
-	if k == nil {
-		return v.refs(gateway, as, time.Time{}, expiry)
+// credential is what a node has its passwords for relays by.
+type credential struct{ username string }
+
+// credentialOf is that of a node whose leaf ends at end. No credential outlives the leaf: before the node has one, end is zero, there is none.
+func credentialOf(as identity.Node, end, expiry time.Time) credential {
+	if end.IsZero() {
+		return credential{}
 	}
-	return v.refs(gateway, as, k.NotAfter, expiry)
+	name := wire.Username{Expiry: end, Node: as, Flags: wire.FlagPlainData}
+	if !expiry.IsZero() && expiry.Before(end) {
+		name.Expiry, name.Outage = expiry, end
+	}
+	return credential{name.String()}
 }
 
-// refs are the relays of a gateway, active first, with credentials for as, whose leaf ends at end; zero is no leaf, and no credentials.
-func (v *View) refs(gateway string, as identity.Node, end, expiry time.Time) []control.RelayRef {
+// credential is that of a node of the view under the identity as. See AppendEvent for expiry.
+func (v *View) credential(n *store.Node, as identity.Node, expiry time.Time) credential {
+	k := v.keys[n.ID]
+	if k == nil {
+		return credential{}
+	}
+	return credentialOf(as, k.NotAfter, expiry)
+}
+
+// at returns the user name and password at a relay with these keys; none where the relay has no key.
+func (c credential) at(keys []control.RelayKey) (username, password string) {
+	if c.username == "" || len(keys) == 0 {
+		return "", ""
+	}
+	return c.username, wire.Password(keys[0].Secret, c.username)
+}
+
+// refs are the relays of a gateway, active first, with credentials.
+func (v *View) refs(gateway string, c credential) []control.RelayRef {
 	out := []control.RelayRef{}
 	for _, id := range v.assignments[gateway] {
 		r, home := v.relay(id)
@@ -268,15 +217,7 @@ func (v *View) refs(gateway string, as identity.Node, end, expiry time.Time) []c
 				ref.SSHCAs = home.sshCAs
 			}
 		}
-		// No credential outlives the node's leaf: before the node has one, or when the relay has no key, there is none.
-		if keys := home.relayKeys[id]; !end.IsZero() && len(keys) > 0 {
-			name := wire.Username{Expiry: end, Node: as, Flags: wire.FlagPlainData}
-			if !expiry.IsZero() && expiry.Before(end) {
-				name.Expiry, name.Outage = expiry, end
-			}
-			ref.Username = name.String()
-			ref.Password = wire.Password(keys[0].Secret, ref.Username)
-		}
+		ref.Username, ref.Password = c.at(home.relayKeys[id])
 		out = append(out, ref)
 	}
 	return out

@@ -3,9 +3,9 @@ package view
 import (
 	"cmp"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -27,7 +27,8 @@ func sumOf(v any) (Sum, error) {
 // reachable is a resource as those are told of it who may use it.
 type reachable struct {
 	resource *store.Resource
-	told     control.ReachableResource
+	gateways []control.ServingGateway
+	json     []byte // control.ReachableResource
 	sum      Sum
 }
 
@@ -39,18 +40,11 @@ type digests struct {
 	peers    Sum                      // every active gateway, as other gateways know it
 	served   map[string][]Sum         // by gateway: the resources that it serves, with their rules and whom they are for
 	dialled  map[string][]*store.Node // by node: gateways that it is told of, where it is no gateway
-	virtual  map[string][]netip.Addr  // of gateways
 	err      error
 }
 
-// personal is what concerns one node alone in what it is told.
-type personal struct {
-	Node    identity.Node
-	Name    string
-	Virtual []netip.Addr
-	Key     *identity.KeyHash
-	End     time.Time // of its leaf, by which its credentials end
-	Expiry  time.Time
+// special is what few nodes have in what concerns them alone.
+type special struct {
 	Wishes  *store.Wishes
 	Gateway *control.Gateway // without its snapshot
 }
@@ -66,40 +60,46 @@ func (v *View) Digest(id string, expiry time.Time) (Sum, bool, error) {
 	v.once.Do(v.prepare)
 	d := &v.digests
 	if d.err != nil {
-		return Sum{}, true, fmt.Errorf("encode what nodes of %s are told: %w", v.Org.Name, d.err)
+		return Sum{}, true, v.cannotTell(d.err)
 	}
 	if n.Kind == identity.Relay {
-		s, err := v.Plan(id, expiry).Hash()
-		return Sum(s), true, err
+		s, err := sumOf(control.Config{Node: n.Identity(), Name: n.Name, Trust: v.Trust, Relay: v.relayConfig(n)})
+		return s, true, err
 	}
-	own := personal{Node: n.Identity(), Name: n.Name, Virtual: Addresses(v.Org, n.Address), Expiry: expiry, Wishes: v.wishes[id]}
-	if k := v.keys[id]; k != nil {
-		own.Key, own.End = &k.Hash, k.NotAfter
+	b := append(make([]byte, 0, 2<<10), d.base[:]...)
+	for _, text := range []string{string(n.Kind), n.ID, n.Name} {
+		b = append(append(b, text...), 0)
 	}
+	b = binary.BigEndian.AppendUint32(b, n.Address)
+	b = binary.BigEndian.AppendUint64(b, uint64(expiry.Unix())) //nolint:gosec // any bits of it
+	if k := v.keys[n.ID]; k != nil {
+		b = binary.BigEndian.AppendUint64(append(b, k.Hash[:]...), uint64(k.NotAfter.Unix())) //nolint:gosec // any bits of it
+	}
+	more := special{Wishes: v.wishes[id]}
 	if n.Kind == identity.Gateway {
-		own.Gateway = v.gatewayConfig(n, expiry)
+		more.Gateway = v.gatewayConfig(n, expiry)
 	}
-	b, err := json.Marshal(own)
-	if err != nil {
-		return Sum{}, true, fmt.Errorf("encode what %v is told: %w", n.Identity(), err)
+	if more != (special{}) {
+		s, err := sumOf(more)
+		if err != nil {
+			return Sum{}, true, fmt.Errorf("encode what %v is told: %w", n.Identity(), err)
+		}
+		b = append(b, s[:]...)
 	}
-	h := sha256.New()
-	h.Write(d.base[:])
-	h.Write(b)
 	for _, r := range d.usable[id] {
-		h.Write(r.sum[:])
+		b = append(b, r.sum[:]...)
 	}
 	for _, g := range v.dialledBy(n) {
 		s := d.gateways[g.ID]
-		h.Write(s[:])
+		b = append(b, s[:]...)
 	}
 	if n.Kind == identity.Gateway {
-		h.Write(d.peers[:])
+		b = append(b, d.peers[:]...)
 		for _, s := range d.served[id] {
-			h.Write(s[:])
+			b = append(b, s[:]...)
 		}
 	}
-	return Sum(h.Sum(nil)), true, nil
+	return sha256.Sum256(b), true, nil
 }
 
 // dialledBy are the gateways that a node dials, by name: those that serve what it may use, and for a gateway every other one. They are shared, and one of
@@ -122,7 +122,6 @@ func (v *View) usableBy(n *store.Node) []*reachable {
 func (v *View) prepareDigests() {
 	d := &v.digests
 	d.usable, d.gateways, d.served = make(map[string][]*reachable), make(map[string]Sum), make(map[string][]Sum)
-	d.virtual = make(map[string][]netip.Addr)
 	note := func(s Sum, err error) Sum {
 		d.err = cmp.Or(d.err, err)
 		return s
@@ -142,7 +141,8 @@ func (v *View) prepareDigests() {
 		if len(told.Gateways) == 0 {
 			continue
 		}
-		reach := &reachable{resource: r, told: told, sum: note(sumOf(told))}
+		b, err := json.Marshal(told)
+		reach := &reachable{resource: r, gateways: told.Gateways, json: b, sum: note(sha256.Sum256(b), err)}
 		for node := range v.allowed[r.ID] {
 			if !r.ServedBy(node) {
 				d.usable[node] = append(d.usable[node], reach)
@@ -151,7 +151,6 @@ func (v *View) prepareDigests() {
 	}
 	peers := []policy.Peer{}
 	for _, g := range v.gateways {
-		d.virtual[g.ID] = Addresses(v.Org, g.Address)
 		d.gateways[g.ID] = note(sumOf(v.dialledGateway(g)))
 		peers = append(peers, policy.Peer{Node: g.Identity(), Name: g.Name, Virtual: Addresses(v.Org, g.Address)})
 	}
@@ -168,7 +167,7 @@ func (v *View) dialledGateway(g *store.Node) any {
 	}
 	ref := control.GatewayRef{Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address)}
 	var relays []relay
-	for _, r := range v.refs(g.ID, identity.Node{}, time.Time{}, time.Time{}) {
+	for _, r := range v.refs(g.ID, credential{}) {
 		one := relay{Ref: r, Region: v.regionOf(r.Node.ID)}
 		if _, home := v.relay(r.Node.ID); home != nil && len(home.relayKeys[r.Node.ID]) > 0 {
 			one.Key = &home.relayKeys[r.Node.ID][0]
@@ -222,7 +221,7 @@ func (v *View) prepareDialled() {
 		if !known {
 			needed := make(map[string]bool)
 			for _, r := range reach {
-				for _, g := range r.told.Gateways {
+				for _, g := range r.gateways {
 					needed[g.Node.ID] = true
 				}
 			}

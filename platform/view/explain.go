@@ -57,7 +57,7 @@ func (v *View) Explain(subject string, nodes []*store.Node, r *store.Resource, p
 	}
 	for _, sg := range serving {
 		g := v.nodes[sg.Node.ID]
-		s := v.Snapshot(g)
+		s := v.snapshot(g)
 		d := v.decide(s, nodes, targets)
 		d.Reason = strings.ReplaceAll(d.Reason, policy.Platform(v.Org.Name).String(), "the platform")
 		if d.Allowed {

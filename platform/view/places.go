@@ -6,7 +6,6 @@ import (
 	"errors"
 	"slices"
 
-	"sallyway/internal/control"
 	"sallyway/internal/identity"
 	"sallyway/platform/store"
 )
@@ -67,15 +66,15 @@ func (v *View) mayUseRelay(home *View, id string) bool {
 }
 
 // arrange puts the relays of a gateway in the order that who dials it wishes, and leaves out those that it excludes: pinned ones first, then those
-// that it prefers, then those of its own region. A gateway's wishes are about its own legs, too: these were given by them already.
-func (v *View) arrange(n *store.Node, refs []control.RelayRef) []control.RelayRef {
+// that it prefers, then those of its own region. A gateway's wishes are about its own legs, too: these were given by them already. The list stays as it is.
+func (v *View) arrange(n *store.Node, relays []*toldRelay) []*toldRelay {
 	w := v.wishes[n.ID]
 	if w == nil {
-		return refs
+		return relays
 	}
-	refs = slices.DeleteFunc(refs, func(r control.RelayRef) bool { return slices.Contains(w.Exclude, r.Node.ID) })
-	rank := func(r control.RelayRef) int {
-		id := r.Node.ID
+	relays = slices.DeleteFunc(slices.Clone(relays), func(r *toldRelay) bool { return slices.Contains(w.Exclude, r.node.ID) })
+	rank := func(r *toldRelay) int {
+		id := r.node.ID
 		if k := slices.Index(w.Pin, id); k >= 0 {
 			return k
 		}
@@ -88,8 +87,8 @@ func (v *View) arrange(n *store.Node, refs []control.RelayRef) []control.RelayRe
 		}
 		return last + 1
 	}
-	slices.SortStableFunc(refs, func(a, b control.RelayRef) int { return cmp.Compare(rank(a), rank(b)) })
-	return refs
+	slices.SortStableFunc(relays, func(a, b *toldRelay) int { return cmp.Compare(rank(a), rank(b)) })
+	return relays
 }
 
 // regionOf is the region of a relay, "" for none.

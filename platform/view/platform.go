@@ -41,7 +41,7 @@ type RouteGateway struct {
 
 // Refs are a gateway's relays, active first, with credentials for a node of the platform whose leaf ends at end.
 func (v *View) Refs(gateway string, as identity.Node, end time.Time) []control.RelayRef {
-	return v.refs(gateway, as, end, time.Time{})
+	return v.refs(gateway, credentialOf(as, end, time.Time{}))
 }
 
 // MayDial asks for a resource what Explain does, for the platform.

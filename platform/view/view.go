@@ -65,6 +65,7 @@ type View struct {
 	allowed  map[string]map[string]bool // nodes by resource id
 	gateways []*store.Node              // active ones, by name
 	digests  digests
+	told     told
 }
 
 // Load reads org in tx.
@@ -473,6 +474,7 @@ func (v *View) prepare() {
 		}
 	}
 	v.prepareDigests()
+	v.told.err = v.prepareTold()
 }
 
 // rules are the rules in force, by resource id. They are shared: nobody changes them.
