@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"sync"
 	"time"
 	"unique"
@@ -41,14 +42,20 @@ type Signer struct {
 	heads map[string]unique.Handle[string] // protected headers by typ, encoded: all documents of a type have the same; guarded by mu
 }
 
-// SignSnapshot returns the signed form of s.
-func (g *Signer) SignSnapshot(s *Snapshot) (string, error) {
+// AppendSnapshot appends the signed form of s to b: some MiB where a gateway has thousands of peers.
+func (g *Signer) AppendSnapshot(b []byte, s *Snapshot) ([]byte, error) {
 	payload, err := json.Marshal(s)
 	if err != nil {
-		return "", fmt.Errorf("encode %s: %w", typeSnapshot, err)
+		return b, fmt.Errorf("encode %s: %w", typeSnapshot, err)
 	}
-	jws, _, err := g.sign(nil, typeSnapshot, payload)
-	return string(jws), err
+	b, _, err = g.sign(b, typeSnapshot, payload)
+	return b, err
+}
+
+// SignSnapshot returns the signed form of s.
+func (g *Signer) SignSnapshot(s *Snapshot) (string, error) {
+	b, err := g.AppendSnapshot(nil, s)
+	return string(b), err
 }
 
 // SignGrant returns the signed form of gr.
@@ -72,6 +79,9 @@ type Kept struct {
 // untimed is where the times of a grant begin in its JSON, when they are zero.
 const untimed = `"issued":"0001-01-01T00:00:00Z","not_after":"0001-01-01T00:00:00Z"}`
 
+// TimesSize is how many bytes AppendGrant writes behind what Untimed returned.
+const TimesSize = len(untimed)
+
 // Untimed is a grant as JSON up to its times, which come last.
 func Untimed(gr *Grant) ([]byte, error) {
 	copied := *gr
@@ -87,8 +97,8 @@ func Untimed(gr *Grant) ([]byte, error) {
 	return b, nil
 }
 
-// AppendGrant appends the signed form of a grant to b, and returns what to keep of it, too. The grant is given as Untimed makes it, and may be written behind;
-// its times are whole seconds. Where this signer signed it before, as kept tells, and nothing but its times is another, it is that signed form, with the
+// AppendGrant appends the signed form of a grant to b, and returns what to keep of it, too. The grant is given as Untimed makes it, and written behind where
+// there is room; its times are whole seconds. Where this signer signed it before, as kept tells, and nothing but its times is another, it is that signed form, with the
 // times that it had. Grants are signed by the thousand when policies change: nothing is allocated for one that was signed before.
 func (g *Signer) AppendGrant(b, untimed []byte, issued, notAfter time.Time, kept Kept) ([]byte, Kept, error) {
 	head, err := g.head(typeGrant)
@@ -149,6 +159,8 @@ func (g *Signer) sign(b []byte, typ string, payload []byte) ([]byte, Kept, error
 		return b, Kept{}, fmt.Errorf("sign %s: the key is not on P-256", typ)
 	}
 	start := len(b)
+	enc := base64.RawURLEncoding
+	b = slices.Grow(b, len(head.Value())+len("..")+enc.EncodedLen(len(payload))+enc.EncodedLen(signatureSize))
 	b = appendPart(append(b, head.Value()...), payload)
 	digest := sha256.Sum256(b[start:])
 	der, err := g.Key.Sign(rand.Reader, digest[:], crypto.SHA256)

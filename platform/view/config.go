@@ -3,6 +3,7 @@ package view
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"sallyway/internal/control"
@@ -44,12 +45,6 @@ func (v *View) AppendEvent(b []byte, id string, expiry time.Time, s Signing) ([]
 		c.Relay = v.relayConfig(n)
 	case identity.Gateway:
 		c.Gateway = v.gatewayConfig(n, expiry)
-		doc := v.snapshot(n)
-		doc.Issued, doc.NotAfter = s.Now, s.Now.Add(s.Life)
-		var err error
-		if c.Gateway.Snapshot, err = s.Signer.SignSnapshot(doc); err != nil {
-			return b, err
-		}
 	}
 	return v.appendEvent(b, n, &c, expiry, &s)
 }
@@ -111,6 +106,7 @@ func (v *View) snapshot(g *store.Node) *policy.Snapshot {
 	if dials := policy.Platform(v.Org.Name); peers[dials.ID] {
 		s.Peers = append(s.Peers, policy.Peer{Node: dials, Name: SubjectPlatform, Virtual: []netip.Addr{}})
 	}
+	s.Peers = slices.Grow(s.Peers, len(peers)+len(v.gateways))
 	for _, n := range v.sorted {
 		if n.ID != g.ID && n.Status == store.Active && (peers[n.ID] || n.Kind == identity.Gateway) {
 			s.Peers = append(s.Peers, policy.Peer{Node: n.Identity(), Name: n.Name, Virtual: Addresses(v.Org, n.Address)})

@@ -132,20 +132,24 @@ func (v *View) prepareDigests() {
 		Rules     policy.Snapshot
 		DialsHere bool
 	}{v.Trust, v.emptyDialling(), policy.Snapshot{Org: v.Org.Name, Denied: v.Trust.Denied}, v.Org.PlatformDial}))
+	subjects := make(map[*identity.Node]Sum)
 	for _, r := range v.resources {
 		if r.Disabled {
 			continue
 		}
-		v.prepareServed(r, note)
+		v.prepareServed(r, subjects, note)
 		told := control.ReachableResource{Resource: v.resource(r), FQDN: FQDN(r.Name, v.Org.Name), Gateways: v.Serving(r, true)}
 		if len(told.Gateways) == 0 {
 			continue
 		}
 		b, err := json.Marshal(told)
 		reach := &reachable{resource: r, gateways: told.Gateways, json: b, sum: note(sha256.Sum256(b), err)}
-		for node := range v.allowed[r.ID] {
-			if !r.ServedBy(node) {
-				d.usable[node] = append(d.usable[node], reach)
+		for _, rule := range v.inForce[r.ID] {
+			for _, n := range rule.Subjects {
+				// Several rules may be for one node.
+				if has := d.usable[n.ID]; (len(has) == 0 || has[len(has)-1] != reach) && !r.ServedBy(n.ID) {
+					d.usable[n.ID] = append(has, reach)
+				}
 			}
 		}
 	}
@@ -180,27 +184,42 @@ func (v *View) dialledGateway(g *store.Node) any {
 	}{ref, relays}
 }
 
-// prepareServed hashes a resource as the gateways enforce it that serve it.
-func (v *View) prepareServed(r *store.Resource, note func(Sum, error) Sum) {
-	rules := v.inForce[r.ID]
-	h := sha256.New()
-	head := make([]policy.Rule, len(rules))
-	for i, rule := range rules {
-		head[i] = rule
-		head[i].Subjects = nil
-		for _, s := range rule.Subjects { // there may be very many
-			fmt.Fprintf(h, "%d %s/%s/%s", i, s.Org, s.Kind, s.ID)
-			if n := v.nodes[s.ID]; n != nil {
-				fmt.Fprintf(h, " %s %d", n.Name, n.Address)
-			}
-			h.Write([]byte{'\n'})
+// sumOfSubjects hashes nodes, maybe very many, as gateways know those who may use something.
+func (v *View) sumOfSubjects(subjects []identity.Node) Sum {
+	var b []byte
+	for _, s := range subjects {
+		for _, text := range []string{s.Org, string(s.Kind), s.ID} {
+			b = append(append(b, text...), 0)
 		}
+		if n := v.nodes[s.ID]; n != nil {
+			b = binary.BigEndian.AppendUint32(append(append(b, n.Name...), 0), n.Address)
+		}
+		b = append(b, '\n')
+	}
+	return sha256.Sum256(b)
+}
+
+// prepareServed hashes a resource as the gateways enforce it that serve it. Known are the hashes of lists of subjects, by where they begin.
+func (v *View) prepareServed(r *store.Resource, known map[*identity.Node]Sum, note func(Sum, error) Sum) {
+	type served struct {
+		Rule     policy.Rule
+		Subjects Sum
+	}
+	var rules []served
+	for _, rule := range v.inForce[r.ID] {
+		first := &rule.Subjects[0]
+		sum, ok := known[first]
+		if !ok {
+			sum = v.sumOfSubjects(rule.Subjects)
+			known[first] = sum
+		}
+		rule.Subjects = nil
+		rules = append(rules, served{rule, sum})
 	}
 	s := note(sumOf(struct {
 		Resource policy.Resource
-		Rules    []policy.Rule
-		Subjects Sum
-	}{v.resource(r), head, Sum(h.Sum(nil))}))
+		Rules    []served
+	}{v.resource(r), rules}))
 	for _, g := range r.Gateways {
 		v.digests.served[g.ID] = append(v.digests.served[g.ID], s)
 	}

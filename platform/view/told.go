@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -36,6 +37,7 @@ type hollow2 [3][]byte
 // Holes, as zero fields are encoded that follow each other.
 const (
 	holeTrust       = `"trust":{"roots":"","pins":null}`
+	holeSnapshot    = `"snapshot":""`
 	holeVirtual     = `"virtual":null`
 	holeReached     = `"gateways":[],"resources":[]`
 	holeCredential  = `"username":"","password":""`
@@ -152,6 +154,19 @@ func (v *View) appendEvent(b []byte, n *store.Node, c *control.Config, expiry ti
 	}
 	b = append(append(b, eventHead...), text[0]...)
 	b = append(append(b, `"trust":`...), v.told.trust...)
+	if n.Kind == identity.Gateway {
+		around, err := cut(text[1], holeSnapshot)
+		if err != nil {
+			return b, v.cannotTell(err)
+		}
+		b = append(append(b, around[0]...), `"snapshot":"`...)
+		doc := v.snapshot(n)
+		doc.Issued, doc.NotAfter = s.Now, s.Now.Add(s.Life)
+		if b, err = s.Signer.AppendSnapshot(b, doc); err != nil {
+			return b, err
+		}
+		b, text[1] = append(b, '"'), around[1]
+	}
 	b = append(b, text[1]...)
 	if n.Kind != identity.Relay {
 		b = append(b[:len(b)-len("}")], `,"dialling":`...)
@@ -188,7 +203,7 @@ func (v *View) appendDialling(b []byte, n *store.Node, expiry time.Time, s *Sign
 		relay              *toldRelay
 		username, password string
 	}
-	var passwords []known // there are few relays
+	passwords := make([]known, 0, 16) // there are few relays
 	first := true
 	for _, g := range v.dialledBy(n) {
 		if g.ID == n.ID {
@@ -228,7 +243,7 @@ func (v *View) appendDialling(b []byte, n *store.Node, expiry time.Time, s *Sign
 			b = append(b, r.json[1]...)
 		}
 		b = append(b, `],"grant":"`...)
-		*scratch = append(append((*scratch)[:0], whose[0]...), middle...)
+		*scratch = slices.Grow(append(append((*scratch)[:0], whose[0]...), middle...), policy.TimesSize)
 		var kept policy.Kept
 		if b, kept, err = s.Signer.AppendGrant(b, *scratch, s.Now, s.Now.Add(s.Life), s.Kept[g.ID]); err != nil {
 			return b, err

@@ -61,9 +61,8 @@ type View struct {
 
 	// What every plan needs and nobody changes, made by the first.
 	once     sync.Once
-	inForce  map[string][]policy.Rule   // by resource id
-	allowed  map[string]map[string]bool // nodes by resource id
-	gateways []*store.Node              // active ones, by name
+	inForce  map[string][]policy.Rule // by resource id; rules for the same subjects share the list of them
+	gateways []*store.Node            // active ones, by name
 	digests  digests
 	told     told
 }
@@ -439,7 +438,7 @@ func (v *View) subjects(p *store.Policy) []identity.Node {
 	case SubjectPerson:
 		ids = v.people[p.Subject]
 	}
-	var out []identity.Node
+	out := make([]identity.Node, 0, len(ids))
 	for _, id := range ids {
 		if n := v.nodes[id]; n != nil && n.Status == store.Active {
 			out = append(out, n.Identity())
@@ -451,22 +450,22 @@ func (v *View) subjects(p *store.Policy) []identity.Node {
 
 // prepare makes what every plan needs.
 func (v *View) prepare() {
-	v.inForce, v.allowed = make(map[string][]policy.Rule), make(map[string]map[string]bool)
+	v.inForce = make(map[string][]policy.Rule)
+	subjects := make(map[string][]identity.Node) // by whom policies are for: many are for the same
 	for _, p := range v.policies {
 		if p.Disabled {
 			continue
 		}
-		s := v.subjects(p)
+		by := p.SubjectKind + " " + p.Subject
+		s, known := subjects[by]
+		if !known {
+			s = v.subjects(p)
+			subjects[by] = s
+		}
 		if len(s) == 0 {
 			continue
 		}
 		v.inForce[p.Resource] = append(v.inForce[p.Resource], policy.Rule{ID: p.ID, Name: p.Name, Resource: p.Resource, Subjects: s})
-		if v.allowed[p.Resource] == nil {
-			v.allowed[p.Resource] = make(map[string]bool)
-		}
-		for _, n := range s {
-			v.allowed[p.Resource][n.ID] = true
-		}
 	}
 	for _, n := range v.sorted {
 		if n.Kind == identity.Gateway && n.Status == store.Active {
