@@ -52,22 +52,6 @@ func (g *Signer) AppendSnapshot(b []byte, s *Snapshot) ([]byte, error) {
 	return b, err
 }
 
-// SignSnapshot returns the signed form of s.
-func (g *Signer) SignSnapshot(s *Snapshot) (string, error) {
-	b, err := g.AppendSnapshot(nil, s)
-	return string(b), err
-}
-
-// SignGrant returns the signed form of gr.
-func (g *Signer) SignGrant(gr *Grant) (string, error) {
-	untimed, err := Untimed(gr)
-	if err != nil {
-		return "", err
-	}
-	jws, _, err := g.AppendGrant(nil, untimed, gr.Issued, gr.NotAfter, Kept{})
-	return string(jws), err
-}
-
 // Kept is what is kept of a signed grant, in few bytes: from it and the grant the signed form is made again without signing. The zero Kept is none.
 type Kept struct {
 	head             unique.Handle[string]
@@ -76,11 +60,8 @@ type Kept struct {
 	issued, notAfter int64 // Unix seconds
 }
 
-// untimed is where the times of a grant begin in its JSON, when they are zero.
-const untimed = `"issued":"0001-01-01T00:00:00Z","not_after":"0001-01-01T00:00:00Z"}`
-
-// TimesSize is how many bytes AppendGrant writes behind what Untimed returned.
-const TimesSize = len(untimed)
+// zeroTimes is how the JSON of a grant ends whose times are zero.
+const zeroTimes = `"issued":"0001-01-01T00:00:00Z","not_after":"0001-01-01T00:00:00Z"}`
 
 // Untimed is a grant as JSON up to its times, which come last.
 func Untimed(gr *Grant) ([]byte, error) {
@@ -90,35 +71,44 @@ func Untimed(gr *Grant) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode %s: %w", typeGrant, err)
 	}
-	b, ok := bytes.CutSuffix(b, []byte(untimed))
+	b, ok := bytes.CutSuffix(b, []byte(zeroTimes))
 	if !ok {
 		return nil, fmt.Errorf("encode %s: its times do not come last", typeGrant)
 	}
 	return b, nil
 }
 
-// AppendGrant appends the signed form of a grant to b, and returns what to keep of it, too. The grant is given as Untimed makes it, and written behind where
-// there is room; its times are whole seconds. Where this signer signed it before, as kept tells, and nothing but its times is another, it is that signed form, with the
-// times that it had. Grants are signed by the thousand when policies change: nothing is allocated for one that was signed before.
-func (g *Signer) AppendGrant(b, untimed []byte, issued, notAfter time.Time, kept Kept) ([]byte, Kept, error) {
-	head, err := g.head(typeGrant)
+// appendTimes appends what Untimed left out.
+func appendTimes(b []byte, issued, notAfter time.Time) []byte {
+	b = issued.UTC().AppendFormat(append(b, `"issued":"`...), time.RFC3339)
+	b = notAfter.UTC().AppendFormat(append(b, `","not_after":"`...), time.RFC3339)
+	return append(b, `"}`...)
+}
+
+// AppendGrant appends the signed form of a grant to b, and returns what to keep of it. The grant is head and rest, one after the other, as Untimed makes it;
+// its times are whole seconds. Where this signer signed it before, as kept tells, and nothing but its times is another, it is that signed form, with the times
+// that it had. Grants are sent by the thousand when policies change: where b has room, nothing is allocated for one that was signed before.
+func (g *Signer) AppendGrant(b, head, rest []byte, issued, notAfter time.Time, kept Kept) ([]byte, Kept, error) {
+	protected, err := g.head(typeGrant)
 	if err != nil {
 		return b, Kept{}, err
 	}
-	timed := func(issued, notAfter time.Time) []byte {
-		p := issued.UTC().AppendFormat(append(untimed, `"issued":"`...), time.RFC3339)
-		p = notAfter.UTC().AppendFormat(append(p, `","not_after":"`...), time.RFC3339)
-		return append(p, `"}`...)
-	}
-	if kept.head == head {
-		payload := timed(time.Unix(kept.issued, 0), time.Unix(kept.notAfter, 0))
-		if sha256.Sum256(payload) == kept.payload {
-			return appendPart(appendPart(append(b, head.Value()...), payload), kept.signature[:]), kept, nil
+	start := len(b)
+	b = append(append(b, head...), rest...)
+	untimed := len(b)
+	if kept.head == protected {
+		b = appendTimes(b, time.Unix(kept.issued, 0), time.Unix(kept.notAfter, 0))
+		if payload := b[start:]; sha256.Sum256(payload) == kept.payload {
+			signed := len(b)
+			b = appendPart(appendPart(append(b, protected.Value()...), payload), kept.signature[:])
+			return slices.Delete(b, start, signed), kept, nil
 		}
 	}
-	b, kept, err = g.sign(b, typeGrant, timed(issued, notAfter))
+	b = appendTimes(b[:untimed], issued, notAfter)
+	signed := len(b)
+	b, kept, err = g.sign(b, typeGrant, b[start:])
 	kept.issued, kept.notAfter = issued.Unix(), notAfter.Unix()
-	return b, kept, err
+	return slices.Delete(b, start, signed), kept, err
 }
 
 // signatureSize is that of ES256 (RFC 7518 §3.4): two numbers of 32 bytes.

@@ -71,7 +71,8 @@ func TestDocumentsAreBoundToSignerTypeAndAudience(t *testing.T) {
 	policyKey := identity.Node{Org: "acme", Kind: identity.Policy, ID: "p-1"}
 	gw := identity.Node{Org: "acme", Kind: identity.Gateway, ID: "g-one"}
 	s := &Snapshot{Org: "acme", Audience: gw, Version: 7}
-	good, err := ca.signer(t, policyKey).SignSnapshot(s)
+	text, err := ca.signer(t, policyKey).AppendSnapshot(nil, s)
+	good := string(text)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,16 +82,21 @@ func TestDocumentsAreBoundToSignerTypeAndAudience(t *testing.T) {
 	}
 	sign := func(a *authority, n identity.Node, s *Snapshot) string {
 		t.Helper()
-		jws, err := a.signer(t, n).SignSnapshot(s)
+		jws, err := a.signer(t, n).AppendSnapshot(nil, s)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return jws
+		return string(jws)
 	}
-	grant, err := ca.signer(t, policyKey).SignGrant(&Grant{Org: "acme", Node: gw})
+	untimed, err := Untimed(&Grant{Org: "acme", Node: gw})
 	if err != nil {
 		t.Fatal(err)
 	}
+	text, _, err = ca.signer(t, policyKey).AppendGrant(nil, untimed, nil, time.Now(), time.Now().Add(time.Hour), Kept{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	grant := string(text)
 	parts := strings.Split(good, ".")
 	otherParts := strings.Split(sign(ca, policyKey, &Snapshot{Org: "acme", Audience: gw, Version: 8}), ".")
 	other := identity.Node{Org: "acme", Kind: identity.Gateway, ID: "g-other"}
@@ -138,7 +144,7 @@ func TestAppendGrant(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, kept, err := s.AppendGrant([]byte("before "), untimed, gr.Issued, gr.NotAfter, kept)
+		b, kept, err := s.AppendGrant([]byte("before "), untimed[:20], untimed[20:], gr.Issued, gr.NotAfter, kept)
 		jws, ok := strings.CutPrefix(string(b), "before ")
 		if !ok {
 			t.Errorf("%.20s", b)

@@ -254,6 +254,8 @@ func (s *server) control(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "application/x-ndjson")
 			w.Header().Set("Cache-Control", "no-store")
 			w.Header().Set("X-Accel-Buffering", "no")
+			// The stream ends with its connection (RFC 9112 §6.3): without chunks a configuration goes out in three writes instead of five.
+			w.Header().Set("Transfer-Encoding", "identity")
 			sent = true
 			s.log.Info("node connected", "node", who.Node.String())
 		}

@@ -89,7 +89,7 @@ type Hub struct {
 	streams map[string]*stream // newest stream, by node id; guarded by mu
 
 	turns chan struct{} // holds one for each configuration that is made or sent
-	lines sync.Pool     // of *[]byte: configurations
+	lines sync.Pool     // of *[]byte, for configurations
 
 	jobs    sync.Mutex
 	queue   []*job // that wait; guarded by jobs
@@ -264,7 +264,8 @@ func (h *Hub) current(ctx context.Context, name string) (*view.View, *policy.Sig
 }
 
 // Serve runs a node's control stream until ctx ends, the node loses its rights, a newer stream takes its place, or send fails. send is
-// called from this goroutine alone, with an event (control.Event) as a line of JSON, and returns when it is written; it does not keep the line.
+// called from this goroutine alone, with an event (control.Event) as a line of JSON, and returns when it is written. The line is
+// another node's afterwards.
 func (h *Hub) Serve(ctx context.Context, who *registry.Session, send func(line []byte) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -362,6 +363,9 @@ type job struct {
 // slow is how long sending a configuration may take before others need not wait for it any more.
 const slow = 20 * time.Millisecond
 
+// keptLine is the size of the largest buffer that is used again, in bytes. Gateways' configurations have MiB, and who reads slowly would hold one of them.
+const keptLine = 256 << 10
+
 // configure makes a node's configuration and sends it. A change may be for all nodes at once: few configurations are there at a time, and a few goroutines
 // make them one after the other, so that the many nodes that wait cost little memory.
 func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry time.Time, signer *policy.Signer, signed view.Signed, send func([]byte) error) error {
@@ -373,7 +377,11 @@ func (h *Hub) configure(ctx context.Context, v *view.View, node string, expiry t
 	leave := sync.OnceFunc(func() { <-h.turns })
 	defer leave()
 	line := h.lines.Get().(*[]byte)
-	defer h.lines.Put(line)
+	defer func() {
+		if cap(*line) <= keptLine {
+			h.lines.Put(line)
+		}
+	}()
 	var err error
 	j := &job{done: make(chan struct{}), do: func() {
 		*line, err = v.AppendEvent((*line)[:0], node, expiry, view.Signing{Signer: signer, Now: h.reg.Now(), Life: h.cfg.DocumentLife, Kept: signed})

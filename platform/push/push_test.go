@@ -89,6 +89,7 @@ func TestPingAndRefresh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t, Config{})
 		who, _, resp := b.join(identity.Gateway, "gw")
+		b.join(identity.Gateway, "other")
 		ctx, cancel := context.WithCancel(t.Context())
 		var pings int
 		var configs []*control.Config
@@ -131,6 +132,14 @@ func TestPingAndRefresh(t *testing.T) {
 				t.Errorf("snapshot %d: version %d, from %v until %v", i, s.Version, s.Issued, s.NotAfter)
 			}
 			until = s.NotAfter
+			if len(c.Dialling.Gateways) != 1 {
+				t.Fatalf("%d gateways to dial", len(c.Dialling.Gateways))
+			}
+			g, err := policy.OpenGrant(c.Dialling.Gateways[0].Grant, trust, identity.Node{Org: who.Node.Org, Kind: identity.Site, ID: who.Node.ID})
+			must(t, err)
+			if !g.Issued.Equal(s.Issued) {
+				t.Errorf("the grant beside snapshot %d is from %v", i, g.Issued)
+			}
 		}
 	})
 }

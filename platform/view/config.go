@@ -34,7 +34,7 @@ func (v *View) AppendEvent(b []byte, id string, expiry time.Time, s Signing) ([]
 	if n == nil {
 		return b, fmt.Errorf("node %s is not one of organization %s", id, v.Org.Name)
 	}
-	v.once.Do(v.prepare)
+	v.told.once.Do(func() { v.told.err = v.prepareTold() })
 	if v.told.err != nil {
 		return b, v.cannotTell(v.told.err)
 	}

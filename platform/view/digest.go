@@ -49,9 +49,9 @@ type special struct {
 	Gateway *control.Gateway // without its snapshot
 }
 
-// Digest is a hash over what a node is told, without the version, signatures and their times. It differs where plans differ; where they do not it is
-// the same but for rare cases, which cost a push that nobody needed. It costs next to nothing beside a plan: what many nodes are told alike is hashed
-// once for all. False is a node that the view does not have.
+// Digest is a hash over what a node is told, without the version, signatures and their times. It differs where that does; where it does not it is
+// the same but for rare cases, which cost a push that nobody needed. It costs next to nothing beside the text: what many nodes are told alike is hashed
+// once for all. Digests are compared with others of the same node. False is a node that the view does not have.
 func (v *View) Digest(id string, expiry time.Time) (Sum, bool, error) {
 	n := v.nodes[id]
 	if n == nil {
@@ -138,12 +138,12 @@ func (v *View) prepareDigests() {
 			continue
 		}
 		v.prepareServed(r, subjects, note)
-		told := control.ReachableResource{Resource: v.resource(r), FQDN: FQDN(r.Name, v.Org.Name), Gateways: v.Serving(r, true)}
-		if len(told.Gateways) == 0 {
+		reached := control.ReachableResource{Resource: v.resource(r), FQDN: FQDN(r.Name, v.Org.Name), Gateways: v.Serving(r, true)}
+		if len(reached.Gateways) == 0 {
 			continue
 		}
-		b, err := json.Marshal(told)
-		reach := &reachable{resource: r, gateways: told.Gateways, json: b, sum: note(sha256.Sum256(b), err)}
+		b, err := json.Marshal(reached)
+		reach := &reachable{resource: r, gateways: reached.Gateways, json: b, sum: note(sha256.Sum256(b), err)}
 		for _, rule := range v.inForce[r.ID] {
 			for _, n := range rule.Subjects {
 				// Several rules may be for one node.

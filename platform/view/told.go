@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"sync"
 	"time"
 
@@ -25,6 +24,7 @@ type told struct {
 	dialling hollow2 // around the node's addresses, and around gateways and resources
 	gateways map[string]*toldGateway
 	relays   map[string]*toldRelay
+	once     sync.Once // most views are loaded to answer a question, and tell nobody anything
 	err      error
 }
 
@@ -83,8 +83,9 @@ func (v *View) cannotTell(err error) error {
 	return fmt.Errorf("encode what nodes of %s are told: %w", v.Org.Name, err)
 }
 
-// prepareTold encodes what is shared. Gateways are prepared.
+// prepareTold encodes what is shared.
 func (v *View) prepareTold() error {
+	v.once.Do(v.prepare)
 	t := &v.told
 	t.gateways, t.relays = make(map[string]*toldGateway), make(map[string]*toldRelay)
 	var err error
@@ -101,7 +102,7 @@ func (v *View) prepareTold() error {
 	}
 	t.dialling = hollow2{outer[0], inner[0], inner[1]}
 	for _, g := range v.gateways {
-		told := &toldGateway{node: g.Identity()}
+		gateway := &toldGateway{node: g.Identity()}
 		for _, ref := range v.refs(g.ID, credential{}) {
 			r := t.relays[ref.Node.ID]
 			if r == nil {
@@ -112,16 +113,16 @@ func (v *View) prepareTold() error {
 				}
 				t.relays[ref.Node.ID] = r
 			}
-			told.relays = append(told.relays, r)
+			gateway.relays = append(gateway.relays, r)
 		}
 		ref := control.GatewayRef{Node: g.Identity(), Name: g.Name, FQDN: FQDN(g.Name, v.Org.Name), Virtual: Addresses(v.Org, g.Address)}
-		if told.json, err = hollowOf(ref, holeRelaysGrant); err != nil {
+		if gateway.json, err = hollowOf(ref, holeRelaysGrant); err != nil {
 			return err
 		}
-		if told.grant, err = v.grantMiddle(told.node, told.relays); err != nil {
+		if gateway.grant, err = v.grantMiddle(gateway.node, gateway.relays); err != nil {
 			return err
 		}
-		t.gateways[g.ID] = told
+		t.gateways[g.ID] = gateway
 	}
 	return nil
 }
@@ -142,9 +143,6 @@ func (v *View) grantMiddle(gateway identity.Node, relays []*toldRelay) ([]byte, 
 	}
 	return b[at:], nil
 }
-
-// scratches hold buffers for grants.
-var scratches = sync.Pool{New: func() any { return new([]byte) }}
 
 // appendEvent appends the event with a node's configuration, of which c has what is not for those who dial.
 func (v *View) appendEvent(b []byte, n *store.Node, c *control.Config, expiry time.Time, s *Signing) ([]byte, error) {
@@ -168,7 +166,7 @@ func (v *View) appendEvent(b []byte, n *store.Node, c *control.Config, expiry ti
 		b, text[1] = append(b, '"'), around[1]
 	}
 	b = append(b, text[1]...)
-	if n.Kind != identity.Relay {
+	if n.Kind == identity.Client || n.Kind == identity.Gateway {
 		b = append(b[:len(b)-len("}")], `,"dialling":`...)
 		if b, err = v.appendDialling(b, n, expiry, s); err != nil {
 			return b, err
@@ -190,15 +188,13 @@ func (v *View) appendDialling(b []byte, n *store.Node, expiry time.Time, s *Sign
 	}
 	holder, err := policy.Untimed(&grant)
 	if err != nil {
-		return b, err
+		return b, v.cannotTell(err)
 	}
 	whose, err := cut(holder, holeGateway)
 	if err != nil {
 		return b, v.cannotTell(err)
 	}
 	name := v.credential(n, dialler(n), expiry)
-	scratch := scratches.Get().(*[]byte)
-	defer scratches.Put(scratch)
 	type known struct {
 		relay              *toldRelay
 		username, password string
@@ -218,7 +214,7 @@ func (v *View) appendDialling(b []byte, n *store.Node, expiry time.Time, s *Sign
 		if v.wishes[n.ID] != nil {
 			relays = v.arrange(n, relays)
 			if middle, err = v.grantMiddle(gateway.node, relays); err != nil {
-				return b, err
+				return b, v.cannotTell(err)
 			}
 		}
 		b = append(append(b, gateway.json[0]...), `"relays":[`...)
@@ -243,9 +239,8 @@ func (v *View) appendDialling(b []byte, n *store.Node, expiry time.Time, s *Sign
 			b = append(b, r.json[1]...)
 		}
 		b = append(b, `],"grant":"`...)
-		*scratch = slices.Grow(append(append((*scratch)[:0], whose[0]...), middle...), policy.TimesSize)
 		var kept policy.Kept
-		if b, kept, err = s.Signer.AppendGrant(b, *scratch, s.Now, s.Now.Add(s.Life), s.Kept[g.ID]); err != nil {
+		if b, kept, err = s.Signer.AppendGrant(b, whose[0], middle, s.Now, s.Now.Add(s.Life), s.Kept[g.ID]); err != nil {
 			return b, err
 		}
 		if s.Kept != nil {
@@ -268,9 +263,12 @@ func appendAddresses(b []byte, addrs []netip.Addr) []byte {
 	if addrs == nil {
 		return append(b, "null"...)
 	}
+	b = append(b, '[')
 	for i, a := range addrs {
-		b = append(b, "[,"[min(i, 1)], '"')
-		b = append(a.AppendTo(b), '"')
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = append(a.AppendTo(append(b, '"')), '"')
 	}
 	return append(b, ']')
 }

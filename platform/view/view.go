@@ -59,7 +59,7 @@ type View struct {
 	flowLog     bool  // gateways tell of flows
 	bandwidth   int64 // bytes per second that the organization may have through each relay; 0 is the relay's default
 
-	// What every plan needs and nobody changes, made by the first.
+	// What everybody needs who asks for what nodes are told, and nobody changes: made by the first.
 	once     sync.Once
 	inForce  map[string][]policy.Rule // by resource id; rules for the same subjects share the list of them
 	gateways []*store.Node            // active ones, by name
@@ -448,7 +448,7 @@ func (v *View) subjects(p *store.Policy) []identity.Node {
 	return out
 }
 
-// prepare makes what every plan needs.
+// prepare makes what is needed for what nodes are told.
 func (v *View) prepare() {
 	v.inForce = make(map[string][]policy.Rule)
 	subjects := make(map[string][]identity.Node) // by whom policies are for: many are for the same
@@ -473,7 +473,6 @@ func (v *View) prepare() {
 		}
 	}
 	v.prepareDigests()
-	v.told.err = v.prepareTold()
 }
 
 // rules are the rules in force, by resource id. They are shared: nobody changes them.

@@ -218,11 +218,11 @@ func (f *fakePlatform) trust() control.Trust {
 
 // snapshot signs a snapshot for n.
 func (f *fakePlatform) snapshot(n identity.Node, version uint64, notAfter time.Time) string {
-	s, err := f.signer.SignSnapshot(&policy.Snapshot{Org: n.Org, Audience: n, Version: version, Issued: time.Now(), NotAfter: notAfter})
+	s, err := f.signer.AppendSnapshot(nil, &policy.Snapshot{Org: n.Org, Audience: n, Version: version, Issued: time.Now(), NotAfter: notAfter})
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	return s
+	return string(s)
 }
 
 // configFor is a configuration of version for n. Gateways get a snapshot of the same version.
