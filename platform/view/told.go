@@ -65,7 +65,7 @@ type toldGateway struct {
 func cut(b []byte, hole string) (hollow, error) {
 	before, after, ok := bytes.Cut(b, []byte(hole))
 	if !ok {
-		return hollow{}, fmt.Errorf("no %s in %.200s", hole, b)
+		return hollow{}, fmt.Errorf("%s is not in it", hole) // what is may be secret
 	}
 	return hollow{before, after}, nil
 }
