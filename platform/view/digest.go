@@ -64,6 +64,9 @@ func (v *View) Digest(id string, expiry time.Time) (Sum, bool, error) {
 	}
 	if n.Kind == identity.Relay {
 		s, err := sumOf(control.Config{Node: n.Identity(), Name: n.Name, Trust: v.Trust, Relay: v.relayConfig(n)})
+		if err != nil {
+			err = fmt.Errorf("encode what %v is told: %w", n.Identity(), err)
+		}
 		return s, true, err
 	}
 	b := append(make([]byte, 0, 2<<10), d.base[:]...)
